@@ -1,0 +1,18 @@
+// The verbs compiled for one instruction set. Included once per set, with SPACEPORT_ISA defined as its namespace.
+
+#include "ops.h"
+
+namespace spaceport::SPACEPORT_ISA {
+
+int64_t project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected& out);
+void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
+                 const float* d_splats, const Gaussians& d_gaussians);
+void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
+void blend_vjp(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
+               const Image& d_image, const BlendGradient& out);
+LossValue loss(const Cpu&, const float* color, const uint8_t* photo, int width, int height, const LossSettings&,
+               float* d_color);
+void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
+            const Gaussians& second_moment, const AdamSettings&);
+
+}  // namespace spaceport::SPACEPORT_ISA

@@ -1,0 +1,249 @@
+// loss: L1 + D-SSIM and its gradient in one pass over blocks of the image.
+//
+// Colours stay interleaved: a horizontal tap is a load three floats further on. Each block streams down its rows. A row of
+// both images is filtered across and kept for eleven rows; from these come the local moments of a row, its SSIM and the
+// three derivatives that the gradient needs; those are filtered in the same two steps back onto the pixels.
+#include "kernels.h"
+#include "simd.h"
+
+namespace spaceport::SPACEPORT_ISA {
+
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int kTaps = 11;
+constexpr int kRadius = kTaps / 2;
+constexpr int kChannels = 3;
+constexpr int kBlockWidth = 192, kBlockHeight = 128;  // pixels: what one block keeps fits the second-level cache
+// exp(-x^2 / (2 1.5^2)), normalised
+constexpr float kWindow[kTaps] = {0.00102838f, 0.00759876f, 0.03600077f, 0.10936069f, 0.21300554f, 0.26601172f,
+                                  0.21300554f, 0.10936069f, 0.03600077f, 0.00759876f, 0.00102838f};
+constexpr float kC1 = 0.01f * 0.01f, kC2 = 0.03f * 0.03f;
+
+constexpr int padded(int n_floats) { return (n_floats + 2 * kLanes - 1) / kLanes * kLanes; }
+
+// The last eleven rows of `kPlanes` filtered quantities.
+template <int kPlanes>
+class RowRing {
+ public:
+  RowRing(float* memory, int stride) : memory_(memory), stride_(stride) {}
+  static size_t n_floats(int stride) { return size_t(kPlanes) * kTaps * size_t(stride); }
+
+  // Rows may be negative, but not below -kTaps.
+  float* row(int plane, int row) { return memory_ + (plane * kTaps + (row + kTaps) % kTaps) * int64_t(stride_); }
+  void clear(int at_row) {
+    for (int plane = 0; plane < kPlanes; ++plane) std::memset(row(plane, at_row), 0, size_t(stride_) * sizeof(float));
+  }
+  // The window down the eleven rows around `center`, at float i.
+  HOST_DEVICE void filtered(int center, int i, Float8 out[kPlanes]) {
+    for (int plane = 0; plane < kPlanes; ++plane) out[plane] = Float8(0.0f);
+    for (int k = 0; k < kTaps; ++k) {
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        out[plane] = multiply_add(Float8(kWindow[k]), load(row(plane, center - kRadius + k) + i), out[plane]);
+      }
+    }
+  }
+
+ private:
+  float* memory_;
+  int stride_;
+};
+
+struct LossImage {
+  const float* color;
+  const uint8_t* photo;
+  int width, height;
+};
+
+struct Derivatives {
+  Float8 ssim, by_mean, by_square, by_product;
+};
+
+// SSIM of one pixel and channel, and its derivatives by the local E[x], E[x^2] and E[x y].
+HOST_DEVICE Derivatives ssim_of(const Float8 moments[5]) {
+  const Float8 zero(0.0f), one(1.0f), two(2.0f), c1(kC1), c2(kC2);
+  const Float8 x = moments[0], y = moments[1];
+  const Float8 a1 = two * x * y + c1, a2 = two * (moments[4] - x * y) + c2;
+  const Float8 b1 = x * x + y * y + c1, b2 = moments[2] - x * x + moments[3] - y * y + c2;
+  const Float8 inverse_b1 = one / b1, inverse_b2 = one / b2;
+  const Float8 inverse = inverse_b1 * inverse_b2;
+  const Float8 ssim = a1 * a2 * inverse;
+  return {ssim, two * (y * (a2 - a1) * inverse - x * ssim * (inverse_b1 - inverse_b2)), zero - ssim * inverse_b2,
+          two * a1 * inverse};
+}
+
+// One block: its pixels [x0, x1) x [y0, y1), with halos of one and of two window radii around them.
+class Block {
+ public:
+  Block(const LossImage& image, int x0, int y0, float ssim_weight, float* d_color)
+      : image_(image), x0_(x0), y0_(y0),
+        x1_(x0 + kBlockWidth < image.width ? x0 + kBlockWidth : image.width),
+        y1_(y0 + kBlockHeight < image.height ? y0 + kBlockHeight : image.height),
+        n_outer_(kChannels * (x1_ - x0_ + 4 * kRadius)), n_inner_(kChannels * (x1_ - x0_ + 2 * kRadius)),
+        n_own_(kChannels * (x1_ - x0_)), stride_(padded(n_outer_) + kChannels * kTaps),
+        memory_(new float[size_t(stride_) * 5 + RowRing<5>::n_floats(stride_) + RowRing<3>::n_floats(stride_)]()),
+        x_row_(memory_), y_row_(memory_ + stride_), maps_(memory_ + 2 * stride_),
+        moments_(memory_ + 5 * stride_, stride_),
+        derivatives_(memory_ + 5 * stride_ + RowRing<5>::n_floats(stride_), stride_), d_color_(d_color) {
+    const float per_value = 1.0f / (float(image.width) * float(image.height) * kChannels);
+    ssim_factor_ = -ssim_weight * per_value;
+    l1_factor_ = (1.0f - ssim_weight) * per_value;
+  }
+  ~Block() { delete[] memory_; }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  // Sums over the block's own pixels.
+  LossValue run() {
+    for (int row = y0_ - 2 * kRadius; row < y1_ + 2 * kRadius; ++row) {
+      filter_images_across(row);
+      if (row - kRadius >= y0_ - kRadius) differentiate(row - kRadius);
+      if (row - 2 * kRadius >= y0_) write_gradient(row - 2 * kRadius);
+    }
+    return {l1_sum_, ssim_sum_};
+  }
+
+ private:
+  bool inside(int row) const { return row >= 0 && row < image_.height; }
+
+  // Both images' row as floats, zero outside the image, `halo` pixels wider than the block on both sides.
+  void load_rows(int row, int halo) {
+    const int first = x0_ - halo, last = x1_ + halo;
+    const int from = first > 0 ? first : 0, to = last < image_.width ? last : image_.width;
+    const int skipped = kChannels * (from - first), n = kChannels * (to - from);
+    const int64_t at = kChannels * (int64_t(row) * image_.width + from);
+    std::memset(x_row_, 0, size_t(stride_) * sizeof(float));
+    std::memset(y_row_, 0, size_t(stride_) * sizeof(float));
+    std::memcpy(x_row_ + skipped, image_.color + at, size_t(n) * sizeof(float));
+    for (int i = 0; i < n; ++i) y_row_[skipped + i] = float(image_.photo[at + i]) * (1.0f / 255.0f);
+  }
+
+  void filter_images_across(int row) {
+    if (!inside(row)) {
+      moments_.clear(row);
+      return;
+    }
+    load_rows(row, 2 * kRadius);
+    for (int i = 0; i < n_inner_; i += kLanes) {
+      Float8 x(0.0f), y(0.0f), xx(0.0f), yy(0.0f), xy(0.0f);
+      for (int k = 0; k < kTaps; ++k) {
+        const Float8 weight(kWindow[k]);
+        const Float8 x_k = load(x_row_ + i + kChannels * k), y_k = load(y_row_ + i + kChannels * k);
+        const Float8 wx = weight * x_k, wy = weight * y_k;
+        x = x + wx;
+        y = y + wy;
+        xx = multiply_add(wx, x_k, xx);
+        yy = multiply_add(wy, y_k, yy);
+        xy = multiply_add(wx, y_k, xy);
+      }
+      store(moments_.row(0, row) + i, x);
+      store(moments_.row(1, row) + i, y);
+      store(moments_.row(2, row) + i, xx);
+      store(moments_.row(3, row) + i, yy);
+      store(moments_.row(4, row) + i, xy);
+    }
+  }
+
+  void differentiate(int row) {
+    if (!inside(row)) {
+      derivatives_.clear(row);
+      return;
+    }
+    float* ssim_row = x_row_;  // free until the next row is loaded
+    for (int i = 0; i < n_inner_; i += kLanes) {
+      Float8 moments[5];
+      moments_.filtered(row, i, moments);
+      const Derivatives d = ssim_of(moments);
+      store(ssim_row + i, d.ssim);
+      store(maps_ + i, d.by_mean);
+      store(maps_ + stride_ + i, d.by_square);
+      store(maps_ + 2 * stride_ + i, d.by_product);
+    }
+    clear_outside_image();
+    if (row >= y0_ && row < y1_) ssim_sum_ += sum_of(ssim_row + kChannels * kRadius);
+    for (int plane = 0; plane < 3; ++plane) {
+      const float* map = maps_ + plane * stride_;
+      float* out = derivatives_.row(plane, row);
+      for (int i = 0; i < n_own_; i += kLanes) {
+        Float8 sum(0.0f);
+        for (int k = 0; k < kTaps; ++k) sum = multiply_add(Float8(kWindow[k]), load(map + i + kChannels * k), sum);
+        store(out + i, sum);
+      }
+    }
+  }
+
+  // The maps' columns to the left and to the right of the image hold no pixel.
+  void clear_outside_image() {
+    const int left = kRadius - x0_, right = x1_ + kRadius - image_.width;
+    for (int plane = 0; plane < 3; ++plane) {
+      float* map = maps_ + plane * stride_;
+      if (left > 0) std::memset(map, 0, size_t(kChannels * left) * sizeof(float));
+      const int kept = n_inner_ - kChannels * (right > 0 ? right : 0);
+      std::memset(map + kept, 0, size_t(stride_ - kept) * sizeof(float));
+    }
+  }
+
+  void write_gradient(int row) {
+    load_rows(row, 0);
+    const int64_t at = kChannels * (int64_t(row) * image_.width + x0_);
+    const Float8 zero(0.0f), plus(l1_factor_), minus(-l1_factor_), ssim_factor(ssim_factor_), two(2.0f);
+    float* gradient = maps_;  // free until the next row is differentiated
+    float* difference = maps_ + stride_;
+    for (int i = 0; i < n_own_; i += kLanes) {
+      Float8 d[3];
+      derivatives_.filtered(row, i, d);
+      const Float8 x = load(x_row_ + i), y = load(y_row_ + i);
+      const Float8 d_ssim = d[0] + two * x * d[1] + y * d[2];
+      const Float8 sign = select(x > y, plus, select(x < y, minus, zero));
+      store(gradient + i, multiply_add(ssim_factor, d_ssim, sign));
+      store(difference + i, select(x > y, x - y, y - x));
+    }
+    std::memcpy(d_color_ + at, gradient, size_t(n_own_) * sizeof(float));
+    l1_sum_ += sum_of(difference);
+  }
+
+  double sum_of(float* row) const {
+    const int whole = n_own_ / kLanes * kLanes;
+    Float8 sums(0.0f);
+    for (int i = 0; i < whole; i += kLanes) sums = sums + load(row + i);
+    double total = double(sum(sums));
+    for (int i = whole; i < n_own_; ++i) total += double(row[i]);
+    return total;
+  }
+
+  const LossImage& image_;
+  int x0_, y0_, x1_, y1_;
+  int n_outer_, n_inner_, n_own_;  // floats of a row with two, one and no radius of halo on each side
+  int stride_;
+  float* memory_;
+  float *x_row_, *y_row_;
+  float* maps_;
+  RowRing<5> moments_;
+  RowRing<3> derivatives_;
+  float* d_color_;
+  float ssim_factor_, l1_factor_;
+  double l1_sum_ = 0.0, ssim_sum_ = 0.0;
+};
+
+}  // namespace
+
+LossValue loss(const Cpu& cpu, const float* color, const uint8_t* photo, int width, int height,
+               const LossSettings& settings, float* d_color) {
+  const LossImage image = {color, photo, width, height};
+  const int64_t columns = n_pieces_of(width, kBlockWidth), rows = n_pieces_of(height, kBlockHeight);
+  LossValue* sums = new LossValue[size_t(columns * rows)];
+  parallel_for(*cpu.pool, columns * rows, [&](int64_t block) {
+    const int x0 = int(block % columns) * kBlockWidth, y0 = int(block / columns) * kBlockHeight;
+    sums[block] = Block(image, x0, y0, settings.ssim_weight, d_color).run();
+  });
+  LossValue total = {0.0, 0.0};
+  for (int64_t block = 0; block < columns * rows; ++block) {
+    total.l1 += sums[block].l1;
+    total.ssim += sums[block].ssim;
+  }
+  delete[] sums;
+  const double n_values = double(width) * double(height) * kChannels;
+  return {total.l1 / n_values, total.ssim / n_values};
+}
+
+}  // namespace spaceport::SPACEPORT_ISA

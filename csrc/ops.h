@@ -1,0 +1,76 @@
+// The verbs. Each backend is a tag: Cpu here, Cuda{stream} where it is built.
+//
+// Buffers are the caller's and C-contiguous. What a verb writes, it writes wholly: nothing needs to be zeroed before.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "parallel.h"
+#include "types.h"
+
+namespace spaceport {
+
+enum class Simd { kPortable, kAvx2 };
+
+bool has_avx2();
+
+// The CPU backend: a pool of threads and an instruction set.
+struct Cpu {
+  std::shared_ptr<ThreadPool> pool;
+  Simd simd;
+};
+
+// Projects the visible Gaussians; returns their number M. `out` holds N rows (and N + 1 offsets).
+// A row is culled when it lies nearer than `near`, is fainter than the cut-off, touches no tile, has no direction
+// (quaternion near zero) or is not finite.
+int64_t project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected& out);
+
+// d_splats [M, 9]; writes every row of d_gaussians, zeros where nothing is visible.
+void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
+                 const float* d_splats, const Gaussians& d_gaussians);
+
+// Lists the instances of every tile from front to back; equal depths keep the order of their rows.
+void tile(const Cpu&, const Projected&, const Camera&, const Tiles& out);
+
+void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
+
+// `image` is what blend wrote. `records` [I, 9] is scratch; writes d_splats [M, 9].
+struct BlendGradient {
+  float* records;
+  float* d_splats;
+};
+void blend_vjp(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
+               const Image& d_image, const BlendGradient& out);
+
+// (1 - weight) * L1 + weight * (1 - SSIM) against an 8-bit photo, and its gradient by the colour.
+// SSIM as in Wang et al. (2004): 11x11 Gaussian window, sigma 1.5, zero padding, mean over pixels and channels.
+struct LossSettings {
+  float ssim_weight;
+};
+struct LossValue {
+  double l1, ssim;  // means over pixels and channels
+};
+LossValue loss(const Cpu&, const float* color, const uint8_t* photo, int width, int height, const LossSettings&,
+               float* d_color);
+
+// Adam (Kingma and Ba, 2015) over every row; learning rates per field.
+struct AdamSettings {
+  float means, log_scales, quaternions, opacities, sh_dc, sh_rest;  // learning rates
+  float beta1, beta2, epsilon;
+  int64_t step;  // 1 for the first
+};
+void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
+            const Gaussians& second_moment, const AdamSettings&);
+
+// Adds what one step saw of each Gaussian: the norm of its gradient by the mean in normalised device coordinates (that
+// of pixels times half the image), and one visit; the largest extent in pixels per image side is kept.
+struct DensityStatistics {
+  float* gradient_sums;  // [N]
+  float* n_visits;       // [N]
+  float* max_extents;    // [N], as a share of the longer side
+};
+void density(const Cpu&, const Projected&, const float* d_splats, const Camera&, const DensityStatistics&);
+
+}  // namespace spaceport

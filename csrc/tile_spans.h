@@ -1,0 +1,46 @@
+// Which tiles a splat touches: exactly those whose rectangle of pixel centres meets the ellipse alpha >= kAlphaCutoff.
+// Counting (project) and listing (tile) both walk these spans, so that they agree to the bit.
+#pragma once
+
+#include <cmath>
+
+#include "device.h"
+#include "types.h"
+
+namespace spaceport::SPACEPORT_ISA {
+
+// The ellipse is a dx^2 + 2 b dx dy + c dy^2 <= this; a little wide, so that rounding never loses a pixel.
+HOST_DEVICE float ellipse_level(float opacity) { return 2.0f * logf(opacity / kAlphaCutoff) + 1e-4f; }
+
+// First and last + 1 of the tiles (0 ... n_tiles) whose pixel centres reach into [low, high], in pixels.
+struct TileSpan {
+  int begin, end;
+};
+HOST_DEVICE TileSpan tile_span(float low, float high, int n_tiles) {
+  const float size = float(kTileSize), limit = float(n_tiles);
+  const float begin = ceilf((low + 0.5f) / size) - 1.0f;  // its last centre, size - 0.5, is not left of low
+  const float end = floorf((high - 0.5f) / size) + 1.0f;  // its first centre, 0.5, is not right of high
+  return {int(fminf(fmaxf(begin, 0.0f), limit)), int(fminf(fmaxf(end, 0.0f), limit))};
+}
+
+// Calls visit(row of tiles, span of columns) for every row that the splat touches.
+template <class Visit>
+HOST_DEVICE void for_each_tile_row(const Splat& s, int tiles_x, int tiles_y, Visit&& visit) {
+  const float half_width = sqrtf(ellipse_level(s.opacity) / s.a);  // of the chord through the centre
+  const float slant = -s.b / s.a;                                  // middle of the chord at dy is slant * dy
+  const float rightmost_dy = -s.b / s.c * s.extent_x;              // where the ellipse reaches furthest right
+  const TileSpan rows = tile_span(s.y - s.extent_y, s.y + s.extent_y, tiles_y);
+  for (int row = rows.begin; row < rows.end; ++row) {
+    const float top = fmaxf(float(row * kTileSize) + 0.5f - s.y, -s.extent_y);
+    const float bottom = fminf(float((row + 1) * kTileSize) - 0.5f - s.y, s.extent_y);
+    const float dy_right = fminf(fmaxf(rightmost_dy, top), bottom);
+    const float dy_left = fminf(fmaxf(-rightmost_dy, top), bottom);
+    const float up_right = dy_right / s.extent_y, up_left = dy_left / s.extent_y;
+    const float right = slant * dy_right + half_width * sqrtf(fmaxf(1.0f - up_right * up_right, 0.0f));
+    const float left = slant * dy_left - half_width * sqrtf(fmaxf(1.0f - up_left * up_left, 0.0f));
+    const TileSpan columns = tile_span(s.x + fmaxf(left, -s.extent_x), s.x + fminf(right, s.extent_x), tiles_x);
+    if (columns.begin < columns.end) visit(row, columns);
+  }
+}
+
+}  // namespace spaceport::SPACEPORT_ISA

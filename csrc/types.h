@@ -1,0 +1,85 @@
+// The nouns of the engine: plain structs of pointers and sizes. Python owns every buffer.
+// The same names, shapes and units as in spaceport_gs/types.py and spaceport_gs/gaussians.py.
+#pragma once
+
+#include <cstdint>
+
+namespace spaceport {
+
+// The only copy of the constants of the method.
+constexpr int kTileSize = 16;                         // pixels along each side of a tile
+constexpr float kAlphaCutoff = 1.0f / 255.0f;         // fainter contributions are skipped
+constexpr float kTransmittanceStop = 1e-4f;           // a pixel stops before it falls below this
+constexpr float kJacobianMargin = 0.3f;               // x/z in the Jacobian may leave the image by this times tan fov
+constexpr float kMinQuaternionNormSquared = 1e-8f;    // a shorter quaternion has no direction
+constexpr int kMaxShCoefficients = 16;                // degree 3
+constexpr int kSplatStride = 12;                      // floats of a row of Projected::splats
+constexpr int kSplatGradientStride = 9;               // of these, the first nine carry gradients
+
+struct Camera {
+  float cam_from_world[12];  // 3 rows of rotation | translation
+  float center[3];           // in the world
+  float fx, fy, cx, cy;      // pixels
+  int width, height;         // pixels; pixel (i, j) has its centre at (i + 0.5, j + 0.5)
+
+  int tiles_x() const { return (width + kTileSize - 1) / kTileSize; }
+  int tiles_y() const { return (height + kTileSize - 1) / kTileSize; }
+};
+
+struct RasterSettings {
+  int sh_degree;
+  float near;
+  float low_pass;  // px^2
+  float alpha_max;
+  float background[3];
+};
+
+// Raw parameters; a gradient and each of Adam's moments have the same type.
+struct Gaussians {
+  float* means;        // [N, 3]
+  float* log_scales;   // [N, 3]
+  float* quaternions;  // [N, 4] w, x, y, z, not normalised
+  float* opacities;    // [N] logit
+  float* sh;           // [N, K, 3]
+  int64_t n;
+  int n_coefficients;  // K = 1, 4, 9 or 16
+};
+
+// One row of Projected::splats. Conic (a, b, c): alpha = opacity * exp(-(a dx^2 + c dy^2) / 2 - b dx dy).
+struct Splat {
+  float x, y;            // pixels
+  float a, b, c;         // 1 / px^2
+  float opacity;
+  float red, green, blue;
+  float depth;           // z in the camera
+  float extent_x, extent_y;  // half sizes of the box outside which alpha < kAlphaCutoff
+};
+static_assert(sizeof(Splat) == kSplatStride * sizeof(float));
+
+// The visible Gaussians, in the order of their rows. Buffers hold N rows, of which the first n are used.
+struct Projected {
+  Splat* splats;                  // [M]
+  int32_t* gaussian_from_splat;   // [M], ascending
+  int64_t* instance_offsets;      // [M + 1], splat m owns the instances offsets[m] ... offsets[m + 1] - 1
+  int64_t n;                      // M
+};
+
+// An instance is one (splat, tile) pair; it is numbered in the order of emission: by splat, then by tile.
+struct Instance {
+  int32_t splat;
+  int32_t number;
+};
+
+struct Tiles {
+  int64_t* offsets;     // [n_tiles + 1]
+  Instance* instances;  // [I], tile by tile, each from front to back
+  int64_t n_instances;
+};
+
+// A rendered image, or the gradient of a loss by one.
+struct Image {
+  float* color;          // [H, W, 3], background blended in
+  float* transmittance;  // [H, W]
+};
+
+}  // namespace spaceport

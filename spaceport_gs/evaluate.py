@@ -1,0 +1,110 @@
+"""Image quality: PSNR and SSIM of renders against photos."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.scene import View
+from spaceport_gs.types import RasterSettings
+
+MAX_PSNR = 100.0  # dB; what identical images score, so that means and JSON stay finite
+SSIM_RADIUS = 5  # window of 11 x 11
+SSIM_SIGMA = 1.5
+SSIM_C1 = 0.01**2
+SSIM_C2 = 0.03**2
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one view is rendered."""
+
+    name: str
+    psnr: float
+    """dB."""
+    ssim: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of views, and their means; None where there are no views."""
+
+    psnr: float | None
+    ssim: float | None
+    views: tuple[Score, ...]
+
+
+def evaluate(
+    gaussians: Gaussians, views: Sequence[View], settings: RasterSettings | None = None
+) -> Evaluation:
+    """PSNR and SSIM of each view's render, rounded to 8 bits, against its photo; means over the views."""
+    from spaceport_gs.render import render_8bit
+
+    scores = []
+    for view in views:
+        render = render_8bit(gaussians, view.camera, settings)
+        scores.append(Score(view.name, psnr(render, view.photo), ssim(render, view.photo)))
+    return Evaluation(_mean([s.psnr for s in scores]), _mean([s.ssim for s in scores]), tuple(scores))
+
+
+def mean_psnr(
+    gaussians: Gaussians, views: Sequence[View], settings: RasterSettings | None = None
+) -> float | None:
+    """Mean PSNR of the views as in `evaluate`; None without views."""
+    from spaceport_gs.render import render_8bit
+
+    return _mean([psnr(render_8bit(gaussians, v.camera, settings), v.photo) for v in views])
+
+
+def psnr(image: np.ndarray, photo: np.ndarray) -> float:
+    """dB; two uint8 images of one shape. Identical images score 100."""
+    _check(image, photo)
+    difference = image.astype(np.int32) - photo
+    squared = int(np.sum(difference * difference, dtype=np.int64))
+    if squared == 0:
+        return MAX_PSNR
+    return min(10 * math.log10(255.0**2 * image.size / squared), MAX_PSNR)
+
+
+def ssim(image: np.ndarray, photo: np.ndarray) -> float:
+    """Structural similarity of two uint8 images [H, W, 3], mean over all pixels and channels.
+
+    Gaussian window 11 x 11, sigma 1.5, borders padded with zeros, as in the 3D Gaussian Splatting literature
+    (Wang et al. 2004).
+    """
+    _check(image, photo)
+    x, y = image / 255.0, photo / 255.0
+    mean_x, mean_y = _blur(x), _blur(y)
+    variance_x = _blur(x * x) - mean_x * mean_x
+    variance_y = _blur(y * y) - mean_y * mean_y
+    covariance = _blur(x * y) - mean_x * mean_y
+    similarity = ((2 * mean_x * mean_y + SSIM_C1) * (2 * covariance + SSIM_C2)) / (
+        (mean_x * mean_x + mean_y * mean_y + SSIM_C1) * (variance_x + variance_y + SSIM_C2)
+    )
+    return float(similarity.mean())
+
+
+def _blur(image: np.ndarray) -> np.ndarray:
+    from scipy.ndimage import correlate1d
+
+    taps = np.exp(-(np.arange(-SSIM_RADIUS, SSIM_RADIUS + 1) ** 2) / (2 * SSIM_SIGMA**2))
+    taps /= taps.sum()
+    for axis in (0, 1):
+        image = correlate1d(image, taps, axis=axis, mode="constant")
+    return image
+
+
+def _check(image: np.ndarray, photo: np.ndarray) -> None:
+    if image.shape != photo.shape or image.dtype != np.uint8 or photo.dtype != np.uint8:
+        raise ValueError(
+            f"image and photo must be uint8 of one shape, not {image.dtype}{list(image.shape)}"
+            f" and {photo.dtype}{list(photo.shape)}"
+        )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None

@@ -1,0 +1,264 @@
+"""The verbs for users: they check, allocate, and run the backend of their tensors' device.
+
+`project`, `tile`, `blend` and `loss` go forward, `loss` giving its gradient at once; `blend_vjp` and `project_vjp` go back;
+`update` is Adam. `rasterize` chains them for torch's autograd. Tensors are float32 and C-contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from spaceport_gs import _engine
+from spaceport_gs.errors import BackendError
+from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Tiles
+
+_cpu = _engine.Cpu()
+
+
+def use_cpu(n_threads: int = 0, simd: str = "auto") -> None:
+    """Sets how the CPU backend runs: threads (0: every core), and `auto`, `portable` or `avx2`. Results are the same
+    bytes with any number of threads."""
+    global _cpu
+    _cpu = _engine.Cpu(n_threads, simd)
+
+
+def _backend(tensor: torch.Tensor) -> Any:
+    """The backend of a tensor's device."""
+    if tensor.device.type == "cpu":
+        return _cpu
+    raise BackendError(
+        f"no {tensor.device.type} backend in this build: move the tensors to the CPU, or build with SPACEPORT_CUDA=ON"
+    )
+
+
+def _empty(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def empty_like(gaussians: Gaussians) -> Gaussians:
+    """Gaussians of the same sizes, with nothing in them yet."""
+    return Gaussians(*(torch.empty_like(array) for array in gaussians.arrays()))
+
+
+def zeros_like(gaussians: Gaussians) -> Gaussians:
+    """Gaussians of the same sizes, all zero: the moments before the first step."""
+    return Gaussians(*(torch.zeros_like(array) for array in gaussians.arrays()))
+
+
+def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Projected:
+    """The visible Gaussians as splats on the image plane (EWA splatting; see types.Projected)."""
+    like, n = gaussians.means, len(gaussians)
+    out = Projected(
+        splats=_empty(like, n, _engine.SPLAT_STRIDE),
+        gaussian_from_splat=_empty(like, n, dtype=torch.int32),
+        instance_offsets=_empty(like, n + 1, dtype=torch.int64),
+    )
+    n_splats = _engine.project(_backend(like), gaussians, camera, settings, out)
+    return Projected(
+        out.splats[:n_splats],
+        out.gaussian_from_splat[:n_splats],
+        out.instance_offsets[: n_splats + 1],
+    )
+
+
+def project_vjp(
+    gaussians: Gaussians,
+    camera: Camera,
+    settings: RasterSettings,
+    projected: Projected,
+    d_splats: torch.Tensor,  # [M, 9]
+) -> Gaussians:
+    """Gradient by the raw parameters; zero in the rows that are not visible."""
+    d_gaussians = empty_like(gaussians)
+    _engine.project_vjp(
+        _backend(d_splats), gaussians, camera, settings, projected, d_splats, d_gaussians
+    )
+    return d_gaussians
+
+
+def n_tiles(camera: Camera) -> int:
+    size = _engine.TILE_SIZE
+    return -(-camera.width // size) * -(-camera.height // size)
+
+
+def tile(projected: Projected, camera: Camera) -> Tiles:
+    """For every tile its instances, front to back."""
+    like = projected.splats
+    out = Tiles(
+        offsets=_empty(like, n_tiles(camera) + 1, dtype=torch.int64),
+        instances=_empty(like, int(projected.instance_offsets[-1]), 2, dtype=torch.int32),
+    )
+    _engine.tile(_backend(like), projected, camera, out)
+    return out
+
+
+def blend(projected: Projected, tiles: Tiles, camera: Camera, settings: RasterSettings) -> Image:
+    """Front-to-back blending of every tile's list."""
+    like = projected.splats
+    out = Image(
+        color=_empty(like, camera.height, camera.width, 3),
+        transmittance=_empty(like, camera.height, camera.width),
+    )
+    _engine.blend(_backend(like), projected, tiles, camera, settings, out)
+    return out
+
+
+def blend_vjp(
+    projected: Projected,
+    tiles: Tiles,
+    camera: Camera,
+    settings: RasterSettings,
+    image: Image,  # what blend returned
+    d_image: Image,
+) -> torch.Tensor:  # [M, 9]
+    """Gradient by the first nine columns of the splats."""
+    like = projected.splats
+    stride = _engine.SPLAT_GRADIENT_STRIDE
+    records = _empty(like, len(tiles.instances), stride)
+    d_splats = _empty(like, len(projected.splats), stride)
+    _engine.blend_vjp(
+        _backend(like), projected, tiles, camera, settings, image, d_image, records, d_splats
+    )
+    return d_splats
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """(1 - ssim_weight) · L1 + ssim_weight · (1 - SSIM)."""
+
+    ssim_weight: float = 0.2
+
+
+@dataclass(frozen=True)
+class Loss:
+    value: float
+    l1: float
+    ssim: float
+    d_color: torch.Tensor  # [H, W, 3]
+
+
+def loss(color: torch.Tensor, photo: torch.Tensor, settings: LossSettings) -> Loss:
+    """Loss of an image [H, W, 3] against an 8-bit photo [H, W, 3] (0 … 255 standing for 0 … 1), with its gradient.
+
+    SSIM: 11×11 Gaussian window of sigma 1.5, zero padding, mean over pixels and channels (Wang et al., 2004).
+    """
+    d_color = torch.empty_like(color)
+    l1, ssim = _engine.loss(_backend(color), color, photo, settings.ssim_weight, d_color)
+    value = (1 - settings.ssim_weight) * l1 + settings.ssim_weight * (1 - ssim)
+    return Loss(value, l1, ssim, d_color)
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """Learning rates of the fields, and Adam's constants (Kingma and Ba, 2015)."""
+
+    means: float
+    log_scales: float
+    quaternions: float
+    opacities: float
+    sh_dc: float
+    sh_rest: float
+    step: int
+    """1 for the first step."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-15
+
+
+def update(
+    values: Gaussians,
+    gradient: Gaussians,
+    first_moment: Gaussians,
+    second_moment: Gaussians,
+    settings: AdamSettings,
+) -> None:
+    """One step of Adam over every row, in place."""
+    _engine.update(
+        _backend(values.means), values, gradient, first_moment, second_moment, settings
+    )
+
+
+@dataclass
+class DensityStatistics:
+    """What steps saw of each Gaussian since the last densification."""
+
+    gradient_sums: torch.Tensor  # [N] norms of the gradient by the mean, in normalised device coordinates
+    n_visits: torch.Tensor  # [N] steps in which it was visible
+    max_extents: torch.Tensor  # [N] largest half extent, as a share of the image's longer side
+
+
+def density(
+    projected: Projected, d_splats: torch.Tensor, camera: Camera, statistics: DensityStatistics
+) -> None:
+    """Adds what one step saw, in place."""
+    _engine.density(_backend(d_splats), projected, d_splats, camera, statistics)
+
+
+def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:
+    """The image of a camera, without what a gradient needs."""
+    with torch.no_grad():
+        projected = project(gaussians, camera, settings)
+        return blend(projected, tile(projected, camera), camera, settings)
+
+
+def rasterize(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:
+    """As `render`, differentiable by torch in all five fields of the Gaussians."""
+    color, transmittance = _Rasterize.apply(camera, settings, *gaussians.arrays())
+    return Image(color, transmittance)
+
+
+class _Rasterize(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, camera: Camera, settings: RasterSettings, *arrays: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gaussians = Gaussians(*(array.detach().contiguous() for array in arrays))
+        projected = project(gaussians, camera, settings)
+        tiles = tile(projected, camera)
+        image = blend(projected, tiles, camera, settings)
+        ctx.camera, ctx.settings = camera, settings
+        ctx.save_for_backward(
+            *gaussians.arrays(),
+            projected.splats,
+            projected.gaussian_from_splat,
+            projected.instance_offsets,
+            tiles.offsets,
+            tiles.instances,
+            image.color,
+            image.transmittance,
+        )
+        return image.color, image.transmittance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *d_image: torch.Tensor) -> Any:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        gaussians, projected = Gaussians(*saved[:5]), Projected(*saved[5:8])
+        tiles, image = Tiles(*saved[8:10]), Image(*saved[10:])
+        d_splats = blend_vjp(
+            projected,
+            tiles,
+            ctx.camera,
+            ctx.settings,
+            image,
+            Image(*(d.contiguous() for d in d_image)),
+        )
+        d_gaussians = project_vjp(gaussians, ctx.camera, ctx.settings, projected, d_splats)
+        return None, None, *d_gaussians.arrays()
+
+
+def to_torch(gaussians: Gaussians, device: str | torch.device = "cpu") -> Gaussians:
+    """The same rows as float32 tensors on a device."""
+    return Gaussians(
+        *(
+            torch.as_tensor(np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a)
+            .to(device=device, dtype=torch.float32)
+            .contiguous()
+            for a in gaussians.arrays()
+        )
+    )

@@ -1,0 +1,86 @@
+"""The nouns of the engine, as in csrc/types.h. Arrays are NumPy or torch; nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+Array = Any
+"""A NumPy array or a torch tensor: C-contiguous, on the device of the verb that uses it."""
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole camera: x right, y down, z forward; pixel (i, j) has its centre at (i + 0.5, j + 0.5)."""
+
+    cam_from_world: np.ndarray
+    """[3, 4] float64, rotation | translation."""
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    width: int
+    height: int
+
+    @property
+    def center(self) -> np.ndarray:
+        """[3], the camera's position in the world."""
+        return -self.cam_from_world[:, :3].T @ self.cam_from_world[:, 3]
+
+    def resized(self, width: int, height: int) -> Camera:
+        """The same view on another grid; intrinsics follow the true ratio of the integer sizes."""
+        x_ratio, y_ratio = width / self.width, height / self.height
+        return replace(
+            self,
+            fx=self.fx * x_ratio,
+            fy=self.fy * y_ratio,
+            cx=self.cx * x_ratio,
+            cy=self.cy * y_ratio,
+            width=width,
+            height=height,
+        )
+
+
+@dataclass(frozen=True)
+class RasterSettings:
+    """Fixed properties of the rendering equation; the defaults are those of 3D Gaussian Splatting."""
+
+    sh_degree: int = 3
+    """Degree of the spherical harmonics that is evaluated, 0 … 3; the Gaussians may hold more."""
+    near: float = 0.2
+    """Gaussians whose centre lies nearer than this (world units along z) are culled."""
+    low_pass: float = 0.3
+    """Variance in px² that is added to every projected covariance."""
+    alpha_max: float = 0.99
+    background: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+@dataclass
+class Projected:
+    """The visible Gaussians of one camera, in the order of their rows.
+
+    `splats` [M, 12] float32: x, y | conic a, b, c | opacity | r, g, b | depth | half extents of the box where alpha >= 1/255.
+    A gradient of it has the same shape; only its first nine columns are used.
+    """
+
+    splats: Array  # [M, 12] float32
+    gaussian_from_splat: Array  # [M] int32
+    instance_offsets: Array  # [M + 1] int64: splat m owns the instances [m], [m] + 1, … [m + 1] - 1
+
+
+@dataclass
+class Tiles:
+    """For every 16×16 tile, row by row, its instances from front to back."""
+
+    offsets: Array  # [n_tiles + 1] int64
+    instances: Array  # [I, 2] int32: row of `splats`, number of the instance (its place in emission order)
+
+
+@dataclass
+class Image:
+    """A rendered image, or the gradient of a loss by one."""
+
+    color: Array  # [H, W, 3] float32, background blended in
+    transmittance: Array  # [H, W] float32, what is left of the light from behind
