@@ -79,8 +79,8 @@ struct TileSplat {
     c = -0.5f * kLog2E * s.c;
     log2_opacity = log2f(s.opacity);
     for (int v = 0; v < kVectorsPerRow; ++v) dx[v] = lane_centers + Float8(float(v * kLanes) - x);
-    row_begin = int(fmaxf(ceilf(y - s.extent_y), 0.0f));
-    row_end = int(fminf(floorf(y + s.extent_y), float(place.height - 1))) + 1;
+    row_begin = ceiling_of(larger(y - s.extent_y, 0.0f));
+    row_end = floor_of(larger(smaller(y + s.extent_y, float(place.height - 1)), -1.0f)) + 1;
     vector_begin = x - s.extent_x > float(kLanes) - 0.5f ? 1 : 0;
     vector_end = x + s.extent_x < float(kLanes) + 0.5f ? 1 : kVectorsPerRow;
   }

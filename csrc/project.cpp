@@ -37,6 +37,23 @@ struct Rows {
     store(lanes, value);
     for (int lane = 0; lane < n; ++lane) table[index[lane] * stride + column] = lanes[lane];
   }
+  // Columns [0, n_columns) at once; whole groups of eight are read as rows and transposed.
+  void gather_columns(const float* table, int64_t stride, int n_columns, Float8* columns) const {
+    int column = 0;
+    for (; column + kLanes <= n_columns; column += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) columns[column + lane] = load(table + index[lane] * stride + column);
+      transpose(columns + column);
+    }
+    for (; column < n_columns; ++column) columns[column] = gather(table, stride, column);
+  }
+  void scatter_columns(float* table, int64_t stride, int n_columns, Float8* columns) const {
+    int column = 0;
+    for (; column + kLanes <= n_columns; column += kLanes) {
+      transpose(columns + column);
+      for (int lane = 0; lane < n; ++lane) store(table + index[lane] * stride + column, columns[column + lane]);
+    }
+    for (; column < n_columns; ++column) scatter(table, stride, column, columns[column]);
+  }
   HOST_DEVICE void scatter3(float* table, int64_t stride, int64_t column, const Vec3<Float8>& value) const {
     scatter(table, stride, column, value.x);
     scatter(table, stride, column + 1, value.y);
@@ -97,17 +114,20 @@ HOST_DEVICE Shape shape_of(const Gaussians& g, const Rows& rows, const CameraLan
   return s;
 }
 
-HOST_DEVICE Vec3<Float8> color_before_clamp(const Gaussians& g, const Rows& rows, int degree,
-                                            const Float8 basis[kMaxShCoefficients]) {
-  const int64_t stride = int64_t(g.n_coefficients) * 3;
-  Vec3<Float8> color = {Float8(0.5f), Float8(0.5f), Float8(0.5f)};
-  for (int k = 0; k < n_coefficients_of(degree); ++k) {
-    color = color + basis[k] * rows.gather3(g.sh, stride, 3 * k);
+// The SH coefficients of eight Gaussians up to a degree, channels innermost.
+struct ShLanes {
+  Float8 columns[kMaxShCoefficients * 3];
+
+  HOST_DEVICE const Vec3<Float8> coefficient(int k) const {
+    return {columns[3 * k], columns[3 * k + 1], columns[3 * k + 2]};
   }
+};
+
+HOST_DEVICE Vec3<Float8> color_before_clamp(const ShLanes& sh, int degree, const Float8 basis[kMaxShCoefficients]) {
+  Vec3<Float8> color = {Float8(0.5f), Float8(0.5f), Float8(0.5f)};
+  for (int k = 0; k < n_coefficients_of(degree); ++k) color = color + basis[k] * sh.coefficient(k);
   return color;
 }
-
-HOST_DEVICE Float8 square(Float8 x) { return x * x; }
 
 // Zero where x is finite, else NaN.
 HOST_DEVICE Float8 poison(Float8 x) { return x * Float8(0.0f); }
@@ -144,7 +164,9 @@ void project_rows(const Gaussians& g, const Rows& rows, const CameraLanes& camer
   const Vec3<Float8> view = direction(mean - camera.center);
   Float8 basis[kMaxShCoefficients];
   sh_basis(settings.sh_degree, view, basis);
-  const Vec3<Float8> color = color_before_clamp(g, rows, settings.sh_degree, basis);
+  ShLanes sh;
+  rows.gather_columns(g.sh, int64_t(g.n_coefficients) * 3, 3 * n_coefficients_of(settings.sh_degree), sh.columns);
+  const Vec3<Float8> color = color_before_clamp(sh, settings.sh_degree, basis);
   const Float8 doubt = poison(x) + poison(y) + poison(s.conic.a) + poison(s.conic.b) + poison(s.conic.c) +
                        poison(s.covariance.xx) + poison(s.covariance.yy) + poison(color.x) + poison(color.y) +
                        poison(color.z) + poison(opacity) + poison(rows.gather(g.opacities, 1, 0));
@@ -243,15 +265,18 @@ HOST_DEVICE Vec3<Float8> color_vjp(const Gaussians& g, const Rows& rows, const C
   const Vec3<Float8> view = direction(offset);
   Float8 basis[kMaxShCoefficients], d_basis[kMaxShCoefficients];
   sh_basis(degree, view, basis);
-  const Vec3<Float8> color = color_before_clamp(g, rows, degree, basis);
+  ShLanes sh;
+  rows.gather_columns(g.sh, stride, 3 * n_coefficients_of(degree), sh.columns);
+  const Vec3<Float8> color = color_before_clamp(sh, degree, basis);
   d_color = {masked(color.x > zero, d_color.x), masked(color.y > zero, d_color.y), masked(color.z > zero, d_color.z)};
   for (int k = 0; k < n_coefficients_of(degree); ++k) {
-    d_basis[k] = dot(rows.gather3(g.sh, stride, 3 * k), d_color);
-    rows.scatter3(d_g.sh, stride, 3 * k, basis[k] * d_color);
+    d_basis[k] = dot(sh.coefficient(k), d_color);
+    sh.columns[3 * k] = basis[k] * d_color.x;
+    sh.columns[3 * k + 1] = basis[k] * d_color.y;
+    sh.columns[3 * k + 2] = basis[k] * d_color.z;
   }
-  for (int64_t column = 3 * n_coefficients_of(degree); column < stride; ++column) {
-    rows.scatter(d_g.sh, stride, column, zero);
-  }
+  for (int column = 3 * n_coefficients_of(degree); column < stride; ++column) sh.columns[column] = zero;
+  rows.scatter_columns(d_g.sh, stride, int(stride), sh.columns);
   return direction_vjp(offset, sh_basis_vjp(degree, view, d_basis));
 }
 

@@ -78,6 +78,24 @@ HOST_DEVICE float sum(Float8 a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+// rows[i] lane j becomes rows[j] lane i.
+HOST_DEVICE void transpose(Float8 rows[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(__m256(rows[i].v), __m256(rows[i + 1].v));
+    a[i + 1] = _mm256_unpackhi_ps(__m256(rows[i].v), __m256(rows[i + 1].v));
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xEE);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = Float8::Vector(_mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+    rows[i + 4] = Float8::Vector(_mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+  }
+}
 #else
 HOST_DEVICE Float8 select(Mask8 mask, Float8 a, Float8 b) {
   return float_of({(mask.v & bits_of(a).v) | (~mask.v & bits_of(b).v)});
@@ -96,6 +114,16 @@ HOST_DEVICE Float8 square_root(Float8 a) {
 HOST_DEVICE Float8 minimum(Float8 a, Float8 b) { return select(a < b, a, b); }
 HOST_DEVICE float sum(Float8 a) {
   return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
+}
+// rows[i] lane j becomes rows[j] lane i.
+HOST_DEVICE void transpose(Float8 rows[8]) {
+  for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float lower = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = lower;
+    }
+  }
 }
 #endif
 

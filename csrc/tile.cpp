@@ -28,6 +28,11 @@ struct KeyedSplat {
   int32_t splat;
 };
 
+struct PlacedInstance {
+  int32_t tile;
+  Instance instance;
+};
+
 // Splats from near to far; equal depths keep their order.
 std::vector<KeyedSplat> sorted_by_depth(const Projected& projected) {
   std::vector<KeyedSplat> items(projected.n), other(projected.n);
@@ -63,22 +68,23 @@ void tile(const Cpu& cpu, const Projected& projected, const Camera& camera, cons
 
   // places[piece][tile]: first the number of instances, then where the piece's next one goes.
   std::vector<int64_t> places(size_t(n_pieces) * n_tiles);
-  const auto for_each_instance = [&](int64_t piece, auto&& visit) {
+  std::vector<std::vector<PlacedInstance>> listed(static_cast<size_t>(n_pieces));
+  parallel_for(*cpu.pool, n_pieces, [&](int64_t piece) {
     const Range range = range_of(piece, projected.n, kSplatsPerPiece);
-    int64_t* place = places.data() + piece * n_tiles;
+    int64_t* count = places.data() + piece * n_tiles;
+    std::vector<PlacedInstance>& list = listed[size_t(piece)];
+    list.reserve(size_t(4 * (range.end - range.begin)));
     for (int64_t i = range.begin; i < range.end; ++i) {
-      const int32_t splat = order[i].splat;
+      const int32_t splat = order[size_t(i)].splat;
       int64_t number = projected.instance_offsets[splat];
       portable::for_each_tile_row(projected.splats[splat], tiles_x, tiles_y, [&](int row, portable::TileSpan columns) {
         for (int column = columns.begin; column < columns.end; ++column) {
-          visit(place[int64_t(row) * tiles_x + column], Instance{splat, int32_t(number++)});
+          const int tile = row * tiles_x + column;
+          ++count[tile];
+          list.push_back({tile, {splat, int32_t(number++)}});
         }
       });
     }
-  };
-
-  parallel_for(*cpu.pool, n_pieces, [&](int64_t piece) {
-    for_each_instance(piece, [](int64_t& count, Instance) { ++count; });
   });
   int64_t sum = 0;
   for (int64_t t = 0; t < n_tiles; ++t) {
@@ -91,7 +97,8 @@ void tile(const Cpu& cpu, const Projected& projected, const Camera& camera, cons
   }
   out.offsets[n_tiles] = sum;
   parallel_for(*cpu.pool, n_pieces, [&](int64_t piece) {
-    for_each_instance(piece, [&](int64_t& place, Instance instance) { out.instances[place++] = instance; });
+    int64_t* place = places.data() + piece * n_tiles;
+    for (const PlacedInstance& item : listed[size_t(piece)]) out.instances[place[item.tile]++] = item.instance;
   });
 }
 

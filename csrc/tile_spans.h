@@ -18,9 +18,11 @@ struct TileSpan {
 };
 HOST_DEVICE TileSpan tile_span(float low, float high, int n_tiles) {
   const float size = float(kTileSize), limit = float(n_tiles);
-  const float begin = ceilf((low + 0.5f) / size) - 1.0f;  // its last centre, size - 0.5, is not left of low
-  const float end = floorf((high - 0.5f) / size) + 1.0f;  // its first centre, 0.5, is not right of high
-  return {int(fminf(fmaxf(begin, 0.0f), limit)), int(fminf(fmaxf(end, 0.0f), limit))};
+  const float first = smaller(larger((low + 0.5f) / size, 0.0f), limit + 1.0f);
+  const float last = smaller(larger((high - 0.5f) / size, -1.0f), limit);
+  const int begin = ceiling_of(first) - 1;  // the last centre of `begin`, at size - 0.5, is not left of low
+  const int end = floor_of(last) + 1;       // the first centre of `end` - 1, at 0.5, is not right of high
+  return {begin < 0 ? 0 : begin, end > n_tiles ? n_tiles : end};
 }
 
 // Calls visit(row of tiles, span of columns) for every row that the splat touches.
@@ -31,14 +33,14 @@ HOST_DEVICE void for_each_tile_row(const Splat& s, int tiles_x, int tiles_y, Vis
   const float rightmost_dy = -s.b / s.c * s.extent_x;              // where the ellipse reaches furthest right
   const TileSpan rows = tile_span(s.y - s.extent_y, s.y + s.extent_y, tiles_y);
   for (int row = rows.begin; row < rows.end; ++row) {
-    const float top = fmaxf(float(row * kTileSize) + 0.5f - s.y, -s.extent_y);
-    const float bottom = fminf(float((row + 1) * kTileSize) - 0.5f - s.y, s.extent_y);
-    const float dy_right = fminf(fmaxf(rightmost_dy, top), bottom);
-    const float dy_left = fminf(fmaxf(-rightmost_dy, top), bottom);
+    const float top = larger(float(row * kTileSize) + 0.5f - s.y, -s.extent_y);
+    const float bottom = smaller(float((row + 1) * kTileSize) - 0.5f - s.y, s.extent_y);
+    const float dy_right = smaller(larger(rightmost_dy, top), bottom);
+    const float dy_left = smaller(larger(-rightmost_dy, top), bottom);
     const float up_right = dy_right / s.extent_y, up_left = dy_left / s.extent_y;
-    const float right = slant * dy_right + half_width * sqrtf(fmaxf(1.0f - up_right * up_right, 0.0f));
-    const float left = slant * dy_left - half_width * sqrtf(fmaxf(1.0f - up_left * up_left, 0.0f));
-    const TileSpan columns = tile_span(s.x + fmaxf(left, -s.extent_x), s.x + fminf(right, s.extent_x), tiles_x);
+    const float right = slant * dy_right + half_width * sqrtf(larger(1.0f - up_right * up_right, 0.0f));
+    const float left = slant * dy_left - half_width * sqrtf(larger(1.0f - up_left * up_left, 0.0f));
+    const TileSpan columns = tile_span(s.x + larger(left, -s.extent_x), s.x + smaller(right, s.extent_x), tiles_x);
     if (columns.begin < columns.end) visit(row, columns);
   }
 }

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Tiles
 
 _cpu = _engine.Cpu()
+_kept = threading.local()
 
 
 def use_cpu(n_threads: int = 0, simd: str = "auto") -> None:
@@ -38,6 +40,15 @@ def _backend(tensor: torch.Tensor) -> Any:
 
 def _empty(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _scratch(like: torch.Tensor, n: int) -> torch.Tensor:
+    """[n] float32 that one verb uses and nobody keeps: one buffer per thread, because fresh pages cost more than the
+    work on them."""
+    buffer = getattr(_kept, "buffer", None)
+    if buffer is None or len(buffer) < n or buffer.device != like.device:
+        buffer = _kept.buffer = _empty(like, n + n // 4)
+    return buffer[:n]
 
 
 def empty_like(gaussians: Gaussians) -> Gaussians:
@@ -72,9 +83,10 @@ def project_vjp(
     settings: RasterSettings,
     projected: Projected,
     d_splats: torch.Tensor,  # [M, 9]
+    out: Gaussians | None = None,
 ) -> Gaussians:
-    """Gradient by the raw parameters; zero in the rows that are not visible."""
-    d_gaussians = empty_like(gaussians)
+    """Gradient by the raw parameters; zero in the rows that are not visible. `out`: buffers to write it to."""
+    d_gaussians = empty_like(gaussians) if out is None else out
     _engine.project_vjp(
         _backend(d_splats), gaussians, camera, settings, projected, d_splats, d_gaussians
     )
@@ -119,7 +131,7 @@ def blend_vjp(
     """Gradient by the first nine columns of the splats."""
     like = projected.splats
     stride = _engine.SPLAT_GRADIENT_STRIDE
-    records = _empty(like, len(tiles.instances), stride)
+    records = _scratch(like, len(tiles.instances) * stride).view(-1, stride)
     d_splats = _empty(like, len(projected.splats), stride)
     _engine.blend_vjp(
         _backend(like), projected, tiles, camera, settings, image, d_image, records, d_splats
