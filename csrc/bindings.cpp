@@ -58,7 +58,8 @@ Array<T> array_of(py::handle object, const char* name, const std::vector<int64_t
   bool contiguous = true;
   py::buffer_info info;
   if (py::hasattr(object, "data_ptr")) {
-    if (object.attr("device").attr("type").cast<std::string>() != "cpu") refuse(name, "a CPU tensor", py::str(object.attr("device")));
+    if (object.attr("device").attr("type").cast<std::string>() != "cpu")
+      refuse(name, "a CPU tensor", py::str(object.attr("device")));
     format = py::str(object.attr("dtype")).cast<std::string>().substr(6);  // behind "torch."
     contiguous = object.attr("is_contiguous")().cast<bool>();
     for (py::handle size : object.attr("shape")) array.shape.push_back(size.cast<int64_t>());
@@ -124,7 +125,8 @@ Camera camera_of(py::handle object) {
   for (int i = 0; i < 3; ++i) {
     double row[4];
     for (int j = 0; j < 4; ++j) {
-      row[j] = *reinterpret_cast<const double*>(static_cast<const char*>(info.ptr) + i * info.strides[0] + j * info.strides[1]);
+      row[j] = *reinterpret_cast<const double*>(static_cast<const char*>(info.ptr) + i * info.strides[0] +
+                                                j * info.strides[1]);
       camera.cam_from_world[4 * i + j] = float(row[j]);
     }
     for (int j = 0; j < 3; ++j) center[j] -= row[j] * row[3];
@@ -136,8 +138,10 @@ Camera camera_of(py::handle object) {
   camera.cy = object.attr("cy").cast<float>();
   camera.width = object.attr("width").cast<int>();
   camera.height = object.attr("height").cast<int>();
-  if (!(camera.width > 0 && camera.height > 0)) refuse("camera", "a positive size", shape_text({camera.width, camera.height}));
-  if (!(camera.fx > 0.0f && camera.fy > 0.0f)) refuse("camera", "positive focal lengths", std::to_string(camera.fx) + ", " + std::to_string(camera.fy));
+  if (!(camera.width > 0 && camera.height > 0))
+    refuse("camera", "a positive size", shape_text({camera.width, camera.height}));
+  if (!(camera.fx > 0.0f && camera.fy > 0.0f))
+    refuse("camera", "positive focal lengths", std::to_string(camera.fx) + ", " + std::to_string(camera.fy));
   return camera;
 }
 
@@ -155,7 +159,8 @@ RasterSettings raster_settings_of(py::handle object, int n_coefficients) {
   while ((s.sh_degree + 1) * (s.sh_degree + 1) > n_coefficients) --s.sh_degree;
   if (!(s.near > 0.0f)) refuse("near", "a positive depth", std::to_string(s.near));
   if (!(s.low_pass >= 0.0f)) refuse("low_pass", "a variance in px^2", std::to_string(s.low_pass));
-  if (!(s.alpha_max > 0.0f && s.alpha_max < 1.0f)) refuse("alpha_max", "a number between 0 and 1", std::to_string(s.alpha_max));
+  if (!(s.alpha_max > 0.0f && s.alpha_max < 1.0f))
+    refuse("alpha_max", "a number between 0 and 1", std::to_string(s.alpha_max));
   return s;
 }
 
@@ -205,36 +210,42 @@ PYBIND11_MODULE(_engine, m) {
   m.attr("SPLAT_GRADIENT_STRIDE") = kSplatGradientStride;
   m.attr("VERSION") = SPACEPORT_VERSION;
 
-  m.def("build_info", [] {
-    py::dict info;
-    info["version"] = SPACEPORT_VERSION;
-    info["compiler"] = SPACEPORT_COMPILER;
-    info["backends"] = std::vector<std::string>{"cpu"};
-    info["cuda_architectures"] = std::vector<std::string>{};
-    std::vector<std::string> simd = {"portable"};
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["version"] = SPACEPORT_VERSION;
+        info["compiler"] = SPACEPORT_COMPILER;
+        info["backends"] = std::vector<std::string>{"cpu"};
+        info["cuda_architectures"] = std::vector<std::string>{};
+        std::vector<std::string> simd = {"portable"};
 #ifdef SPACEPORT_BUILD_AVX2
-    simd.push_back("avx2");
+        simd.push_back("avx2");
 #endif
-    info["simd"] = simd;
-    info["simd_in_use"] = has_avx2() ? "avx2" : "portable";
-    return info;
-  }, "What was built: version, compiler, backends, CUDA architectures, SIMD paths and the one this machine takes.");
+        info["simd"] = simd;
+        info["simd_in_use"] = has_avx2() ? "avx2" : "portable";
+        return info;
+      },
+      "What was built: version, compiler, backends, CUDA architectures, SIMD paths and the one this machine takes.");
 
   py::class_<Cpu>(m, "Cpu", "The CPU backend: a pool of threads and an instruction set.")
       .def(py::init(&make_cpu), py::arg("n_threads") = 0, py::arg("simd") = "auto")
       .def_property_readonly("n_threads", [](const Cpu& cpu) { return cpu.pool->n_threads(); })
       .def_property_readonly("simd", [](const Cpu& cpu) { return cpu.simd == Simd::kAvx2 ? "avx2" : "portable"; });
 
-  m.def("project", [](const Cpu& cpu, py::object gaussians, py::object camera, py::object settings, py::object out) {
-    const Gaussians g = gaussians_of(gaussians);
-    const Projected projected = {reinterpret_cast<Splat*>(field_of<float>(out, "splats", {g.n, kSplatStride}).data),
-                                 field_of<int32_t>(out, "gaussian_from_splat", {g.n}).data,
-                                 field_of<int64_t>(out, "instance_offsets", {g.n + 1}).data, g.n};
-    const Camera c = camera_of(camera);
-    const RasterSettings s = raster_settings_of(settings, g.n_coefficients);
-    Unlocked unlocked;
-    return project(cpu, g, c, s, projected);
-  }, "Fills `out` (N rows) with the visible Gaussians; returns how many.");
+  m.def(
+      "project",
+      [](const Cpu& cpu, py::object gaussians, py::object camera, py::object settings, py::object out) {
+        const Gaussians g = gaussians_of(gaussians);
+        const Projected projected = {reinterpret_cast<Splat*>(field_of<float>(out, "splats", {g.n, kSplatStride}).data),
+                                     field_of<int32_t>(out, "gaussian_from_splat", {g.n}).data,
+                                     field_of<int64_t>(out, "instance_offsets", {g.n + 1}).data, g.n};
+        const Camera c = camera_of(camera);
+        const RasterSettings s = raster_settings_of(settings, g.n_coefficients);
+        Unlocked unlocked;
+        return project(cpu, g, c, s, projected);
+      },
+      "Fills `out` (N rows) with the visible Gaussians; returns how many.");
 
   m.def("project_vjp", [](const Cpu& cpu, py::object gaussians, py::object camera, py::object settings,
                           py::object projected, py::object d_splats, py::object d_gaussians) {
@@ -248,12 +259,15 @@ PYBIND11_MODULE(_engine, m) {
     project_vjp(cpu, g, c, s, p, d, d_g);
   });
 
-  m.def("tile", [](const Cpu& cpu, py::object projected, py::object camera, py::object out) {
+  m.def("tile", [](const Cpu& cpu, py::object projected, py::object camera, py::object scratch, py::object out) {
     const Projected p = projected_of(projected);
     const Camera c = camera_of(camera);
     const Tiles t = tiles_of(out, p, c);
+    int32_t* words = array_of<int32_t>(scratch, "scratch", {4 * p.n + 3 * t.n_instances}).data;
+    const TileScratch s = {reinterpret_cast<SplatDepth*>(words), reinterpret_cast<SplatDepth*>(words + 2 * p.n),
+                           reinterpret_cast<PlacedInstance*>(words + 4 * p.n)};
     Unlocked unlocked;
-    tile(cpu, p, c, t);
+    tile(cpu, p, c, s, t);
   });
 
   m.def("blend", [](const Cpu& cpu, py::object projected, py::object tiles, py::object camera, py::object settings,
@@ -280,27 +294,32 @@ PYBIND11_MODULE(_engine, m) {
     blend_vjp(cpu, p, t, c, s, i, d, out);
   });
 
-  m.def("loss", [](const Cpu& cpu, py::object color, py::object photo, float ssim_weight, py::object d_color) {
-    const Array<float> x = array_of<float>(color, "color", {-1, -1, 3});
-    const uint8_t* y = array_of<uint8_t>(photo, "photo", x.shape).data;
-    float* d = array_of<float>(d_color, "d_color", x.shape).data;
-    const int width = int(x.shape[1]), height = int(x.shape[0]);
-    LossValue value;
-    {
-      Unlocked unlocked;
-      value = loss(cpu, x.data, y, width, height, {ssim_weight}, d);
-    }
-    return py::make_tuple(value.l1, value.ssim);
-  }, "Mean L1 and mean SSIM; d_color becomes the gradient of (1 - w) L1 + w (1 - SSIM).");
+  m.def(
+      "loss",
+      [](const Cpu& cpu, py::object color, py::object photo, float ssim_weight, py::object d_color) {
+        const Array<float> x = array_of<float>(color, "color", {-1, -1, 3});
+        const uint8_t* y = array_of<uint8_t>(photo, "photo", x.shape).data;
+        float* d = array_of<float>(d_color, "d_color", x.shape).data;
+        const int width = int(x.shape[1]), height = int(x.shape[0]);
+        LossValue value;
+        {
+          Unlocked unlocked;
+          value = loss(cpu, x.data, y, width, height, {ssim_weight}, d);
+        }
+        return py::make_tuple(value.l1, value.ssim);
+      },
+      "Mean L1 and mean SSIM; d_color becomes the gradient of (1 - w) L1 + w (1 - SSIM).");
 
   m.def("update", [](const Cpu& cpu, py::object values, py::object gradient, py::object first, py::object second,
                      py::object settings) {
     const Gaussians v = gaussians_of(values);
     const Gaussians g = gaussians_like(gradient, v), m1 = gaussians_like(first, v), m2 = gaussians_like(second, v);
     const auto number = [&](const char* name) { return settings.attr(name).cast<float>(); };
-    const AdamSettings a = {number("means"), number("log_scales"), number("quaternions"), number("opacities"),
-                            number("sh_dc"), number("sh_rest"),    number("beta1"),       number("beta2"),
-                            number("epsilon"), settings.attr("step").cast<int64_t>()};
+    const AdamSettings a = {number("means"),       number("log_scales"),
+                            number("quaternions"), number("opacities"),
+                            number("sh_dc"),       number("sh_rest"),
+                            number("beta1"),       number("beta2"),
+                            number("epsilon"),     settings.attr("step").cast<int64_t>()};
     if (a.step < 1) refuse("step", "1 or more", std::to_string(a.step));
     Unlocked unlocked;
     update(cpu, v, g, m1, m2, a);
@@ -311,7 +330,8 @@ PYBIND11_MODULE(_engine, m) {
     const float* d = array_of<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
     const Camera c = camera_of(camera);
     const Array<float> sums = field_of<float>(out, "gradient_sums", {-1});
-    if (p.n > 0 && p.gaussian_from_splat[p.n - 1] >= sums.shape[0]) refuse("gradient_sums", "a row per Gaussian", shape_text(sums.shape));
+    if (p.n > 0 && p.gaussian_from_splat[p.n - 1] >= sums.shape[0])
+      refuse("gradient_sums", "a row per Gaussian", shape_text(sums.shape));
     const DensityStatistics statistics = {sums.data, field_of<float>(out, "n_visits", {sums.shape[0]}).data,
                                           field_of<float>(out, "max_extents", {sums.shape[0]}).data};
     Unlocked unlocked;

@@ -1,7 +1,7 @@
 // blend: every tile walks its list front to back, sixteen pixels (two Float8) a row.
 //
-// Forward and backward share `visit_pixels`, so that the backward replays exactly what the forward did. The colour behind
-// a splat is the final colour less the prefix up to it; hence no per-pixel lists and no division to recover T.
+// Forward and backward share `visit_pixels`, so that the backward replays exactly what the forward did. The colour
+// behind a splat is the final colour less the prefix up to it; hence no per-pixel lists and no division to recover T.
 #include "kernels.h"
 #include "simd.h"
 
@@ -63,7 +63,7 @@ struct Transmittance {
 
 // A splat as one tile sees it: the exponent of alpha in base 2 is (a dx + b dy) dx + c dy^2 + log2(opacity).
 struct TileSplat {
-  float y;                   // centre, relative to the first row's pixel centres
+  float y;  // centre, relative to the first row's pixel centres
   Float8 a, b_factor;
   float c, log2_opacity;
   Float8 dx[kVectorsPerRow];
@@ -89,8 +89,8 @@ struct TileSplat {
 // What blending one splat into eight pixels does to them.
 struct Contribution {
   Float8 alpha;
-  Float8 weight;     // alpha * T, zero where the pixel does not take part
-  Float8 t_before;   // T in front of the splat
+  Float8 weight;    // alpha * T, zero where the pixel does not take part
+  Float8 t_before;  // T in front of the splat
   Mask8 takes_part;
 };
 
@@ -190,8 +190,8 @@ struct TileGradient {
       green.values[pixel] = d[1];
       blue.values[pixel] = d[2];
       // `color` holds the background already, and what is behind it scales with T as the background does.
-      total.values[pixel] = d[0] * color[0] + d[1] * color[1] + d[2] * color[2] +
-                            d_image.transmittance[at] * image.transmittance[at];
+      total.values[pixel] =
+          d[0] * color[0] + d[1] * color[1] + d[2] * color[2] + d_image.transmittance[at] * image.transmittance[at];
     });
   }
 };
@@ -211,8 +211,7 @@ void blend_tile_vjp(const Splat* splats, const Instance* instances, int64_t n, c
     Moments sum = {zero, zero, zero, zero, zero, zero, zero, zero, zero};
     Float8 row_d, row_dx, row_dxdx;
     visit_pixels(
-        tile_splat, alpha_max, transmittance,
-        [&] { row_d = row_dx = row_dxdx = zero; },
+        tile_splat, alpha_max, transmittance, [&] { row_d = row_dx = row_dxdx = zero; },
         [&](int vector, int v, const Contribution& c) {
           const Float8 d_red = gradient.red.get(vector), d_green = gradient.green.get(vector),
                        d_blue = gradient.blue.get(vector);

@@ -10,8 +10,12 @@
 namespace spaceport {
 
 // As the instructions do it: the second argument where one is NaN.
-HOST_DEVICE float smaller(float a, float b) { return a < b ? a : b; }
-HOST_DEVICE float larger(float a, float b) { return a > b ? a : b; }
+HOST_DEVICE float smaller(float a, float b) {
+  return a < b ? a : b;
+}
+HOST_DEVICE float larger(float a, float b) {
+  return a > b ? a : b;
+}
 
 // For |x| < 2^31.
 HOST_DEVICE int floor_of(float x) {

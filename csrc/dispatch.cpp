@@ -15,10 +15,14 @@ namespace spaceport {
 #ifdef SPACEPORT_BUILD_AVX2
 #define SPACEPORT_DISPATCH(verb, ...) \
   return cpu.simd == Simd::kAvx2 ? avx2::verb(cpu, __VA_ARGS__) : portable::verb(cpu, __VA_ARGS__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 #else
 #define SPACEPORT_DISPATCH(verb, ...) return portable::verb(cpu, __VA_ARGS__)
-bool has_avx2() { return false; }
+bool has_avx2() {
+  return false;
+}
 #endif
 
 int64_t project(const Cpu& cpu, const Gaussians& gaussians, const Camera& camera, const RasterSettings& settings,

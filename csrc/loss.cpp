@@ -1,8 +1,8 @@
 // loss: L1 + D-SSIM and its gradient in one pass over blocks of the image.
 //
-// Colours stay interleaved: a horizontal tap is a load three floats further on. Each block streams down its rows. A row of
-// both images is filtered across and kept for eleven rows; from these come the local moments of a row, its SSIM and the
-// three derivatives that the gradient needs; those are filtered in the same two steps back onto the pixels.
+// Colours stay interleaved: a horizontal tap is a load three floats further on. Each block streams down its rows. A row
+// of both images is filtered across and kept for eleven rows; from these come the local moments of a row, its SSIM and
+// the three derivatives that the gradient needs; those are filtered in the same two steps back onto the pixels.
 #include "kernels.h"
 #include "simd.h"
 
@@ -20,7 +20,9 @@ constexpr float kWindow[kTaps] = {0.00102838f, 0.00759876f, 0.03600077f, 0.10936
                                   0.21300554f, 0.10936069f, 0.03600077f, 0.00759876f, 0.00102838f};
 constexpr float kC1 = 0.01f * 0.01f, kC2 = 0.03f * 0.03f;
 
-constexpr int padded(int n_floats) { return (n_floats + 2 * kLanes - 1) / kLanes * kLanes; }
+constexpr int padded(int n_floats) {
+  return (n_floats + 2 * kLanes - 1) / kLanes * kLanes;
+}
 
 // The last eleven rows of `kPlanes` filtered quantities.
 template <int kPlanes>
@@ -76,15 +78,22 @@ HOST_DEVICE Derivatives ssim_of(const Float8 moments[5]) {
 class Block {
  public:
   Block(const LossImage& image, int x0, int y0, float ssim_weight, float* d_color)
-      : image_(image), x0_(x0), y0_(y0),
+      : image_(image),
+        x0_(x0),
+        y0_(y0),
         x1_(x0 + kBlockWidth < image.width ? x0 + kBlockWidth : image.width),
         y1_(y0 + kBlockHeight < image.height ? y0 + kBlockHeight : image.height),
-        n_outer_(kChannels * (x1_ - x0_ + 4 * kRadius)), n_inner_(kChannels * (x1_ - x0_ + 2 * kRadius)),
-        n_own_(kChannels * (x1_ - x0_)), stride_(padded(n_outer_) + kChannels * kTaps),
+        n_outer_(kChannels * (x1_ - x0_ + 4 * kRadius)),
+        n_inner_(kChannels * (x1_ - x0_ + 2 * kRadius)),
+        n_own_(kChannels * (x1_ - x0_)),
+        stride_(padded(n_outer_) + kChannels * kTaps),
         memory_(new float[size_t(stride_) * 5 + RowRing<5>::n_floats(stride_) + RowRing<3>::n_floats(stride_)]()),
-        x_row_(memory_), y_row_(memory_ + stride_), maps_(memory_ + 2 * stride_),
+        x_row_(memory_),
+        y_row_(memory_ + stride_),
+        maps_(memory_ + 2 * stride_),
         moments_(memory_ + 5 * stride_, stride_),
-        derivatives_(memory_ + 5 * stride_ + RowRing<5>::n_floats(stride_), stride_), d_color_(d_color) {
+        derivatives_(memory_ + 5 * stride_ + RowRing<5>::n_floats(stride_), stride_),
+        d_color_(d_color) {
     const float per_value = 1.0f / (float(image.width) * float(image.height) * kChannels);
     ssim_factor_ = -ssim_weight * per_value;
     l1_factor_ = (1.0f - ssim_weight) * per_value;

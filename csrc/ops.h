@@ -32,7 +32,19 @@ void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettin
                  const float* d_splats, const Gaussians& d_gaussians);
 
 // Lists the instances of every tile from front to back; equal depths keep the order of their rows.
-void tile(const Cpu&, const Projected&, const Camera&, const Tiles& out);
+struct SplatDepth {
+  int32_t splat;
+  uint32_t depth_bits;
+};
+struct PlacedInstance {
+  int32_t tile;
+  Instance instance;
+};
+struct TileScratch {
+  SplatDepth *order, *reordered;  // [M] each
+  PlacedInstance* listed;         // [I]
+};
+void tile(const Cpu&, const Projected&, const Camera&, TileScratch, const Tiles& out);
 
 void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 

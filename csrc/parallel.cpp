@@ -73,7 +73,9 @@ ThreadPool::~ThreadPool() {
   delete state_;
 }
 
-int ThreadPool::n_threads() const { return int(state_->threads.size()) + 1; }
+int ThreadPool::n_threads() const {
+  return int(state_->threads.size()) + 1;
+}
 
 void ThreadPool::run(int64_t n_pieces, void (*function)(void*, int64_t), void* context) {
   State& s = *state_;

@@ -1,5 +1,5 @@
-// A small pool of threads. Work is cut into pieces that do not depend on the number of threads, and no piece shares sums
-// with another: so results are the same bytes on any machine that runs the same instruction set.
+// A small pool of threads. Work is cut into pieces that do not depend on the number of threads, and no piece shares
+// sums with another: so results are the same bytes on any machine that runs the same instruction set.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,9 @@ void parallel_for(ThreadPool& pool, int64_t n_pieces, Function&& function) {
 struct Range {
   int64_t begin, end;
 };
-inline int64_t n_pieces_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+inline int64_t n_pieces_of(int64_t n, int64_t size) {
+  return (n + size - 1) / size;
+}
 inline Range range_of(int64_t piece, int64_t n, int64_t size) {
   const int64_t begin = piece * size;
   return {begin, begin + size < n ? begin + size : n};

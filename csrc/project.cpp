@@ -84,7 +84,7 @@ struct Shape {
   Quaternion<Float8> quaternion, unit;
   Mat3<Float8> rotation;
   Vec3<Float8> scale;
-  Vec3<Float8> point;         // the mean in the camera
+  Vec3<Float8> point;  // the mean in the camera
   Mat3<Float8> axes_in_cam;
   ProjectedAxes<Float8> axes;
   Float8 determinant;
@@ -130,7 +130,9 @@ HOST_DEVICE Vec3<Float8> color_before_clamp(const ShLanes& sh, int degree, const
 }
 
 // Zero where x is finite, else NaN.
-HOST_DEVICE Float8 poison(Float8 x) { return x * Float8(0.0f); }
+HOST_DEVICE Float8 poison(Float8 x) {
+  return x * Float8(0.0f);
+}
 
 // The splats of one piece, written from its first row on.
 class PieceWriter {
@@ -230,7 +232,8 @@ int64_t project(const Cpu& cpu, const Gaussians& g, const Camera& camera, const 
   for (int64_t piece = 0; piece < n_pieces; ++piece) {
     const int64_t from = range_of(piece, g.n, kRowsPerPiece).begin;
     std::memmove(out.splats + n, out.splats + from, size_t(n_visible[piece]) * sizeof(Splat));
-    std::memmove(out.gaussian_from_splat + n, out.gaussian_from_splat + from, size_t(n_visible[piece]) * sizeof(int32_t));
+    std::memmove(out.gaussian_from_splat + n, out.gaussian_from_splat + from,
+                 size_t(n_visible[piece]) * sizeof(int32_t));
     std::memmove(out.instance_offsets + n, out.instance_offsets + from, size_t(n_visible[piece]) * sizeof(int64_t));
     n += n_visible[piece];
   }
@@ -286,19 +289,19 @@ void project_rows_vjp(const Gaussians& g, const Rows& rows, const Rows& splats, 
   const Vec3<Float8> mean = rows.gather3(g.means, 3, 0);
   const Shape s = shape_of(g, rows, camera, mean, Float8(settings.low_pass));
 
-  const Covariance2d<Float8> d_covariance =
-      conic_of_vjp(s.conic, {splats.gather(d_splats, stride, 2), splats.gather(d_splats, stride, 3),
-                             splats.gather(d_splats, stride, 4)});
+  const Covariance2d<Float8> d_covariance = conic_of_vjp(
+      s.conic,
+      {splats.gather(d_splats, stride, 2), splats.gather(d_splats, stride, 3), splats.gather(d_splats, stride, 4)});
   const ProjectedAxes<Float8> d_axes = covariance_of_vjp(s.axes, d_covariance);
   const ProjectedAxesGradient<Float8> d = project_axes_vjp(camera.lens, s.point, s.axes_in_cam, d_axes.u, d_axes.v);
 
   const Float8 inverse_z = Float8(1.0f) / s.point.z;
   const Float8 d_x = splats.gather(d_splats, stride, 0) * camera.lens.fx * inverse_z;
   const Float8 d_y = splats.gather(d_splats, stride, 1) * camera.lens.fy * inverse_z;
-  const Vec3<Float8> d_point = d.d_point + Vec3<Float8>{d_x, d_y, Float8(0.0f) - (d_x * s.point.x + d_y * s.point.y) * inverse_z};
+  const Vec3<Float8> d_point =
+      d.d_point + Vec3<Float8>{d_x, d_y, Float8(0.0f) - (d_x * s.point.x + d_y * s.point.y) * inverse_z};
 
-  const AxesGradient<Float8> d_world =
-      axes_of_vjp(s.rotation, s.scale, transposed(camera.rotation) * d.d_axes_in_cam);
+  const AxesGradient<Float8> d_world = axes_of_vjp(s.rotation, s.scale, transposed(camera.rotation) * d.d_axes_in_cam);
   const Quaternion<Float8> d_quaternion = normalized_vjp(s.quaternion, rotation_vjp(s.unit, d_world.d_rotation));
   const Float8 opacity = sigmoid(rows.gather(g.opacities, 1, 0));
   const Vec3<Float8> d_mean =

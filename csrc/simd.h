@@ -1,4 +1,5 @@
-// Float8: eight floats that the compiler maps to what the instruction set has (one AVX register, two SSE or NEON registers).
+// Float8: eight floats that the compiler maps to what the instruction set has (one AVX register, two SSE or NEON
+// registers).
 //
 // Files that include this are compiled once per instruction set, inside a namespace of its name, and use nothing of the
 // standard library that has a body: so no function compiled for AVX2 can be linked into the portable path.
@@ -31,15 +32,33 @@ struct Mask8 {
   Vector v;
 };
 
-HOST_DEVICE Float8 operator+(Float8 a, Float8 b) { return a.v + b.v; }
-HOST_DEVICE Float8 operator-(Float8 a, Float8 b) { return a.v - b.v; }
-HOST_DEVICE Float8 operator*(Float8 a, Float8 b) { return a.v * b.v; }
-HOST_DEVICE Float8 operator/(Float8 a, Float8 b) { return a.v / b.v; }
-HOST_DEVICE Mask8 operator<(Float8 a, Float8 b) { return {a.v < b.v}; }
-HOST_DEVICE Mask8 operator>(Float8 a, Float8 b) { return {a.v > b.v}; }
-HOST_DEVICE Mask8 operator>=(Float8 a, Float8 b) { return {a.v >= b.v}; }
-HOST_DEVICE Mask8 operator==(Float8 a, Float8 b) { return {a.v == b.v}; }
-HOST_DEVICE Mask8 operator&(Mask8 a, Mask8 b) { return {a.v & b.v}; }
+HOST_DEVICE Float8 operator+(Float8 a, Float8 b) {
+  return a.v + b.v;
+}
+HOST_DEVICE Float8 operator-(Float8 a, Float8 b) {
+  return a.v - b.v;
+}
+HOST_DEVICE Float8 operator*(Float8 a, Float8 b) {
+  return a.v * b.v;
+}
+HOST_DEVICE Float8 operator/(Float8 a, Float8 b) {
+  return a.v / b.v;
+}
+HOST_DEVICE Mask8 operator<(Float8 a, Float8 b) {
+  return {a.v < b.v};
+}
+HOST_DEVICE Mask8 operator>(Float8 a, Float8 b) {
+  return {a.v > b.v};
+}
+HOST_DEVICE Mask8 operator>=(Float8 a, Float8 b) {
+  return {a.v >= b.v};
+}
+HOST_DEVICE Mask8 operator==(Float8 a, Float8 b) {
+  return {a.v == b.v};
+}
+HOST_DEVICE Mask8 operator&(Mask8 a, Mask8 b) {
+  return {a.v & b.v};
+}
 
 HOST_DEVICE Mask8 bits_of(Float8 a) {
   Mask8 m;
@@ -52,26 +71,36 @@ HOST_DEVICE Float8 float_of(Mask8 m) {
   return a;
 }
 // a where the mask is set, else zero.
-HOST_DEVICE Float8 masked(Mask8 mask, Float8 a) { return float_of({mask.v & bits_of(a).v}); }
+HOST_DEVICE Float8 masked(Mask8 mask, Float8 a) {
+  return float_of({mask.v & bits_of(a).v});
+}
 
 HOST_DEVICE Float8 load(const float* p) {
   Float8 a;
   std::memcpy(&a.v, p, 32);
   return a;
 }
-HOST_DEVICE void store(float* p, Float8 a) { std::memcpy(p, &a.v, 32); }
+HOST_DEVICE void store(float* p, Float8 a) {
+  std::memcpy(p, &a.v, 32);
+}
 
 #ifdef __AVX2__
 HOST_DEVICE Float8 select(Mask8 mask, Float8 a, Float8 b) {
   return Float8::Vector(_mm256_blendv_ps(__m256(b.v), __m256(a.v), _mm256_castsi256_ps(__m256i(mask.v))));
 }
-HOST_DEVICE bool any(Mask8 mask) { return _mm256_movemask_ps(_mm256_castsi256_ps(__m256i(mask.v))) != 0; }
+HOST_DEVICE bool any(Mask8 mask) {
+  return _mm256_movemask_ps(_mm256_castsi256_ps(__m256i(mask.v))) != 0;
+}
 // a * b + c in one rounding.
 HOST_DEVICE Float8 multiply_add(Float8 a, Float8 b, Float8 c) {
   return Float8::Vector(_mm256_fmadd_ps(__m256(a.v), __m256(b.v), __m256(c.v)));
 }
-HOST_DEVICE Float8 square_root(Float8 a) { return Float8::Vector(_mm256_sqrt_ps(__m256(a.v))); }
-HOST_DEVICE Float8 minimum(Float8 a, Float8 b) { return Float8::Vector(_mm256_min_ps(__m256(a.v), __m256(b.v))); }
+HOST_DEVICE Float8 square_root(Float8 a) {
+  return Float8::Vector(_mm256_sqrt_ps(__m256(a.v)));
+}
+HOST_DEVICE Float8 minimum(Float8 a, Float8 b) {
+  return Float8::Vector(_mm256_min_ps(__m256(a.v), __m256(b.v)));
+}
 HOST_DEVICE float sum(Float8 a) {
   const __m256 v = __m256(a.v);
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -106,12 +135,16 @@ HOST_DEVICE bool any(Mask8 mask) {
   return (words[0] | words[1] | words[2] | words[3]) != 0;
 }
 // a * b + c, in two roundings.
-HOST_DEVICE Float8 multiply_add(Float8 a, Float8 b, Float8 c) { return a.v * b.v + c.v; }
+HOST_DEVICE Float8 multiply_add(Float8 a, Float8 b, Float8 c) {
+  return a.v * b.v + c.v;
+}
 HOST_DEVICE Float8 square_root(Float8 a) {
   for (int i = 0; i < 8; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
   return a;
 }
-HOST_DEVICE Float8 minimum(Float8 a, Float8 b) { return select(a < b, a, b); }
+HOST_DEVICE Float8 minimum(Float8 a, Float8 b) {
+  return select(a < b, a, b);
+}
 HOST_DEVICE float sum(Float8 a) {
   return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
 }

@@ -1,8 +1,8 @@
 // The maths of one Gaussian, each function directly followed by its _vjp (vector-Jacobian product).
 //
-// Everything is a template over the number type: float in a CUDA thread, Float8 (eight Gaussians side by side) on the CPU.
-// A number type needs + - * /, comparisons, select(condition, a, b), square_root and exponential.
-// References: Zwicker et al., EWA Splatting (2002); Kerbl et al., 3D Gaussian Splatting (2023).
+// Everything is a template over the number type: float in a CUDA thread, Float8 (eight Gaussians side by side) on the
+// CPU. A number type needs + - * /, comparisons, select(condition, a, b), square_root and exponential. References:
+// Zwicker et al., EWA Splatting (2002); Kerbl et al., 3D Gaussian Splatting (2023).
 #pragma once
 
 #include "device.h"
@@ -130,9 +130,14 @@ template <class T>
 HOST_DEVICE Lens<T> lens_of(const Camera& camera) {
   const float margin_x = kJacobianMargin * 0.5f * float(camera.width) / camera.fx;
   const float margin_y = kJacobianMargin * 0.5f * float(camera.height) / camera.fy;
-  return {T(camera.fx), T(camera.fy), T(camera.cx), T(camera.cy),
-          T(-camera.cx / camera.fx - margin_x), T((float(camera.width) - camera.cx) / camera.fx + margin_x),
-          T(-camera.cy / camera.fy - margin_y), T((float(camera.height) - camera.cy) / camera.fy + margin_y)};
+  return {T(camera.fx),
+          T(camera.fy),
+          T(camera.cx),
+          T(camera.cy),
+          T(-camera.cx / camera.fx - margin_x),
+          T((float(camera.width) - camera.cx) / camera.fx + margin_x),
+          T(-camera.cy / camera.fy - margin_y),
+          T((float(camera.height) - camera.cy) / camera.fy + margin_y)};
 }
 
 template <class T>
@@ -221,10 +226,12 @@ constexpr float kSh0 = 0.28209479177387814f;
 constexpr float kSh1 = 0.4886025119029199f;
 constexpr float kSh2[5] = {1.0925484305920792f, -1.0925484305920792f, 0.31539156525252005f, -1.0925484305920792f,
                            0.5462742152960396f};
-constexpr float kSh3[7] = {-0.5900435899266435f, 2.890611442640554f,  -0.4570457994644658f, 0.3731763325901154f,
+constexpr float kSh3[7] = {-0.5900435899266435f, 2.890611442640554f, -0.4570457994644658f, 0.3731763325901154f,
                            -0.4570457994644658f, 1.445305721320277f, -0.5900435899266435f};
 
-HOST_DEVICE constexpr int n_coefficients_of(int sh_degree) { return (sh_degree + 1) * (sh_degree + 1); }
+HOST_DEVICE constexpr int n_coefficients_of(int sh_degree) {
+  return (sh_degree + 1) * (sh_degree + 1);
+}
 
 template <class T>
 HOST_DEVICE void sh_basis(int degree, const Vec3<T>& d, T basis[kMaxShCoefficients]) {

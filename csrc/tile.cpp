@@ -1,7 +1,10 @@
-// tile: for every tile its instances from front to back. A radix sort by depth, then a stable counting sort by tile.
+// tile: for every tile its instances from front to back. A radix sort of the splats by depth, then the listing of their
+// instances in that order, then a stable counting sort by tile.
 #define SPACEPORT_ISA portable
 
+#include <atomic>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 #include "ops.h"
@@ -13,93 +16,111 @@ namespace {
 
 constexpr int kRadixBits = 11;
 constexpr int kRadixPasses = 3;
-constexpr int kDigits = 1 << kRadixBits;
-constexpr int64_t kSplatsPerPiece = 8192;
+constexpr int64_t kItemsPerPiece = 1 << 15;
 
-// Depths are positive, so that their bits sort like numbers.
-uint32_t depth_key(float depth) {
-  uint32_t bits;
-  std::memcpy(&bits, &depth, sizeof(bits));
-  return bits;
-}
-
-struct KeyedSplat {
-  uint32_t key;
-  int32_t splat;
-};
-
-struct PlacedInstance {
-  int32_t tile;
-  Instance instance;
-};
-
-// Splats from near to far; equal depths keep their order.
-std::vector<KeyedSplat> sorted_by_depth(const Projected& projected) {
-  std::vector<KeyedSplat> items(projected.n), other(projected.n);
-  std::vector<int64_t> counts(size_t(kRadixPasses) * kDigits);
-  for (int64_t i = 0; i < projected.n; ++i) {
-    const uint32_t key = depth_key(projected.splats[i].depth);
-    items[i] = {key, int32_t(i)};
-    for (int pass = 0; pass < kRadixPasses; ++pass) {
-      ++counts[size_t(pass) * kDigits + ((key >> (pass * kRadixBits)) & (kDigits - 1))];
-    }
-  }
-  for (int pass = 0; pass < kRadixPasses; ++pass) {
-    int64_t* starts = counts.data() + size_t(pass) * kDigits;
-    int64_t sum = 0;
-    for (int digit = 0; digit < kDigits; ++digit) {
-      const int64_t count = starts[digit];
-      starts[digit] = sum;
+// Calls place(i, where) for every i in [0, n), such that `where` runs through the keys in order and equal keys keep theirs.
+// Returns the first place of every key, and n behind the last.
+template <class KeyOf, class Place>
+std::vector<int64_t> counting_sort(ThreadPool& pool, int64_t n, int64_t n_keys, KeyOf&& key_of, Place&& place) {
+  const int64_t n_pieces = n_pieces_of(n, kItemsPerPiece);
+  std::vector<int64_t> next(static_cast<size_t>(n_pieces * n_keys));  // [piece][key], first counts, then places
+  parallel_for(pool, n_pieces, [&](int64_t piece) {
+    const Range range = range_of(piece, n, kItemsPerPiece);
+    int64_t* counts = next.data() + piece * n_keys;
+    for (int64_t i = range.begin; i < range.end; ++i) ++counts[key_of(i)];
+  });
+  std::vector<int64_t> first(static_cast<size_t>(n_keys + 1));
+  int64_t sum = 0;
+  for (int64_t key = 0; key < n_keys; ++key) {
+    first[size_t(key)] = sum;
+    for (int64_t piece = 0; piece < n_pieces; ++piece) {
+      int64_t& slot = next[size_t(piece * n_keys + key)];
+      const int64_t count = slot;
+      slot = sum;
       sum += count;
     }
-    for (const KeyedSplat& item : items) other[starts[(item.key >> (pass * kRadixBits)) & (kDigits - 1)]++] = item;
-    items.swap(other);
   }
-  return items;
+  first[size_t(n_keys)] = sum;
+  parallel_for(pool, n_pieces, [&](int64_t piece) {
+    const Range range = range_of(piece, n, kItemsPerPiece);
+    int64_t* places = next.data() + piece * n_keys;
+    for (int64_t i = range.begin; i < range.end; ++i) place(i, places[key_of(i)]++);
+  });
+  return first;
+}
+
+// Splats from near to far; equal depths keep their order. Depths are positive, so that their bits sort like numbers.
+void sort_by_depth(ThreadPool& pool, const Projected& projected, TileScratch& scratch) {
+  const int64_t n_pieces = n_pieces_of(projected.n, kItemsPerPiece);
+  parallel_for(pool, n_pieces, [&](int64_t piece) {
+    const Range range = range_of(piece, projected.n, kItemsPerPiece);
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      scratch.order[i].splat = int32_t(i);
+      std::memcpy(&scratch.order[i].depth_bits, &projected.splats[i].depth, sizeof(float));
+    }
+  });
+  for (int pass = 0; pass < kRadixPasses; ++pass) {
+    const int shift = pass * kRadixBits;
+    const SplatDepth* from = scratch.order;
+    SplatDepth* to = scratch.reordered;
+    counting_sort(
+        pool, projected.n, int64_t(1) << kRadixBits,
+        [&](int64_t i) { return (from[i].depth_bits >> shift) & ((1u << kRadixBits) - 1u); },
+        [&](int64_t i, int64_t place) { to[place] = from[i]; });
+    std::swap(scratch.order, scratch.reordered);
+  }
+}
+
+// The instances of all splats, in the order of scratch.order; false if their number is not what projecting counted.
+bool list_instances(ThreadPool& pool, const Projected& projected, const Camera& camera, const TileScratch& scratch) {
+  constexpr int64_t kSplatsPerPiece = 1 << 13;
+  const int64_t n_pieces = n_pieces_of(projected.n, kSplatsPerPiece);
+  std::vector<int64_t> starts(static_cast<size_t>(n_pieces + 1));
+  parallel_for(pool, n_pieces, [&](int64_t piece) {
+    const Range range = range_of(piece, projected.n, kSplatsPerPiece);
+    int64_t n = 0;
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const int32_t splat = scratch.order[i].splat;
+      n += projected.instance_offsets[splat + 1] - projected.instance_offsets[splat];
+    }
+    starts[size_t(piece + 1)] = n;
+  });
+  for (int64_t piece = 0; piece < n_pieces; ++piece) starts[size_t(piece + 1)] += starts[size_t(piece)];
+
+  const int tiles_x = camera.tiles_x(), tiles_y = camera.tiles_y();
+  std::atomic<bool> as_counted{true};
+  parallel_for(pool, n_pieces, [&](int64_t piece) {
+    const Range range = range_of(piece, projected.n, kSplatsPerPiece);
+    PlacedInstance* next = scratch.listed + starts[size_t(piece)];
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const int32_t splat = scratch.order[i].splat;
+      int64_t number = projected.instance_offsets[splat];
+      const int64_t end = projected.instance_offsets[splat + 1];
+      int64_t n_tiles = 0;
+      portable::for_each_tile_row(projected.splats[splat], tiles_x, tiles_y, [&](int row, portable::TileSpan columns) {
+        n_tiles += columns.end - columns.begin;
+        for (int column = columns.begin; column < columns.end && number < end; ++column) {
+          *next++ = {row * tiles_x + column, {splat, int32_t(number++)}};
+        }
+      });
+      if (n_tiles != end - projected.instance_offsets[splat]) as_counted = false;
+    }
+  });
+  return as_counted;
 }
 
 }  // namespace
 
-void tile(const Cpu& cpu, const Projected& projected, const Camera& camera, const Tiles& out) {
-  const int tiles_x = camera.tiles_x(), tiles_y = camera.tiles_y();
-  const int64_t n_tiles = int64_t(tiles_x) * tiles_y;
-  const std::vector<KeyedSplat> order = sorted_by_depth(projected);
-  const int64_t n_pieces = n_pieces_of(projected.n, kSplatsPerPiece);
-
-  // places[piece][tile]: first the number of instances, then where the piece's next one goes.
-  std::vector<int64_t> places(size_t(n_pieces) * n_tiles);
-  std::vector<std::vector<PlacedInstance>> listed(static_cast<size_t>(n_pieces));
-  parallel_for(*cpu.pool, n_pieces, [&](int64_t piece) {
-    const Range range = range_of(piece, projected.n, kSplatsPerPiece);
-    int64_t* count = places.data() + piece * n_tiles;
-    std::vector<PlacedInstance>& list = listed[size_t(piece)];
-    list.reserve(size_t(4 * (range.end - range.begin)));
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      const int32_t splat = order[size_t(i)].splat;
-      int64_t number = projected.instance_offsets[splat];
-      portable::for_each_tile_row(projected.splats[splat], tiles_x, tiles_y, [&](int row, portable::TileSpan columns) {
-        for (int column = columns.begin; column < columns.end; ++column) {
-          const int tile = row * tiles_x + column;
-          ++count[tile];
-          list.push_back({tile, {splat, int32_t(number++)}});
-        }
-      });
-    }
-  });
-  int64_t sum = 0;
-  for (int64_t t = 0; t < n_tiles; ++t) {
-    out.offsets[t] = sum;
-    for (int64_t piece = 0; piece < n_pieces; ++piece) {
-      const int64_t count = places[size_t(piece * n_tiles + t)];
-      places[size_t(piece * n_tiles + t)] = sum;
-      sum += count;
-    }
+void tile(const Cpu& cpu, const Projected& projected, const Camera& camera, TileScratch scratch, const Tiles& out) {
+  sort_by_depth(*cpu.pool, projected, scratch);
+  if (!list_instances(*cpu.pool, projected, camera, scratch)) {
+    throw std::invalid_argument("projected: was not projected with this camera");
   }
-  out.offsets[n_tiles] = sum;
-  parallel_for(*cpu.pool, n_pieces, [&](int64_t piece) {
-    int64_t* place = places.data() + piece * n_tiles;
-    for (const PlacedInstance& item : listed[size_t(piece)]) out.instances[place[item.tile]++] = item.instance;
-  });
+  const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
+  const std::vector<int64_t> first = counting_sort(
+      *cpu.pool, out.n_instances, n_tiles, [&](int64_t i) { return scratch.listed[i].tile; },
+      [&](int64_t i, int64_t place) { out.instances[place] = scratch.listed[i].instance; });
+  std::memcpy(out.offsets, first.data(), first.size() * sizeof(int64_t));
 }
 
 }  // namespace spaceport

@@ -10,7 +10,9 @@
 namespace spaceport::SPACEPORT_ISA {
 
 // The ellipse is a dx^2 + 2 b dx dy + c dy^2 <= this; a little wide, so that rounding never loses a pixel.
-HOST_DEVICE float ellipse_level(float opacity) { return 2.0f * logf(opacity / kAlphaCutoff) + 1e-4f; }
+HOST_DEVICE float ellipse_level(float opacity) {
+  return 2.0f * logf(opacity / kAlphaCutoff) + 1e-4f;
+}
 
 // First and last + 1 of the tiles (0 ... n_tiles) whose pixel centres reach into [low, high], in pixels.
 struct TileSpan {

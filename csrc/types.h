@@ -7,14 +7,14 @@
 namespace spaceport {
 
 // The only copy of the constants of the method.
-constexpr int kTileSize = 16;                         // pixels along each side of a tile
-constexpr float kAlphaCutoff = 1.0f / 255.0f;         // fainter contributions are skipped
-constexpr float kTransmittanceStop = 1e-4f;           // a pixel stops before it falls below this
-constexpr float kJacobianMargin = 0.3f;               // x/z in the Jacobian may leave the image by this times tan fov
-constexpr float kMinQuaternionNormSquared = 1e-8f;    // a shorter quaternion has no direction
-constexpr int kMaxShCoefficients = 16;                // degree 3
-constexpr int kSplatStride = 12;                      // floats of a row of Projected::splats
-constexpr int kSplatGradientStride = 9;               // of these, the first nine carry gradients
+constexpr int kTileSize = 16;                       // pixels along each side of a tile
+constexpr float kAlphaCutoff = 1.0f / 255.0f;       // fainter contributions are skipped
+constexpr float kTransmittanceStop = 1e-4f;         // a pixel stops before it falls below this
+constexpr float kJacobianMargin = 0.3f;             // x/z in the Jacobian may leave the image by this times tan fov
+constexpr float kMinQuaternionNormSquared = 1e-8f;  // a shorter quaternion has no direction
+constexpr int kMaxShCoefficients = 16;              // degree 3
+constexpr int kSplatStride = 12;                    // floats of a row of Projected::splats
+constexpr int kSplatGradientStride = 9;             // of these, the first nine carry gradients
 
 struct Camera {
   float cam_from_world[12];  // 3 rows of rotation | translation
@@ -47,21 +47,21 @@ struct Gaussians {
 
 // One row of Projected::splats. Conic (a, b, c): alpha = opacity * exp(-(a dx^2 + c dy^2) / 2 - b dx dy).
 struct Splat {
-  float x, y;            // pixels
-  float a, b, c;         // 1 / px^2
+  float x, y;     // pixels
+  float a, b, c;  // 1 / px^2
   float opacity;
   float red, green, blue;
-  float depth;           // z in the camera
+  float depth;               // z in the camera
   float extent_x, extent_y;  // half sizes of the box outside which alpha < kAlphaCutoff
 };
 static_assert(sizeof(Splat) == kSplatStride * sizeof(float));
 
 // The visible Gaussians, in the order of their rows. Buffers hold N rows, of which the first n are used.
 struct Projected {
-  Splat* splats;                  // [M]
-  int32_t* gaussian_from_splat;   // [M], ascending
-  int64_t* instance_offsets;      // [M + 1], splat m owns the instances offsets[m] ... offsets[m + 1] - 1
-  int64_t n;                      // M
+  Splat* splats;                 // [M]
+  int32_t* gaussian_from_splat;  // [M], ascending
+  int64_t* instance_offsets;     // [M + 1], splat m owns the instances offsets[m] ... offsets[m + 1] - 1
+  int64_t n;                     // M
 };
 
 // An instance is one (splat, tile) pair; it is numbered in the order of emission: by splat, then by tile.

@@ -38,8 +38,8 @@ HOST_DEVICE void update_vector(const Table& t, int64_t i, Float8 rate, const Rat
   const Float8 v = multiply_add(beta2, load(t.second + i), (one - beta2) * g * g);
   store(t.first + i, m);
   store(t.second + i, v);
-  const Float8 step = rate * (m * Float8(r.first_correction)) /
-                      (square_root(v * Float8(r.second_correction)) + Float8(r.epsilon));
+  const Float8 step =
+      rate * (m * Float8(r.first_correction)) / (square_root(v * Float8(r.second_correction)) + Float8(r.epsilon));
   store(t.values + i, load(t.values + i) - step);
 }
 

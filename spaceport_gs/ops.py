@@ -43,7 +43,7 @@ def _empty(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) 
 
 
 def _scratch(like: torch.Tensor, n: int) -> torch.Tensor:
-    """[n] float32 that one verb uses and nobody keeps: one buffer per thread, because fresh pages cost more than the
+    """[n] 32-bit words that one verb uses and nobody keeps: one buffer per thread, because fresh pages cost more than the
     work on them."""
     buffer = getattr(_kept, "buffer", None)
     if buffer is None or len(buffer) < n or buffer.device != like.device:
@@ -105,7 +105,9 @@ def tile(projected: Projected, camera: Camera) -> Tiles:
         offsets=_empty(like, n_tiles(camera) + 1, dtype=torch.int64),
         instances=_empty(like, int(projected.instance_offsets[-1]), 2, dtype=torch.int32),
     )
-    _engine.tile(_backend(like), projected, camera, out)
+    n_words = 4 * len(projected.splats) + 3 * len(out.instances)
+    scratch = _scratch(like, n_words).view(torch.int32)
+    _engine.tile(_backend(like), projected, camera, scratch, out)
     return out
 
 
