@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "diagnose.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -337,4 +338,29 @@ PYBIND11_MODULE(_engine, m) {
     Unlocked unlocked;
     density(cpu, p, d, c, statistics);
   });
+
+  // For benchmarks.
+  m.attr("MULTIPLY_ADD_FLOPS") = kMultiplyAddFlops;
+  m.def(
+      "multiply_adds",
+      [](const Cpu& cpu, int64_t n_pieces) {
+        Unlocked unlocked;
+        multiply_adds(cpu, n_pieces);
+      },
+      "Does n_pieces * MULTIPLY_ADD_FLOPS operations on registers.");
+  m.def(
+      "count_pairs",
+      [](const Cpu& cpu, py::object projected, py::object tiles, py::object camera, py::object settings) {
+        const Projected p = projected_of(projected);
+        const Camera c = camera_of(camera);
+        const Tiles t = tiles_of(tiles, p, c);
+        const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
+        PairCounts counts;
+        {
+          Unlocked unlocked;
+          counts = count_pairs(cpu, p, t, c, s);
+        }
+        return py::make_tuple(counts.evaluated, counts.blended);
+      },
+      "(splat, pixel) pairs of the tiles' lists before each pixel's stop, and those of them that are blended.");
 }

@@ -55,4 +55,8 @@ void update(const Cpu& cpu, const Gaussians& values, const Gaussians& gradient, 
   SPACEPORT_DISPATCH(update, values, gradient, first_moment, second_moment, settings);
 }
 
+void multiply_adds(const Cpu& cpu, int64_t n_pieces) {
+  SPACEPORT_DISPATCH(multiply_adds, n_pieces);
+}
+
 }  // namespace spaceport

@@ -1,5 +1,6 @@
 // The verbs compiled for one instruction set. Included once per set, with SPACEPORT_ISA defined as its namespace.
 
+#include "diagnose.h"
 #include "ops.h"
 
 namespace spaceport::SPACEPORT_ISA {
@@ -14,5 +15,6 @@ LossValue loss(const Cpu&, const float* color, const uint8_t* photo, int width, 
                float* d_color);
 void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
             const Gaussians& second_moment, const AdamSettings&);
+void multiply_adds(const Cpu&, int64_t n_pieces);
 
 }  // namespace spaceport::SPACEPORT_ISA

@@ -18,8 +18,8 @@ constexpr int kRadixBits = 11;
 constexpr int kRadixPasses = 3;
 constexpr int64_t kItemsPerPiece = 1 << 15;
 
-// Calls place(i, where) for every i in [0, n), such that `where` runs through the keys in order and equal keys keep theirs.
-// Returns the first place of every key, and n behind the last.
+// Calls place(i, where) for every i in [0, n), such that `where` runs through the keys in order and equal keys keep
+// theirs. Returns the first place of every key, and n behind the last.
 template <class KeyOf, class Place>
 std::vector<int64_t> counting_sort(ThreadPool& pool, int64_t n, int64_t n_keys, KeyOf&& key_of, Place&& place) {
   const int64_t n_pieces = n_pieces_of(n, kItemsPerPiece);

@@ -192,16 +192,16 @@ def update(
     settings: AdamSettings,
 ) -> None:
     """One step of Adam over every row, in place."""
-    _engine.update(
-        _backend(values.means), values, gradient, first_moment, second_moment, settings
-    )
+    _engine.update(_backend(values.means), values, gradient, first_moment, second_moment, settings)
 
 
 @dataclass
 class DensityStatistics:
     """What steps saw of each Gaussian since the last densification."""
 
-    gradient_sums: torch.Tensor  # [N] norms of the gradient by the mean, in normalised device coordinates
+    gradient_sums: (
+        torch.Tensor
+    )  # [N] norms of the gradient by the mean, in normalised device coordinates
     n_visits: torch.Tensor  # [N] steps in which it was visible
     max_extents: torch.Tensor  # [N] largest half extent, as a share of the image's longer side
 

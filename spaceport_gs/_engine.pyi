@@ -1,0 +1,80 @@
+"""The C++ extension: the verbs on raw buffers (NumPy arrays or torch tensors). spaceport_gs.ops is the interface for users."""
+
+from typing import Any, Literal, TypedDict
+
+from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.types import Array, Camera, Image, Projected, RasterSettings, Tiles
+
+TILE_SIZE: int
+ALPHA_CUTOFF: float
+SPLAT_STRIDE: int
+SPLAT_GRADIENT_STRIDE: int
+MULTIPLY_ADD_FLOPS: int
+VERSION: str
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    backends: list[str]
+    cuda_architectures: list[str]
+    simd: list[str]
+    simd_in_use: str
+
+class Cpu:
+    def __init__(
+        self, n_threads: int = 0, simd: Literal["auto", "portable", "avx2"] | str = "auto"
+    ) -> None: ...
+    @property
+    def n_threads(self) -> int: ...
+    @property
+    def simd(self) -> str: ...
+
+def build_info() -> BuildInfo: ...
+def project(
+    cpu: Cpu, gaussians: Gaussians, camera: Camera, settings: RasterSettings, out: Projected
+) -> int: ...
+def project_vjp(
+    cpu: Cpu,
+    gaussians: Gaussians,
+    camera: Camera,
+    settings: RasterSettings,
+    projected: Projected,
+    d_splats: Array,
+    d_gaussians: Gaussians,
+) -> None: ...
+def tile(cpu: Cpu, projected: Projected, camera: Camera, scratch: Array, out: Tiles) -> None: ...
+def blend(
+    cpu: Cpu,
+    projected: Projected,
+    tiles: Tiles,
+    camera: Camera,
+    settings: RasterSettings,
+    out: Image,
+) -> None: ...
+def blend_vjp(
+    cpu: Cpu,
+    projected: Projected,
+    tiles: Tiles,
+    camera: Camera,
+    settings: RasterSettings,
+    image: Image,
+    d_image: Image,
+    records: Array,
+    d_splats: Array,
+) -> None: ...
+def loss(
+    cpu: Cpu, color: Array, photo: Array, ssim_weight: float, d_color: Array
+) -> tuple[float, float]: ...
+def update(
+    cpu: Cpu,
+    values: Gaussians,
+    gradient: Gaussians,
+    first: Gaussians,
+    second: Gaussians,
+    settings: Any,
+) -> None: ...
+def density(cpu: Cpu, projected: Projected, d_splats: Array, camera: Camera, out: Any) -> None: ...
+def multiply_adds(cpu: Cpu, n_pieces: int) -> None: ...
+def count_pairs(
+    cpu: Cpu, projected: Projected, tiles: Tiles, camera: Camera, settings: RasterSettings
+) -> tuple[int, int]: ...
