@@ -184,6 +184,11 @@ Image image_of(py::handle object, const Camera& camera) {
           field_of<float>(object, "transmittance", {camera.height, camera.width}).data};
 }
 
+Points points_of(py::handle object, const char* name, int64_t n_dimensions) {
+  const Array<float> values = array_of<float>(object, name, {-1, n_dimensions});
+  return {values.data, values.shape[0], values.shape[1]};
+}
+
 Cpu make_cpu(int n_threads, const std::string& simd) {
   if (n_threads < 0) refuse("n_threads", "0 (all cores) or more", std::to_string(n_threads));
   Simd chosen = has_avx2() ? Simd::kAvx2 : Simd::kPortable;
@@ -338,6 +343,33 @@ PYBIND11_MODULE(_engine, m) {
     Unlocked unlocked;
     density(cpu, p, d, c, statistics);
   });
+
+  m.def(
+      "cluster_assign",
+      [](const Cpu& cpu, py::object points, py::object centroids, py::object labels, py::object distances) {
+        const Points p = points_of(points, "points", -1), c = points_of(centroids, "centroids", p.n_dimensions);
+        if (c.n < 1) refuse("centroids", "at least one", "none");
+        int32_t* l = array_of<int32_t>(labels, "labels", {p.n}).data;
+        float* d = array_of<float>(distances, "distances", {p.n}).data;
+        Unlocked unlocked;
+        cluster_assign(cpu, p, c, l, d);
+      },
+      "Nearest centroid of every point and the squared distance to it.");
+  m.def(
+      "cluster_update",
+      [](const Cpu& cpu, py::object points, py::object labels, py::object weights, py::object centroids,
+         py::object centroid_weights) {
+        const Points p = points_of(points, "points", -1), c = points_of(centroids, "centroids", p.n_dimensions);
+        const int32_t* l = array_of<int32_t>(labels, "labels", {p.n}).data;
+        for (int64_t i = 0; i < p.n; ++i) {
+          if (!(l[i] >= 0 && l[i] < c.n)) refuse("labels", "rows of centroids", std::to_string(l[i]));
+        }
+        const float* w = array_of<float>(weights, "weights", {p.n}).data;
+        float* cw = array_of<float>(centroid_weights, "centroid_weights", {c.n}).data;
+        Unlocked unlocked;
+        cluster_update(cpu, p, l, w, c, cw);
+      },
+      "Moves every centroid to the weighted mean of its points.");
 
   // For benchmarks.
   m.attr("MULTIPLY_ADD_FLOPS") = kMultiplyAddFlops;

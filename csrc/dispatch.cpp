@@ -55,6 +55,15 @@ void update(const Cpu& cpu, const Gaussians& values, const Gaussians& gradient, 
   SPACEPORT_DISPATCH(update, values, gradient, first_moment, second_moment, settings);
 }
 
+void cluster_assign(const Cpu& cpu, const Points& points, const Points& centroids, int32_t* labels, float* distances) {
+  SPACEPORT_DISPATCH(cluster_assign, points, centroids, labels, distances);
+}
+
+void cluster_update(const Cpu& cpu, const Points& points, const int32_t* labels, const float* weights,
+                    const Points& centroids, float* centroid_weights) {
+  SPACEPORT_DISPATCH(cluster_update, points, labels, weights, centroids, centroid_weights);
+}
+
 void multiply_adds(const Cpu& cpu, int64_t n_pieces) {
   SPACEPORT_DISPATCH(multiply_adds, n_pieces);
 }

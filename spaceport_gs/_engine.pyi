@@ -74,6 +74,17 @@ def update(
     settings: Any,
 ) -> None: ...
 def density(cpu: Cpu, projected: Projected, d_splats: Array, camera: Camera, out: Any) -> None: ...
+def cluster_assign(
+    cpu: Cpu, points: Array, centroids: Array, labels: Array, distances: Array
+) -> None: ...
+def cluster_update(
+    cpu: Cpu,
+    points: Array,
+    labels: Array,
+    weights: Array,
+    centroids: Array,
+    centroid_weights: Array,
+) -> None: ...
 def multiply_adds(cpu: Cpu, n_pieces: int) -> None: ...
 def count_pairs(
     cpu: Cpu, projected: Projected, tiles: Tiles, camera: Camera, settings: RasterSettings

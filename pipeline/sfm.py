@@ -1,0 +1,474 @@
+"""Structure from motion with COLMAP (through pycolmap, on the CPU): camera poses and points from photos.
+
+The result is a COLMAP project whose cameras are pinholes: `out/images`, `out/sparse/0`. `out/sfm.json` is written last and
+marks it finished. With several threads COLMAP's result differs a little from run to run; `deterministic` costs time and
+gives the same files again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from spaceport_gs.errors import InputError
+from spaceport_gs.files import replacing, write_json
+from spaceport_gs.pipeline.capture import MIN_PHOTOS, Capture, Photo
+from spaceport_gs.progress import Listener, Progress, ignore
+
+STAGE = "sfm"
+EXHAUSTIVE_UP_TO = 80  # photos: every pair is matched
+SEQUENTIAL_OVERLAP = 15
+SPATIAL_NEIGHBOURS = 40
+BATCH = 8  # photos per call of the extraction: how often progress is told
+ENOUGH_REGISTERED = 0.9  # a smaller share is tried again with looser limits
+TWO_CALIBRATED_LENSES = 30  # photos of one camera from which its lens is modelled with four distortion terms
+
+
+@dataclass(frozen=True)
+class SfmSettings:
+    deterministic: bool = False
+    """One thread and fixed seeds: the same files again, at the price of time."""
+    seed: int = 0
+    """Of COLMAP's random numbers, if deterministic."""
+    n_threads: int = 0
+    """0 = every core."""
+    max_features: int = 8192
+    """SIFT features of a photo."""
+    max_image_size: int = 3200
+    """Longer photos are scaled down to this many pixels for finding features."""
+
+
+@dataclass(frozen=True)
+class SfmReport:
+    photos: int
+    registered: int
+    left_out: tuple[str, ...]
+    """Names of the photos without a pose."""
+    points: int
+    reprojection_error_px: float
+    """Mean over all observations."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Files that could not be read, and why."""
+
+
+def finished_report(out: Path) -> SfmReport | None:
+    """The report of a finished stage in `out`, or None."""
+    try:
+        values = json.loads((out / "sfm.json").read_text(encoding="utf-8"))
+        return SfmReport(**{**values, "left_out": tuple(values["left_out"])})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{out / 'sfm.json'}: not a report of SfM ({error}); remove {out}") from error
+
+
+def reconstruct_cameras(
+    capture: Capture, out: Path, settings: SfmSettings = SfmSettings(), listen: Listener = ignore
+) -> SfmReport:
+    """Poses, points and undistorted photos of a capture, written to `out`; a finished `out` is returned as it is.
+
+    InputError: no reconstruction is possible; says which photos had no matches and what to do.
+    """
+    done = finished_report(out)
+    if done is not None:
+        return done
+    import pycolmap
+
+    pycolmap.logging.minloglevel = 3  # COLMAP's own log; what matters to the user is told here
+    if settings.deterministic:
+        pycolmap.set_random_seed(settings.seed)
+    work = out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    if capture.reconstruction is None:
+        model = _reconstruct(capture, work, settings, listen)
+    else:
+        model = _given_model(capture, work, settings, listen)
+    report = _report(capture, model)
+    _undistort(capture, model, out, settings, listen)
+    shutil.rmtree(work, ignore_errors=True)
+    write_json(out / "sfm.json", asdict(report))
+    return report
+
+
+def _report(capture: Capture, model: Any) -> SfmReport:
+    registered = {image.name for image in model.images.values() if image.has_pose}
+    return SfmReport(
+        photos=len(capture.photos),
+        registered=len(registered),
+        left_out=tuple(p.original for p in capture.photos if p.name not in registered),
+        points=model.num_points3D(),
+        reprojection_error_px=float(model.compute_mean_reprojection_error()),
+        skipped={s.name: s.reason for s in capture.skipped},
+    )
+
+
+# --- COLMAP's steps -------------------------------------------------------------------------------------------------------
+
+
+def _reconstruct(capture: Capture, work: Path, settings: SfmSettings, listen: Listener) -> Any:
+    database = work / "database.db"
+    _extract(capture, database, settings, listen)
+    _match(capture, database, settings, listen)
+    model = None
+    for attempt, is_loose in enumerate((False, True)):
+        found = _map(capture, database, work / f"models_{attempt}", settings, is_loose, listen)
+        if found is not None and (model is None or found.num_reg_images() > model.num_reg_images()):
+            model = found
+        if model is not None and model.num_reg_images() >= ENOUGH_REGISTERED * len(capture.photos):
+            break
+    if model is None or model.num_reg_images() < MIN_PHOTOS:
+        raise InputError(_failure(capture, database))
+    return model
+
+
+def _n_threads(settings: SfmSettings) -> int:
+    return 1 if settings.deterministic else settings.n_threads or len(os.sched_getaffinity(0))
+
+
+def _seed(settings: SfmSettings) -> int:
+    return settings.seed if settings.deterministic else -1
+
+
+def _extract(capture: Capture, database: Path, settings: SfmSettings, listen: Listener) -> None:
+    import pycolmap
+
+    options = pycolmap.FeatureExtractionOptions()
+    options.use_gpu = False
+    options.num_threads = _n_threads(settings)
+    options.max_image_size = settings.max_image_size
+    options.sift.max_num_features = settings.max_features
+    n_done = 0
+    for photos in _same_camera(capture.photos):
+        camera_id = -1
+        for start in range(0, len(photos), BATCH):
+            batch = photos[start : start + BATCH]
+            reader = _reader_options(photos)
+            reader.existing_camera_id = camera_id
+            _call(
+                pycolmap.extract_features,
+                database_path=database,
+                image_path=capture.folder,
+                image_names=[photo.name for photo in batch],
+                camera_mode=pycolmap.CameraMode.SINGLE,
+                reader_options=reader,
+                extraction_options=options,
+            )
+            if camera_id < 0:
+                camera_id = _camera_of(database, batch[0].name)
+            n_done += len(batch)
+            listen(Progress(STAGE, n_done, len(capture.photos), "finding features"))
+
+
+def _same_camera(photos: Sequence[Photo]) -> list[list[Photo]]:
+    groups: dict[tuple[str, int, int], list[Photo]] = {}
+    for photo in photos:
+        groups.setdefault((photo.camera, photo.width, photo.height), []).append(photo)
+    return list(groups.values())
+
+
+def _reader_options(photos: Sequence[Photo]) -> Any:
+    import pycolmap
+
+    options = pycolmap.ImageReaderOptions()
+    many = len(photos) >= TWO_CALIBRATED_LENSES
+    options.camera_model = "OPENCV" if many else "SIMPLE_RADIAL"
+    first = photos[0]
+    if first.focal_px is not None:
+        center = [first.width / 2, first.height / 2]
+        lens = [first.focal_px, first.focal_px, *center] if many else [first.focal_px, *center]
+        values = [*lens, *([0.0] * (4 if many else 1))]
+        options.camera_params = ",".join(repr(float(value)) for value in values)
+    return options
+
+
+def _camera_of(database: Path, name: str) -> int:
+    import pycolmap
+
+    with pycolmap.Database.open(database) as opened:
+        return int(opened.read_image_with_name(name).camera_id)
+
+
+def _match(capture: Capture, database: Path, settings: SfmSettings, listen: Listener) -> None:
+    import pycolmap
+
+    matching = pycolmap.FeatureMatchingOptions()
+    matching.use_gpu = False
+    matching.num_threads = _n_threads(settings)
+    verification = pycolmap.TwoViewGeometryOptions()
+    verification.ransac.random_seed = _seed(settings)
+    arguments: dict[str, Any] = {
+        "database_path": database, "matching_options": matching, "verification_options": verification,
+    }  # fmt: skip
+    n = len(capture.photos)
+    with_position = sum(photo.position is not None for photo in capture.photos)
+    if n <= EXHAUSTIVE_UP_TO:
+        run, n_pairs = pycolmap.match_exhaustive, n * (n - 1) // 2
+    elif with_position == n:
+        pairing = pycolmap.SpatialPairingOptions()
+        pairing.max_num_neighbors = SPATIAL_NEIGHBOURS
+        run, n_pairs = pycolmap.match_spatial, n * SPATIAL_NEIGHBOURS // 2
+        arguments["pairing_options"] = pairing
+    elif _are_frames(capture.photos):
+        pairing = pycolmap.SequentialPairingOptions()
+        pairing.overlap = SEQUENTIAL_OVERLAP
+        run, n_pairs = pycolmap.match_sequential, n * SEQUENTIAL_OVERLAP
+        arguments["pairing_options"] = pairing
+    else:  # photos in no known order: nothing may be left out
+        run, n_pairs = pycolmap.match_exhaustive, n * (n - 1) // 2
+
+    def tell() -> None:
+        with pycolmap.Database.open(database) as opened:
+            n_done = int(opened.num_verified_image_pairs())
+        listen(Progress(STAGE, min(n_done, n_pairs), n_pairs, "matching pairs"))
+
+    _call(run, tell, **arguments)
+    listen(Progress(STAGE, n_pairs, n_pairs, "matching pairs"))
+
+
+def _are_frames(photos: Sequence[Photo]) -> bool:
+    """Whether names count up like the frames of a video: one prefix, and numbers without large gaps."""
+    numbers = []
+    for photo in photos:
+        digits = "".join(c for c in PurePosixPath(photo.original).stem if c.isdigit())
+        if not digits:
+            return False
+        numbers.append(int(digits))
+    return len(set(numbers)) == len(numbers) and max(numbers) - min(numbers) < 20 * len(numbers)
+
+
+def _map(
+    capture: Capture, database: Path, out: Path, settings: SfmSettings, is_loose: bool, listen: Listener
+) -> Any:
+    """The largest model that incremental mapping finds, or None."""
+    import pycolmap
+
+    options = pycolmap.IncrementalPipelineOptions()
+    options.num_threads = _n_threads(settings)
+    options.random_seed = options.mapper.random_seed = options.triangulation.random_seed = _seed(settings)
+    options.min_model_size = MIN_PHOTOS
+    options.triangulation.ignore_two_view_tracks = len(capture.photos) >= EXHAUSTIVE_UP_TO
+    if is_loose:
+        options.mapper.init_min_tri_angle = 4.0
+        options.mapper.init_min_num_inliers = 40
+        options.mapper.abs_pose_min_num_inliers = 15
+        options.mapper.abs_pose_min_inlier_ratio = 0.15
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    n, n_registered = len(capture.photos), 0
+
+    def registered(count: int) -> None:
+        nonlocal n_registered
+        n_registered = min(n_registered + count, n)
+        listen(Progress(STAGE, n_registered, n, "placing cameras"))
+
+    models = _call(
+        pycolmap.incremental_mapping,
+        database_path=database,
+        image_path=capture.folder,
+        output_path=out,
+        options=options,
+        initial_image_pair_callback=lambda: registered(2),
+        next_image_callback=lambda: registered(1),
+    )
+    return largest_model(models.values())
+
+
+def largest_model(models: Any) -> Any:
+    """The model with the most registered images, then the most points: COLMAP numbers stray ones first at times."""
+    return max(models, key=lambda m: (m.num_reg_images(), m.num_points3D()), default=None)
+
+
+def _failure(capture: Capture, database: Path) -> str:
+    import pycolmap
+
+    with pycolmap.Database.open(database) as opened:
+        names = {image.image_id: image.name for image in opened.read_all_images()}
+        pair_ids, geometries = opened.read_two_view_geometries()
+        matched: set[str] = set()
+        for pair_id, geometry in zip(pair_ids, geometries, strict=True):
+            if len(geometry.inlier_matches) >= 15:
+                matched.update(names[image_id] for image_id in pycolmap.pair_id_to_image_pair(pair_id))
+    lonely = [photo.original for photo in capture.photos if photo.name not in matched]
+    advice = "photograph with at least 60 % overlap between neighbours, sharp and from different places"
+    if not lonely:
+        return f"the photos match, but their cameras cannot be placed: {advice}"
+    shown = ", ".join(lonely[:10]) + (f" and {len(lonely) - 10} more" if len(lonely) > 10 else "")
+    return f"the photos do not overlap enough: no matches for {shown}; {advice}"
+
+
+def _call(function: Callable[..., Any], tell: Callable[[], None] | None = None, **arguments: Any) -> Any:
+    """Runs a COLMAP call in a thread, so that signals reach us, calling `tell` once a second meanwhile."""
+    import pycolmap
+
+    token = pycolmap.CancellationToken()
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["value"] = function(cancellation_token=token, **arguments)
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(1.0)
+            if tell is not None and thread.is_alive():
+                tell()
+    except BaseException:
+        token.cancel()
+        thread.join(10.0)
+        raise
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
+
+
+# --- A model that is given --------------------------------------------------------------------------------------------------
+
+
+def _given_model(capture: Capture, work: Path, settings: SfmSettings, listen: Listener) -> Any:
+    import pycolmap
+
+    folder = capture.reconstruction
+    try:
+        model = pycolmap.Reconstruction(str(folder))
+    except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{folder}: not a COLMAP model that can be read ({first_line})") from error
+    by_original = {photo.original: photo for photo in capture.photos}
+    missing = [i.name for i in model.images.values() if i.has_pose and i.name not in by_original]
+    if model.num_reg_images() - len(missing) < MIN_PHOTOS:
+        example = f", such as {missing[0]}" if missing else ""
+        raise InputError(
+            f"{folder}: the photos of {len(missing)} of its {model.num_reg_images()} images are missing{example}"
+        )
+    for image in list(model.images.values()):
+        if image.name not in by_original or not image.has_pose:
+            if image.has_pose:
+                model.deregister_frame(image.frame_id)
+            continue
+        photo, camera = by_original[image.name], model.cameras[image.camera_id]
+        if (photo.width, photo.height) != (camera.width, camera.height):
+            raise InputError(
+                f"{folder}: {image.name} is {photo.width}×{photo.height} pixels, its camera {camera.width}×{camera.height};"
+                " use the photos that the model was made from"
+            )
+        image.name = photo.name
+    if model.num_points3D() == 0:
+        model = _triangulate(capture, model, work, settings, listen)
+    return model
+
+
+def _triangulate(capture: Capture, model: Any, work: Path, settings: SfmSettings, listen: Listener) -> Any:
+    """Points for given poses."""
+    import pycolmap
+
+    database = work / "database.db"
+    _extract(capture, database, settings, listen)
+    _match(capture, database, settings, listen)
+    out = work / "triangulated"
+    out.mkdir(exist_ok=True)
+    listen(Progress(STAGE, 0, 1, "triangulating points"))
+    model.transcribe_image_ids_to_database(pycolmap.Database.open(database))
+    return _call(
+        pycolmap.triangulate_points,
+        reconstruction=model,
+        database_path=database,
+        image_path=capture.folder,
+        output_path=out,
+    )
+
+
+# --- Undistortion -----------------------------------------------------------------------------------------------------------
+
+
+def _undistort(capture: Capture, model: Any, out: Path, settings: SfmSettings, listen: Listener) -> None:
+    """Writes the photos as pinholes see them, and the model that belongs to them."""
+    import pycolmap
+
+    photos = {photo.name: photo for photo in capture.photos}
+    images = sorted((i for i in model.images.values() if i.has_pose), key=lambda image: image.name)
+    lenses = {c: _copy(camera) for c, camera in model.cameras.items()}
+    pinholes = {c: _pinhole(camera) for c, camera in lenses.items()}
+    folder = out / "images"
+
+    def undistort(image: Any) -> str:
+        photo, lens = photos[image.name], lenses[image.camera_id]
+        if lens.is_undistorted():
+            name = photo.name
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            try:
+                os.link(photo.path, target)
+            except OSError:
+                shutil.copyfile(photo.path, target)
+            return name
+        name = photo.name if photo.name.lower().endswith(".png") else f"{photo.name}.png"
+        bitmap = pycolmap.Bitmap.read(str(photo.path), as_rgb=True)
+        if bitmap is None:
+            raise InputError(f"{photo.path}: COLMAP cannot read this photo; save it as JPEG or PNG")
+        flat, _ = pycolmap.undistort_image(pycolmap.UndistortCameraOptions(), bitmap, lens)
+        with replacing(folder / name) as temporary:
+            from PIL import Image as PillowImage
+
+            PillowImage.fromarray(np.asarray(flat.to_array())).save(temporary, "PNG", compress_level=1)
+        return name
+
+    with ThreadPoolExecutor(_n_threads(settings)) as pool:
+        for i, (image, name) in enumerate(zip(images, pool.map(undistort, images), strict=True)):
+            _move_points(image, lenses[image.camera_id], pinholes[image.camera_id])
+            image.name = name
+            listen(Progress(STAGE, i + 1, len(images), "undistorting photos"))
+    for camera_id, pinhole in pinholes.items():
+        camera = model.cameras[camera_id]
+        camera.model, camera.width, camera.height = pinhole.model, pinhole.width, pinhole.height
+        camera.params = pinhole.params
+    partial, target = out / "sparse" / "0.partial", out / "sparse" / "0"
+    for stale in (partial, target):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.write_binary(str(partial))
+    partial.rename(target)
+
+
+def _copy(camera: Any) -> Any:
+    import pycolmap
+
+    return pycolmap.Camera(camera.todict())
+
+
+def _pinhole(camera: Any) -> Any:
+    import pycolmap
+
+    if camera.is_undistorted():
+        pinhole = _copy(camera)
+        if camera.model_name != "PINHOLE":
+            pinhole.model = pycolmap.CameraModelId.PINHOLE
+            pinhole.params = [camera.focal_length_x, camera.focal_length_y,
+                              camera.principal_point_x, camera.principal_point_y]  # fmt: skip
+        return pinhole
+    return pycolmap.undistort_camera(pycolmap.UndistortCameraOptions(), camera)
+
+
+def _move_points(image: Any, lens: Any, pinhole: Any) -> None:
+    """The image's 2D points, from the lens to the pinhole."""
+    points = image.points2D
+    if len(points) == 0:
+        return
+    rays = lens.cam_from_img(np.array([point.xy for point in points]))
+    center = [pinhole.principal_point_x, pinhole.principal_point_y]
+    moved = rays * [pinhole.focal_length_x, pinhole.focal_length_y] + center
+    for point, xy in zip(points, moved, strict=True):
+        point.xy = xy
