@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from spaceport_gs import _engine, ops
+from spaceport_gs.density import Statistics
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.types import Camera, Image, RasterSettings
 
@@ -75,7 +76,7 @@ def kernels() -> tuple[list[Kernel], dict[str, float]]:
     d_gaussians = ops.empty_like(gaussians)
     moments = ops.zeros_like(gaussians), ops.zeros_like(gaussians)
     rates = ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=1)
-    statistics_of = ops.DensityStatistics(*(torch.zeros(N_GAUSSIANS) for _ in range(3)))
+    statistics_of = Statistics.empty(N_GAUSSIANS)
 
     def forward() -> Image:
         splats = ops.project(gaussians, view, settings)

@@ -338,8 +338,7 @@ PYBIND11_MODULE(_engine, m) {
     const Array<float> sums = field_of<float>(out, "gradient_sums", {-1});
     if (p.n > 0 && p.gaussian_from_splat[p.n - 1] >= sums.shape[0])
       refuse("gradient_sums", "a row per Gaussian", shape_text(sums.shape));
-    const DensityStatistics statistics = {sums.data, field_of<float>(out, "n_visits", {sums.shape[0]}).data,
-                                          field_of<float>(out, "max_extents", {sums.shape[0]}).data};
+    const DensityStatistics statistics = {sums.data, field_of<float>(out, "n_visible", {sums.shape[0]}).data};
     Unlocked unlocked;
     density(cpu, p, d, c, statistics);
   });

@@ -9,16 +9,13 @@ void density(const Cpu& cpu, const Projected& projected, const float* d_splats, 
              const DensityStatistics& out) {
   constexpr int64_t kSplatsPerPiece = 1 << 14;
   const float half_width = 0.5f * float(camera.width), half_height = 0.5f * float(camera.height);
-  const float longer_side = float(camera.width > camera.height ? camera.width : camera.height);
   parallel_for(*cpu.pool, n_pieces_of(projected.n, kSplatsPerPiece), [&](int64_t piece) {
     const Range range = range_of(piece, projected.n, kSplatsPerPiece);
     for (int64_t i = range.begin; i < range.end; ++i) {
       const int32_t row = projected.gaussian_from_splat[i];
       const float* d = d_splats + i * kSplatGradientStride;
       out.gradient_sums[row] += std::hypot(d[0] * half_width, d[1] * half_height);
-      out.n_visits[row] += 1.0f;
-      const Splat& s = projected.splats[i];
-      out.max_extents[row] = std::fmax(out.max_extents[row], std::fmax(s.extent_x, s.extent_y) / longer_side);
+      out.n_visible[row] += 1.0f;
     }
   });
 }

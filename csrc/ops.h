@@ -77,11 +77,10 @@ void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, cons
             const Gaussians& second_moment, const AdamSettings&);
 
 // Adds what one step saw of each Gaussian: the norm of its gradient by the mean in normalised device coordinates (that
-// of pixels times half the image), and one visit; the largest extent in pixels per image side is kept.
+// of pixels times half the image), and one step of being visible.
 struct DensityStatistics {
   float* gradient_sums;  // [N]
-  float* n_visits;       // [N]
-  float* max_extents;    // [N], as a share of the longer side
+  float* n_visible;      // [N]
 };
 void density(const Cpu&, const Projected&, const float* d_splats, const Camera&, const DensityStatistics&);
 

@@ -35,15 +35,13 @@ class Statistics:
         )
 
     def observe(self, projected: Projected, d_splats: Array, camera: Camera) -> None:
-        """Adds one step: `d_splats` [M, >= 2] starts with the gradient by x, y in pixels.
+        """Adds one step: `d_splats` [M, 9] is the gradient by the splats.
 
         Norms are in units of half the image, so that thresholds hold at every resolution.
         """
-        visible = projected.gaussian_from_splat.long()
-        x = d_splats[:, 0] * (camera.width / 2)
-        y = d_splats[:, 1] * (camera.height / 2)
-        self.gradient_sums[visible] += (x * x + y * y).sqrt()
-        self.n_visible[visible] += 1
+        from spaceport_gs import ops
+
+        ops.density(projected, d_splats, camera, self)
 
     def scores(self) -> torch.Tensor:
         """[N], mean norm over the steps in which the Gaussian was visible; 0 if there was none."""

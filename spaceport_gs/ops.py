@@ -10,10 +10,10 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from spaceport_gs import _engine
+from spaceport_gs.density import Statistics
 from spaceport_gs.errors import BackendError
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Tiles
@@ -195,21 +195,10 @@ def update(
     _engine.update(_backend(values.means), values, gradient, first_moment, second_moment, settings)
 
 
-@dataclass
-class DensityStatistics:
-    """What steps saw of each Gaussian since the last densification."""
-
-    gradient_sums: (
-        torch.Tensor
-    )  # [N] norms of the gradient by the mean, in normalised device coordinates
-    n_visits: torch.Tensor  # [N] steps in which it was visible
-    max_extents: torch.Tensor  # [N] largest half extent, as a share of the image's longer side
-
-
 def density(
-    projected: Projected, d_splats: torch.Tensor, camera: Camera, statistics: DensityStatistics
+    projected: Projected, d_splats: torch.Tensor, camera: Camera, statistics: Statistics
 ) -> None:
-    """Adds what one step saw, in place."""
+    """Adds to the statistics, in place, what one step saw of each Gaussian."""
     _engine.density(_backend(d_splats), projected, d_splats, camera, statistics)
 
 
@@ -264,15 +253,3 @@ class _Rasterize(torch.autograd.Function):
         )
         d_gaussians = project_vjp(gaussians, ctx.camera, ctx.settings, projected, d_splats)
         return None, None, *d_gaussians.arrays()
-
-
-def to_torch(gaussians: Gaussians, device: str | torch.device = "cpu") -> Gaussians:
-    """The same rows as float32 tensors on a device."""
-    return Gaussians(
-        *(
-            torch.as_tensor(np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a)
-            .to(device=device, dtype=torch.float32)
-            .contiguous()
-            for a in gaussians.arrays()
-        )
-    )

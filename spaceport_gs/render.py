@@ -18,6 +18,8 @@ def render(
     from spaceport_gs import ops
 
     settings = settings or RasterSettings()
+    if isinstance(gaussians.means, np.ndarray):
+        gaussians = gaussians.torch()
     degree = min(settings.sh_degree, gaussians.sh_degree)
     return ops.render(gaussians, camera, replace(settings, sh_degree=degree))
 

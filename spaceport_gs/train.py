@@ -1,0 +1,437 @@
+"""Training: from a scene's points to Gaussians that look like its photos."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from spaceport_gs import checkpoint, schedule
+from spaceport_gs.checkpoint import Check, Phase, State, copied
+from spaceport_gs.density import Growth, Rows, Statistics, grow, logit, reset_opacities
+from spaceport_gs.errors import InputError, Interrupted
+from spaceport_gs.evaluate import mean_psnr
+from spaceport_gs.gaussians import Gaussians, from_points
+from spaceport_gs.progress import Listener, Progress, ignore
+from spaceport_gs.scene import Scene, View, extent, farthest_views, split
+from spaceport_gs.schedule import Recipe, TrainSettings
+from spaceport_gs.types import Image, RasterSettings
+
+STAGE = "train"
+TELL_EVERY = 25  # steps
+FINAL_OPACITY = 1 / 255  # fainter Gaussians are never drawn
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What training made."""
+
+    gaussians: Gaussians
+    """On the device that they were trained on."""
+    steps: int
+    seconds: float
+    """Of training alone, over all resumed parts."""
+    stop_reason: str
+    history: tuple[Check, ...]
+
+
+def train(
+    scene: Scene, settings: TrainSettings, out: Path, listen: Listener = ignore
+) -> TrainReport:
+    """Trains on the views of `scene` that are not held out; goes on from the newest checkpoint in `out`/checkpoints.
+
+    On the CPU the result depends on the scene and the settings alone: not on the number of threads, nor on how often the
+    run was interrupted (unless `max_seconds` cuts it). Interrupted: a signal came; a checkpoint was written.
+    """
+    views, held_out = split(scene, settings.eval_every)
+    if len(views) < 2:
+        raise InputError(f"{len(views)} training views are too few; take a larger --eval-every, or 0")
+    used = scene.using(views)
+    if len(used.points) < 4:
+        raise InputError(
+            f"only {len(used.points)} points are seen by two training photos; use more photos, or --eval-every 0"
+        )
+    settings = settings.for_capture(len(views), _mean_pixels(views))
+    run = _Run.of(views, held_out, settings)
+    folder, fingerprint = out / "checkpoints", _fingerprint(used, settings)
+    state = _resumed(folder, fingerprint, settings, listen) or _start(used, run)
+    stepper = _Stepper(run)
+    saved_at = state.step
+
+    with _signals() as stop:
+        while state.phase.name != "done":
+            started = time.monotonic()
+            stepper.step(state)
+            state.seconds += time.monotonic() - started
+            if _is_check_due(run, state):
+                _check(run, state)
+            _advance_phase(run, state)
+            if state.step % TELL_EVERY == 0 or state.phase.name == "done":
+                listen(_progress(run, state, stepper.last_loss))
+            if stop:
+                checkpoint.save(folder, state, fingerprint)
+                raise Interrupted(f"stopped by {stop[0].name} at step {state.step}; go on with --resume")
+            if state.step - saved_at >= settings.checkpoint_every or state.phase.name == "done":
+                checkpoint.save(folder, state, fingerprint)
+                saved_at = state.step
+    values = state.rows.values
+    return TrainReport(
+        values.select(values.opacities >= logit(FINAL_OPACITY)),
+        state.step,
+        state.seconds,
+        state.phase.reason,
+        tuple(state.history),
+    )
+
+
+# --- What does not change during a run --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    views: tuple[View, ...]
+    """Trained on from the start."""
+    probes: tuple[View, ...]
+    """Training views that judge the progress, and are trained on at the end."""
+    held_out: tuple[View, ...]
+    settings: TrainSettings
+    recipe: Recipe
+    extent: float
+
+    @staticmethod
+    def of(views: Sequence[View], held_out: Sequence[View], settings: TrainSettings) -> _Run:
+        recipe = settings.recipe
+        assert recipe is not None
+        probes: tuple[View, ...] = ()
+        if recipe.plateau is not None and len(views) > recipe.plateau.min_probes + 2:
+            probes = farthest_views(views, schedule.n_probes(recipe.plateau, len(views)))
+        names = {probe.name for probe in probes}
+        return _Run(
+            tuple(view for view in views if view.name not in names),
+            probes,
+            tuple(held_out),
+            settings,
+            recipe,
+            extent(views),
+        )
+
+    @property
+    def pace(self) -> float:
+        """Moments of the recipe in one step."""
+        return self.recipe.steps / self.settings.steps
+
+    def views_of(self, phase: Phase) -> tuple[View, ...]:
+        return self.views + self.probes if phase.name == "finish" else self.views
+
+
+def _mean_pixels(views: Sequence[View]) -> int:
+    return round(sum(v.camera.width * v.camera.height for v in views) / len(views))
+
+
+def _fingerprint(scene: Scene, settings: TrainSettings) -> str:
+    """Of everything that a checkpoint must agree with."""
+    known = hashlib.sha256(json.dumps(settings.to_json(), sort_keys=True).encode())
+    for view in scene.views:
+        known.update(f"{view.name} {view.camera.width}x{view.camera.height}".encode())
+        known.update(view.camera.cam_from_world.tobytes())
+    known.update(scene.points.tobytes())
+    return known.hexdigest()
+
+
+def _start(scene: Scene, run: _Run) -> State:
+    values = from_points(scene.points, scene.colors, run.recipe.sh_degree).torch(run.settings.device)
+    zeros = values.map(lambda array: array.new_zeros(array.shape))
+    moments = tuple(zeros.map(lambda array: array.clone()) for _ in range(2))
+    return State(Rows(values, moments), Statistics.empty(len(values), run.settings.device))
+
+
+def _resumed(
+    folder: Path, fingerprint: str, settings: TrainSettings, listen: Listener
+) -> State | None:
+    """The newest checkpoint that can be read; InputError if there are some, but none of use."""
+    failure: InputError | None = None
+    for path in reversed(checkpoint.files(folder)):
+        try:
+            state = checkpoint.load(path, fingerprint, settings.device)
+        except InputError as error:
+            failure = failure or error
+            listen(Progress(STAGE, 0, settings.steps, str(error)))
+        else:
+            return state
+    if failure is not None:
+        raise failure
+    return None
+
+
+# --- One step ---------------------------------------------------------------------------------------------------------------
+
+
+class _Stepper:
+    """Does steps; holds the photos of the current resolution and buffers, nothing that a result depends on."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._level = 0.0
+        self._resized: dict[str, View] = {}
+        self._gradient: Gaussians | None = None
+        self.last_loss = math.nan
+
+    def step(self, state: State) -> None:
+        """One view forward and back, growth where it is due, and Adam; then the moment moves on."""
+        from spaceport_gs import ops
+
+        run, recipe = self._run, self._run.recipe
+        previous = state.moment
+        state.step += 1
+        state.moment = min(previous + _pace(run, state), recipe.steps)
+        view = self._view(state, previous)
+        camera, values = view.camera, state.rows.values
+        settings = RasterSettings(sh_degree=schedule.sh_degree(recipe, previous))
+
+        projected = ops.project(values, camera, settings)
+        tiles = ops.tile(projected, camera)
+        image = ops.blend(projected, tiles, camera, settings)
+        loss = ops.loss(
+            image.color, _tensor(view.photo, image.color), ops.LossSettings(recipe.d_ssim_weight)
+        )
+        d_image = Image(loss.d_color, image.transmittance.new_zeros(image.transmittance.shape))
+        d_splats = ops.blend_vjp(projected, tiles, camera, settings, image, d_image)
+        gradient = ops.project_vjp(
+            values, camera, settings, projected, d_splats, self._buffer(values)
+        )
+        self.last_loss = loss.value
+        state.loss_sum += loss.value
+
+        if state.phase.name == "main":
+            if previous < recipe.growth_until:
+                state.statistics.observe(projected, d_splats, camera)
+            gradient = self._densify(state, gradient, previous)
+        ops.update(state.rows.values, gradient, *state.rows.companions, _adam(run, state))
+
+    def _densify(self, state: State, gradient: Gaussians, previous: float) -> Gaussians:
+        """Growth, pruning and opacity resets that are due; new rows have no gradient, so this step leaves them alone."""
+        recipe = self._run.recipe
+        growth_due = schedule.grows(recipe, previous, state.moment)
+        reset_due = schedule.resets_opacity(recipe, previous, state.moment)
+        if not growth_due and not reset_due:
+            return gradient
+        rows = Rows(state.rows.values, (gradient, *state.rows.companions))
+        if growth_due:
+            key = (self._run.settings.seed, state.step)
+            growth = Growth(recipe, self._run.extent, state.moment, key)
+            rows = grow(rows, state.statistics.scores(), growth)
+            if len(rows.values) == 0:
+                raise InputError(
+                    "training lost every Gaussian: the cameras or points cannot be right; check the SfM report"
+                )
+            state.statistics = Statistics.empty(len(rows.values), self._run.settings.device)
+        if reset_due:
+            rows = reset_opacities(rows, recipe.reset_opacity)
+        state.rows = Rows(rows.values, rows.companions[1:])
+        return rows.companions[0]
+
+    def _view(self, state: State, moment: float) -> View:
+        """This step's view at this step's resolution: views in shuffled epochs, the same for the same seed and step."""
+        run = self._run
+        views = run.views_of(state.phase)
+        epoch, place = divmod(state.step - 1 - state.phase.step, len(views))
+        key = (run.settings.seed, state.phase.step, epoch)
+        view = views[int(np.random.default_rng(key).permutation(len(views))[place])]
+        shorter = min(view.camera.width, view.camera.height)
+        level = schedule.resolution(run.recipe, moment, shorter)
+        if level != self._level:
+            self._level, self._resized = level, {}
+        if view.name not in self._resized:
+            self._resized[view.name] = view.resized(
+                max(1, round(view.camera.width * level)), max(1, round(view.camera.height * level))
+            )
+        return self._resized[view.name]
+
+    def _buffer(self, values: Gaussians) -> Gaussians:
+        if self._gradient is None or self._gradient.sh.shape != values.sh.shape:
+            self._gradient = values.map(lambda array: array.new_empty(array.shape))
+        return self._gradient
+
+
+def _tensor(photo: np.ndarray, like: object) -> object:
+    import torch
+
+    return torch.from_numpy(photo).to(like.device)  # type: ignore[attr-defined]
+
+
+def _pace(run: _Run, state: State) -> float:
+    """Moments that the next step takes; more than usual where the time would not suffice."""
+    if run.settings.max_seconds <= 0 or state.step <= 1:
+        return run.pace
+    left = max(run.settings.max_seconds - state.seconds, 1e-3)
+    steps_left = max(left / (state.seconds / (state.step - 1)), 1.0)
+    return max(run.pace, (run.recipe.steps - state.moment) / steps_left)
+
+
+def _adam(run: _Run, state: State) -> object:
+    from spaceport_gs.ops import AdamSettings
+
+    recipe, rule, phase = run.recipe, run.recipe.plateau, state.phase
+    means, others = schedule.means_rate(recipe, state.moment), 1.0
+    if rule is not None and phase.name in ("cool", "finish"):
+        share = 1.0
+        if phase.name == "cool":
+            length = schedule.cool_down_length(rule, phase.moment)
+            share = min((state.moment - phase.moment) / length, 1.0)
+        first = schedule.means_rate(recipe, phase.moment if phase.name == "cool" else recipe.steps)
+        means = first ** (1 - share) * recipe.final_means_rate**share
+        others = rule.final_rate + (1 - rule.final_rate) * 0.5 * (1 + math.cos(math.pi * share))
+    return AdamSettings(
+        means=means * run.extent,
+        log_scales=recipe.scale_rate * others,
+        quaternions=recipe.rotation_rate * others,
+        opacities=recipe.opacity_rate * others,
+        sh_dc=recipe.dc_rate * others,
+        sh_rest=recipe.sh_rate * others,
+        step=state.step,
+    )
+
+
+# --- Checks and phases ------------------------------------------------------------------------------------------------------
+
+
+def _is_check_due(run: _Run, state: State) -> bool:
+    """Checks fall on multiples of their distance, and on the last step."""
+    every = run.recipe.plateau.check_every if run.recipe.plateau else run.recipe.evaluate_every
+    if state.history and state.history[-1].step == state.step:
+        return False
+    before = state.moment - run.pace * (1 - 1e-9)
+    return schedule.passes(before, state.moment, every) is not None or state.moment >= run.recipe.steps
+
+
+def _check(run: _Run, state: State) -> None:
+    """Adds a line to the history, and keeps a snapshot of the main phase's best."""
+    since = state.step - (state.history[-1].step if state.history else 0)
+    values, in_main = state.rows.values, state.phase.name == "main"
+    settings = RasterSettings(sh_degree=schedule.sh_degree(run.recipe, state.moment))
+    probes = mean_psnr(values, run.probes, settings) if state.phase.name != "finish" else None
+    state.history.append(
+        Check(
+            step=state.step,
+            moment=state.moment,
+            seconds=state.seconds,
+            loss=state.loss_sum / max(since, 1),
+            psnr_probes=probes,
+            psnr_held_out=mean_psnr(values, run.held_out, settings),
+            gaussians=len(values),
+        )
+    )
+    state.loss_sum = 0.0
+    armed = _armed_probes(run, state)
+    if in_main and armed and armed[-1] >= max(armed):
+        state.best = copied(state.rows)
+
+
+def _armed_probes(run: _Run, state: State) -> list[float]:
+    """PSNR of the probes at the main phase's checks that count."""
+    rule = run.recipe.plateau
+    if rule is None or state.phase.name != "main":
+        return []
+    return [
+        check.psnr_probes
+        for check in state.history
+        if check.psnr_probes is not None and check.moment >= rule.arm_at
+    ]
+
+
+def _advance_phase(run: _Run, state: State) -> None:
+    """main → cool → finish → done; without a plateau rule main → done."""
+    recipe, rule, phase = run.recipe, run.recipe.plateau, state.phase
+
+    def enter(name: str, reason: str) -> None:
+        state.phase = Phase(name, state.moment, state.step, reason)
+
+    is_over = state.moment >= recipe.steps
+    if phase.name == "main":
+        if rule is None:
+            if is_over:
+                enter("done", _limit(run, state))
+            return
+        armed = _armed_probes(run, state)
+        checked_now = bool(state.history) and state.history[-1].step == state.step
+        reason = schedule.plateau(rule, armed) if checked_now and armed else None
+        if reason is not None:
+            reason = f"plateau at step {state.step}: {reason}"
+            _restore_better(state, max(armed), armed[-1], rule.max_decline)
+        elif state.moment >= schedule.last_main_moment(recipe):
+            reason = _limit(run, state)
+        if reason is not None:
+            enter("cool", reason)
+    elif rule is not None and phase.name == "cool":
+        if is_over or state.moment - phase.moment >= schedule.cool_down_length(rule, phase.moment):
+            before = [c.psnr_probes for c in state.history if c.psnr_probes is not None]
+            cooled = mean_psnr(state.rows.values, run.probes) if state.best is not None else None
+            if before and cooled is not None:
+                _restore_better(state, max(before), cooled, rule.max_loss)
+            state.best = None
+            enter("finish" if run.probes and not is_over else "done", phase.reason)
+    elif rule is not None and phase.name == "finish":
+        if is_over or state.moment - phase.moment >= rule.cool_down:
+            _check(run, state)
+            enter("done", phase.reason)
+
+
+def _restore_better(state: State, best: float, now: float, tolerance: float) -> None:
+    if state.best is not None and now < best - tolerance:
+        state.rows = copied(state.best)
+        state.statistics = Statistics.empty(
+            len(state.rows.values), state.rows.values.means.device
+        )
+
+
+def _limit(run: _Run, state: State) -> str:
+    in_time = run.settings.max_seconds > 0 and state.step < run.settings.steps * 0.99
+    return f"time budget of {run.settings.max_seconds:g} s" if in_time else f"all steps of the schedule"
+
+
+def _progress(run: _Run, state: State, loss: float) -> Progress:
+    figures: dict[str, float | int] = {"loss": loss, "gaussians": len(state.rows.values)}
+    shown = next((c for c in reversed(state.history) if c.psnr_probes or c.psnr_held_out), None)
+    if shown is not None:
+        figures["psnr"] = shown.psnr_held_out or shown.psnr_probes or 0.0
+    n_steps = run.settings.steps
+    done = n_steps if state.phase.name == "done" else min(_expected_share(run, state), 1.0) * n_steps
+    return Progress(STAGE, round(done), n_steps, f"step {state.step}", figures)
+
+
+def _expected_share(run: _Run, state: State) -> float:
+    """How much of the run is behind: a cool-down that started early ends early."""
+    rule, phase = run.recipe.plateau, state.phase
+    if rule is None or phase.name == "main":
+        return state.moment / run.recipe.steps
+    end = phase.moment + rule.cool_down
+    if phase.name == "cool":
+        end = phase.moment + schedule.cool_down_length(rule, phase.moment) + rule.cool_down
+    return state.moment / min(end, run.recipe.steps)
+
+
+@contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """A list that SIGINT and SIGTERM append themselves to, instead of ending the process."""
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    before = [
+        signal.signal(number, lambda n, _: received.append(signal.Signals(n))) for number in wanted
+    ]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(wanted, before, strict=True):
+            signal.signal(number, handler)
