@@ -224,3 +224,16 @@ def _quaternion(rotation: np.ndarray) -> list[float]:
     from scipy.spatial.transform import Rotation
 
     return [float(value) for value in Rotation.from_matrix(rotation).as_quat()]
+
+
+def opening_of(result: Path, title: str) -> PublishSettings:
+    """Where the page of an OUT folder opens: at its first photo's camera, if its SfM is there."""
+    if not (result / "sfm").is_dir():
+        return PublishSettings(title)
+    from spaceport_gs.scene import load_scene
+
+    scene = load_scene(result / "sfm")
+    first = scene.views[0].camera
+    depths = scene.points @ first.cam_from_world[2, :3] + first.cam_from_world[2, 3]
+    focus = float(np.median(depths[depths > 0])) if (depths > 0).any() else 1.0
+    return PublishSettings(title, first, focus, up_of([view.camera for view in scene.views]))

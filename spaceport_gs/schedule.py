@@ -166,6 +166,7 @@ def _few_photos(n_views: int, n_pixels: int) -> Recipe:
         growth_from=300,
         growth_until=steps // 2,
         max_gaussians=round(min(max(4_000 * n_views * megapixels / 2, 40_000), 500_000)),
+        prune_large_after=steps,  # background Gaussians are large; losing them costs dBs and time here
         reset_every=0,
         full_resolution_at=steps * 3 // 10,
         first_side=128,

@@ -381,7 +381,8 @@ def _advance_phase(run: _Run, state: State) -> None:
             enter("finish" if run.probes and not is_over else "done", phase.reason)
     elif rule is not None and phase.name == "finish":
         if is_over or state.moment - phase.moment >= rule.cool_down:
-            _check(run, state)
+            if state.history[-1].step != state.step:
+                _check(run, state)
             enter("done", phase.reason)
 
 

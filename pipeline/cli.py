@@ -1,0 +1,406 @@
+"""The command `spaceport`: the main job, its stages, and helpers.
+
+A user's mistake is one line on stderr and exit code 2; a traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spaceport_gs import __version__
+from spaceport_gs.errors import BackendError, InputError, Interrupted
+
+EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+
+app = typer.Typer(
+    name="spaceport",
+    help="Photos in, a published 3D Gaussian-splat scene out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Input = Annotated[Path, typer.Argument(metavar="INPUT", show_default=False)]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Where the result goes.", show_default=False)]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
+Preset = Annotated[str, typer.Option("--preset", help="standard, or baseline (3DGS as published).")]
+Steps = Annotated[int, typer.Option("--steps", min=0, help="Training steps; 0: the preset's. All step counts scale with it.")]
+MaxSeconds = Annotated[float, typer.Option("--max-seconds", min=0, help="Time for training; 0: no limit.")]
+Downscale = Annotated[float, typer.Option("--downscale", min=1, help="Train on photos this many times smaller.")]
+EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Hold out every so-many-th photo for evaluation; 0: none.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="SfM with one thread and fixed seeds: the same files again.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads of training and rendering; 0: every core.")]
+Title = Annotated[str, typer.Option("--title", help="Of the published page.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the result that is in OUTPUT.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the result that is in OUTPUT.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
+
+
+def main() -> None:
+    """Entry point."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Exit code of the command with these arguments."""
+    try:
+        code = app(arguments, standalone_mode=False)
+        return int(code or 0)
+    except typer.TyperException as error:
+        message = error.format_message()
+        return _fail(f"{message} See `spaceport --help`.") if message.strip() else EXIT_MISTAKE
+    except (InputError, BackendError) as error:
+        return _fail(str(error))
+    except Interrupted as error:
+        return _fail(str(error), EXIT_TERMINATED if "SIGTERM" in str(error) else EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; go on with --resume", EXIT_INTERRUPTED)
+    except _Terminated:
+        return _fail("terminated; go on with --resume", EXIT_TERMINATED)
+    except MemoryError as error:
+        return _fail(f"not enough memory ({error}): take a larger --downscale, or fewer photos")
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        if error.errno is None:
+            raise
+        return _fail(_system_error(error))
+
+
+def _fail(message: str, code: int = EXIT_MISTAKE) -> int:
+    print(f"spaceport: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _system_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = {
+        errno.ENOSPC: "; free some space and go on with --resume",
+        errno.EDQUOT: "; free some space and go on with --resume",
+        errno.EFBIG: "; free some space and go on with --resume",
+        errno.EROFS: "; give an output folder that can be written to",
+        errno.EACCES: "; check its permissions",
+        errno.ENOENT: "; check the path",
+    }.get(error.errno or 0, "")
+    return f"{where}{error.strerror}{remedy}"
+
+
+class _Terminated(BaseException):
+    """SIGTERM outside of training."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"spaceport-gs {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+# --- Stages that work in a folder ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _work(source: Path, output: Path, config: dict[str, Any], existing: tuple[bool, bool], quiet: bool) -> Iterator[Any]:
+    """(workspace, listener) for a command that writes to a folder."""
+    from spaceport_gs.pipeline.events import progress_of
+    from spaceport_gs.pipeline.workspace import Existing, open_workspace
+
+    resume, overwrite = existing
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    if not source.exists():
+        raise InputError(f"{source}: there is no such file or folder")
+    mode = Existing.RESUME if resume else Existing.OVERWRITE if overwrite else Existing.REFUSE
+    config = {"version": __version__, "input": str(source), **config}
+    with open_workspace(output, mode, config) as workspace:
+        with progress_of(output / "events.jsonl", "never" if quiet else "auto") as listen:
+            yield workspace, listen
+
+
+def _finish(result: dict[str, Any], as_json: bool, quiet: bool, summary: Callable[[], str]) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    elif not quiet:
+        print(summary())
+
+
+def _use_threads(threads: int) -> None:
+    if threads:
+        from spaceport_gs import ops
+
+        ops.use_cpu(threads)
+
+
+def _decibels(value: float | None) -> str:
+    return "no held-out views" if value is None else f"PSNR {value:.2f} dB on held-out views"
+
+
+@app.command(name="reconstruct")
+def reconstruct_command(
+    photos: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard",
+    steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
+    deterministic: Deterministic = False, threads: Threads = 0, title: Title = "", resume: Resume = False,
+    overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+) -> None:  # fmt: skip
+    """The main job: photos (a folder, a .zip, a COLMAP project) to scene, page and report."""
+    from spaceport_gs.pipeline import run as stages
+
+    settings = stages.RunSettings(
+        device, seed, preset, steps, max_seconds, downscale, eval_every, "deterministic" if deterministic else "fast", title
+    )
+    stages.check(settings)
+    with _work(photos, output, {"command": "reconstruct", **asdict(settings)}, (resume, overwrite), quiet or json) as work:
+        if not (quiet or json):
+            print(stages.estimate(photos, settings, output))
+        _use_threads(threads)
+        report = stages.reconstruct(photos, work[0], settings, work[1])
+    _finish(report, json, quiet, lambda: (
+        f"{report['registered']} of {report['photos']} photos placed, {report['gaussians']:,} Gaussians,"
+        f" {_decibels(report['psnr'])}\npage    {output / 'index.html'}\nreport  {output / 'report.html'}"
+    ))  # fmt: skip
+
+
+@app.command(name="sfm")
+def sfm_command(
+    photos: Input, output: Output, seed: Seed = 0, deterministic: Deterministic = False, resume: Resume = False,
+    overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+) -> None:  # fmt: skip
+    """Photos to a COLMAP project: poses, points and undistorted photos."""
+    from spaceport_gs.pipeline.capture import open_capture
+    from spaceport_gs.pipeline.sfm import SfmSettings, finished_report, reconstruct_cameras
+
+    settings = SfmSettings(deterministic, seed)
+    with _work(photos, output, {"command": "sfm", **asdict(settings)}, (resume, overwrite), quiet or json) as (_, listen):
+        report = finished_report(output) or reconstruct_cameras(open_capture(photos, output, listen), output, settings, listen)
+    _finish(asdict(report), json, quiet, lambda: (
+        f"{report.registered} of {report.photos} photos placed, {report.points:,} points,"
+        f" {report.reprojection_error_px:.2f} px" + "".join(f"\nnot placed: {name}" for name in report.left_out)
+    ))  # fmt: skip
+
+
+@app.command(name="train")
+def train_command(
+    project: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard",
+    steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
+    threads: Threads = 0, resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+) -> None:  # fmt: skip
+    """A COLMAP project to scene.ply and report.json."""
+    from spaceport_gs.pipeline import run as stages
+
+    settings = stages.RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every)
+    stages.check(settings)
+    with _work(project, output, {"command": "train", **asdict(settings)}, (resume, overwrite), quiet or json) as work:
+        _use_threads(threads)
+        report = stages.train_project(project, work[0], settings, work[1])
+    _finish(report, json, quiet, lambda: (
+        f"{report['gaussians']:,} Gaussians, {_decibels(report['psnr'])}: {output / 'scene.ply'}"
+    ))  # fmt: skip
+
+
+# --- Commands that write one file ---------------------------------------------------------------------------------------------
+
+
+def _target(output: Path, name: str, overwrite: bool) -> Path:
+    """The file to write: `output`, or `name` in it if it is a folder."""
+    target = output / name if output.is_dir() else output
+    if target.exists() and not overwrite:
+        raise InputError(f"{target}: exists; replace it with --overwrite")
+    return target
+
+
+def _scene_file(source: Path, *suffixes: str) -> Path:
+    """The scene of an OUT folder, or the file itself."""
+    if source.is_dir():
+        for suffix in suffixes:
+            if (source / f"scene{suffix}").is_file():
+                return source / f"scene{suffix}"
+        raise InputError(f"{source}: no scene{' or scene'.join(suffixes)} in this folder")
+    if not source.exists():
+        raise InputError(f"{source}: there is no such file or folder")
+    if source.suffix.lower() not in suffixes:
+        raise InputError(f"{source}: expected {' or '.join(suffixes)}, or a folder with a result")
+    return source
+
+
+def _read_scene(path: Path) -> Any:
+    from spaceport_gs.pipeline.compress import read_sog
+    from spaceport_gs.ply import read_ply
+
+    return read_ply(path) if path.suffix.lower() == ".ply" else read_sog(path)
+
+
+@app.command(name="compress")
+def compress_command(
+    scene: Input, output: Output, seed: Seed = 0, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False
+) -> None:
+    """A .ply to a .sog."""
+    from spaceport_gs.pipeline.compress import CompressSettings, compress
+    from spaceport_gs.ply import read_ply
+
+    target = _target(output, "scene.sog", overwrite)
+    figures = compress(read_ply(_scene_file(scene, ".ply")), target, CompressSettings(seed=seed))
+    _finish(figures, json, quiet, lambda: f"{target}: {figures['sog_bytes'] / 1e6:.1f} MB, {figures['ratio']:.1f} times smaller")
+
+
+@app.command(name="publish")
+def publish_command(
+    scene: Input, output: Output, title: Title = "Scene", overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False
+) -> None:
+    """A .ply, a .sog or an OUT folder to one HTML page."""
+    import tempfile
+
+    from spaceport_gs.pipeline.compress import compress, read_sog
+    from spaceport_gs.pipeline.publish import PublishSettings, opening_of, publish
+    from spaceport_gs.ply import read_ply
+
+    source = _scene_file(scene, ".sog", ".ply")
+    target = _target(output, "index.html", overwrite)
+    settings = opening_of(scene, title) if scene.is_dir() else PublishSettings(title)
+    with tempfile.TemporaryDirectory() as temporary:
+        sog = source
+        if source.suffix.lower() == ".ply":
+            sog = Path(temporary) / "scene.sog"
+            compress(read_ply(source), sog)
+        else:
+            read_sog(source)  # a page around a broken scene helps nobody
+        figures = publish(sog, target, settings)
+    _finish(figures, json, quiet, lambda: f"{target}: {figures['html_bytes'] / 1e6:.1f} MB")
+
+
+@app.command(name="view")
+def view_command(
+    scene: Input,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: the first free one from 8008 on.")] = 0,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; others than 127.0.0.1 open it to the network.")] = "127.0.0.1",
+) -> None:
+    """Shows a .ply, a .sog or an OUT folder in the browser."""
+    from spaceport_gs.pipeline.view import page_folder, serve, server_for
+
+    if not scene.exists():
+        raise InputError(f"{scene}: there is no such file or folder")
+    folder, temporary = page_folder(scene)
+    try:
+        serve(server_for(folder, host, port), lambda text: print(text, flush=True))
+    finally:
+        if temporary is not None:
+            temporary.cleanup()
+
+
+@app.command(name="render")
+def render_command(
+    scene: Input, output: Output,
+    cameras: Annotated[Path | None, typer.Option("--cameras", help="COLMAP project with the cameras; default: that of the OUT folder.")] = None,
+    downscale: Downscale = 1, threads: Threads = 0, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+) -> None:  # fmt: skip
+    """Pictures of a .ply, a .sog or an OUT folder, as PNG files in OUTPUT."""
+    from PIL import Image
+
+    from spaceport_gs.files import replacing
+    from spaceport_gs.render import render_8bit
+    from spaceport_gs.scene import load_scene
+
+    views = load_scene(_project(scene, cameras), downscale).views
+    gaussians = _read_scene(_scene_file(scene, ".ply", ".sog"))
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file; give a folder for the pictures")
+    _use_threads(threads)
+    written = []
+    for view in views:
+        target = output / Path(view.name).with_suffix(".png")
+        if target.exists() and not overwrite:
+            raise InputError(f"{target}: exists; replace it with --overwrite")
+        with replacing(target) as temporary:
+            Image.fromarray(render_8bit(gaussians, view.camera)).save(temporary, "PNG")
+        written.append(str(target))
+    _finish({"pictures": written}, json, quiet, lambda: f"{len(written)} pictures in {output}")
+
+
+@app.command(name="evaluate")
+def evaluate_command(
+    scene: Input,
+    cameras: Annotated[Path | None, typer.Option("--cameras", help="COLMAP project with the photos; default: that of the OUT folder.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the scores to this JSON file.")] = None,
+    downscale: Downscale = 1, eval_every: EvalEvery = 8, threads: Threads = 0, overwrite: Overwrite = False,
+    quiet: Quiet = False, json: Json = False,
+) -> None:  # fmt: skip
+    """PSNR and SSIM of a .ply, a .sog or an OUT folder on its held-out photos (all photos with --eval-every 0)."""
+    from spaceport_gs.evaluate import evaluate
+    from spaceport_gs.files import write_json
+    from spaceport_gs.scene import load_scene, split
+
+    training, held_out = split(load_scene(_project(scene, cameras), downscale), eval_every)
+    _use_threads(threads)
+    result = evaluate(_read_scene(_scene_file(scene, ".ply", ".sog")), held_out or training)
+    if output is not None:
+        write_json(_target(output, "evaluation.json", overwrite), asdict(result))
+    _finish(asdict(result), json, quiet, lambda: "\n".join(
+        [*(f"{s.name}  {s.psnr:.2f} dB  {s.ssim:.4f}" for s in result.views), f"mean  {result.psnr:.2f} dB  {result.ssim:.4f}"]
+    ))  # fmt: skip
+
+
+def _project(scene: Path, cameras: Path | None) -> Path:
+    """The COLMAP project that belongs to a scene."""
+    if cameras is not None:
+        return cameras
+    folder = scene if scene.is_dir() else scene.parent
+    if (folder / "sfm").is_dir():
+        return folder / "sfm"
+    raise InputError(f"{scene}: no cameras beside it; name a COLMAP project with --cameras")
+
+
+@app.command(name="synthesize")
+def synthesize_command(
+    output: Output,
+    photos: Annotated[int, typer.Option("--photos", min=3, help="How many.")] = 24,
+    width: Annotated[int, typer.Option("--width", min=32)] = 480,
+    height: Annotated[int, typer.Option("--height", min=32)] = 320,
+    seed: Seed = 0, resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+) -> None:  # fmt: skip
+    """A synthetic drone capture: photos with GPS, a flight log, and the truth about cameras and depth."""
+    from spaceport_gs.pipeline.events import progress_of
+    from spaceport_gs.pipeline.synthesize import SynthesizeSettings, synthesize
+
+    if (output / "flight_log.csv").exists() and not overwrite:
+        if resume:
+            return
+        raise InputError(f"{output}: holds a capture; replace it with --overwrite")
+    output.mkdir(parents=True, exist_ok=True)
+    with progress_of(Path("/dev/null"), "never" if quiet or json else "auto") as listen:
+        figures = synthesize(output, SynthesizeSettings(photos, width, height, seed), listen)
+    _finish(figures, json, quiet, lambda: f"{figures['photos']} photos in {output / 'photos'}")
+
+
+@app.command(name="doctor")
+def doctor_command(json: Json = False) -> None:
+    """What is built, what is found, and how to get what is missing."""
+    from spaceport_gs.pipeline.doctor import as_text, examine
+
+    report = examine()
+    _finish(report, json, False, lambda: as_text(report))
+
+
+if __name__ == "__main__":
+    main()
