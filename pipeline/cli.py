@@ -374,7 +374,7 @@ def _project(scene: Path, cameras: Path | None) -> Path:
 @app.command(name="synthesize")
 def synthesize_command(
     output: Output,
-    photos: Annotated[int, typer.Option("--photos", min=3, help="How many.")] = 24,
+    photos: Annotated[int, typer.Option("--photos", min=3, help="How many.")] = 30,
     width: Annotated[int, typer.Option("--width", min=32)] = 480,
     height: Annotated[int, typer.Option("--height", min=32)] = 320,
     seed: Seed = 0, resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,

@@ -35,7 +35,7 @@ JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class SynthesizeSettings:
-    n_photos: int = 24
+    n_photos: int = 30
     width: int = 480
     """Pixels."""
     height: int = 320
@@ -221,16 +221,16 @@ class World:
         near = (t > 0) & (t < hit.distance) & (t < 400)
         x, y = (origin[near, i] + t[near] * direction[near, i] for i in (0, 1))
         noise = self._noise
-        grass = noise.layered(x, y, (5.0, 1.6, 0.85, 0.6))
+        grass = noise.layered(x, y, (6.0, 2.6, 1.5))
         tone = noise(x - 500, y + 300, 9.0)
         color = np.stack([0.2 + 0.5 * grass + 0.16 * tone, 0.27 + 0.5 * grass, 0.1 + 0.36 * grass - 0.06 * tone], axis=1)
-        gravel = noise.layered(x + 900, y, (1.8, 0.9, 0.55))[:, None]
+        gravel = noise.layered(x + 900, y, (2.6, 1.4))[:, None]
         on_apron = np.maximum(np.abs(x), np.abs(y)) < 11.5
         concrete = 0.24 + 0.56 * gravel * np.array([1.0, 0.97, 0.9])
         color = np.where(on_apron[:, None], concrete, color)
         wave = 32 + 3 * np.sin(x / 17)
         on_road = (np.abs(y - wave + 64) < 2.6) | (np.abs(x + 33 - 2 * np.sin(y / 13)) < 2.6)
-        asphalt = 0.1 + 0.34 * noise.layered(x, y + 700, (1.7, 0.8, 0.45))[:, None] * np.ones(3)
+        asphalt = 0.1 + 0.34 * noise.layered(x, y + 700, (2.0, 1.1))[:, None] * np.ones(3)
         color = np.where(on_road[:, None], asphalt, color)
         stripe = on_apron & ((np.abs(np.hypot(x, y) - 10) < 0.28) | ((np.abs(x - y) < 0.3) & (np.hypot(x, y) > 8.2)))
         color = np.where(stripe[:, None], np.array([0.92, 0.78, 0.2]) * (0.7 + 0.4 * gravel), color)
@@ -251,12 +251,12 @@ class World:
         along = np.where(np.abs(n_local_x) > 0.5, p[:, 1], p[:, 0])
         face = np.sign(n_local_x) * 20 + np.where(np.abs(n_local_x) > 0.5, 60, 140) + 311 * k
         noise = self._noise
-        dirt = noise.layered(along + face, p[:, 2] + 13 * k, (2.8, 1.1, 0.55))
+        dirt = noise.layered(along + face, p[:, 2] + 13 * k, (3.0, 1.3))
         wall = np.array(box.color) * (0.5 + 0.75 * dirt)[:, None]
         u, v = along / 1.5 % 1, p[:, 2] / 1.7 % 1
         is_window = (np.abs(u - 0.5) < 0.27) & (np.abs(v - 0.55) < 0.26) & (p[:, 2] < box.height - 0.4) & (min(box.half) > 1)
         glass = np.array([0.16, 0.24, 0.34]) * (0.5 + 1.3 * noise(along * 3 + face, p[:, 2] * 3, 1.9))[:, None]
-        roof = (0.2 + 0.6 * noise.layered(p[:, 0] + 71 * k, p[:, 1], (2.0, 0.9, 0.5)))[:, None] * np.array([0.95, 0.75, 0.66])
+        roof = (0.2 + 0.6 * noise.layered(p[:, 0] + 71 * k, p[:, 1], (2.4, 1.2)))[:, None] * np.array([0.95, 0.75, 0.66])
         color = np.where(is_window[:, None], glass, wall)
         hit.color[rows] = np.where(is_roof[:, None], roof, color)
         hit.distance[rows] = t[near]
@@ -272,9 +272,9 @@ class World:
         p = origin[rows] + t[:, None] * direction[rows] - np.array([*cone.center, 0.0])
         around = np.arctan2(p[:, 1], p[:, 0]) * max(cone.radius_bottom, cone.radius_top)
         noise = self._noise
-        streaks = noise.layered(around + 57 * k, p[:, 2] * 0.8 + 5 * k, (1.9, 0.8, 0.42))[:, None]
+        streaks = noise.layered(around + 57 * k, p[:, 2] * 0.8 + 5 * k, (2.0, 0.9))[:, None]
         if cone.kind == "pad":
-            streaks = noise.layered(p[:, 0] + 9, p[:, 1], (1.6, 0.8, 0.42))[:, None]
+            streaks = noise.layered(p[:, 0] + 9, p[:, 1], (2.0, 1.0))[:, None]
             color = 0.18 + 0.5 * streaks * np.array([1.0, 0.98, 0.94])
         elif cone.kind == "tank":
             color = (0.5 + 0.5 * streaks) * np.array([0.8, 0.85, 0.88])

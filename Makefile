@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+# What the environment was made from: pip runs again when one of these changes.
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
+	$(shell find csrc spaceport_gs pipeline -name node_modules -prune -o -name __pycache__ -prune -o -name '*.so' -prune -o -type f -print)
+
+.PHONY: demo test lint benchmark clean
+
+demo: .venv/installed
+	$(BIN)/spaceport synthesize -o demo/capture --resume
+	$(BIN)/spaceport reconstruct demo/capture/photos -o demo --title "Spaceport" --resume
+	@echo "Open $(CURDIR)/demo/index.html"
+
+test: .venv/installed-tests
+	$(BIN)/python -P -m pytest
+
+lint: .venv/installed-tests
+	$(BIN)/python -m pip install -q -c constraints.txt clang-format mypy ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
+	ln -sfn ../pipeline spaceport_gs/pipeline
+	$(BIN)/mypy spaceport_gs; status=$$?; rm spaceport_gs/pipeline; exit $$status
+
+benchmark: .venv/installed
+	cd benchmarks && ../$(BIN)/python -P kernels.py --json ../build/kernels.json
+
+.venv/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q .
+	touch $@
+
+.venv/installed-tests: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt hypothesis pillow-heif pytest
+	touch $@
+
+clean:
+	rm -rf .venv build demo
