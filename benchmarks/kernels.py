@@ -205,9 +205,7 @@ def machine() -> str:
 
 def commit() -> str:
     here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    done = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return done.stdout.strip()
 
 

@@ -84,8 +84,8 @@ struct DensityStatistics {
 };
 void density(const Cpu&, const Projected&, const float* d_splats, const Camera&, const DensityStatistics&);
 
-// One Lloyd step of k-means: the nearest centroid of every point with its squared distance, and the weighted means of the
-// points of every centroid. A centroid without weight stays where it is.
+// One Lloyd step of k-means: the nearest centroid of every point with its squared distance, and the weighted means of
+// the points of every centroid. A centroid without weight stays where it is.
 struct Points {
   float* values;  // [n, n_dimensions]
   int64_t n, n_dimensions;

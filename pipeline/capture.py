@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -139,9 +140,7 @@ def _is_hidden(part: str) -> bool:
     return part.startswith(".") or part == "__MACOSX"
 
 
-def _extract(
-    archive: Path, zipped: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, budget: int
-) -> int:
+def _extract(archive: Path, zipped: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, budget: int) -> int:
     """Writes one entry and returns what is left of the budget; counts true bytes, whatever the header promised."""
     target = folder / entry.filename.replace("\\", "/")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,9 +179,7 @@ def _find_photos(folder: Path, work: Path) -> list[str]:
     names = []
     for parent, folders, files in os.walk(folder):
         here = Path(parent)
-        folders[:] = sorted(
-            f for f in folders if not _is_hidden(f) and not _is_ours(here / f) and here / f != work
-        )
+        folders[:] = sorted(f for f in folders if not _is_hidden(f) and not _is_ours(here / f) and here / f != work)
         for file in files:
             suffix = Path(file).suffix.lower()
             if suffix in HEIC_SUFFIXES:
@@ -201,9 +198,7 @@ def _register_heic(example: Path) -> None:
     try:
         import pillow_heif
     except ImportError:
-        raise InputError(
-            f"{example}: HEIC photos need the extra: pip install 'spaceport-gs[heic]'"
-        ) from None
+        raise InputError(f"{example}: HEIC photos need the extra: pip install 'spaceport-gs[heic]'") from None
     pillow_heif.register_heif_opener()
 
 
@@ -232,9 +227,7 @@ def _targets(names: Iterable[str]) -> dict[str, str]:
     return {name: name if name.lower().endswith(".png") else f"{name}.png" for name in names}
 
 
-def _prepare_photo(
-    folder: Path, name: str, converted: Path, honour_rotation: bool
-) -> Photo | Skipped:
+def _prepare_photo(folder: Path, name: str, converted: Path, honour_rotation: bool) -> Photo | Skipped:
     source = folder / name
     if source.is_symlink() and not source.resolve().is_relative_to(folder.resolve()):
         return Skipped(name, "a link to outside the capture")
@@ -269,7 +262,16 @@ def _prepare_photo(
             raise
         return Skipped(name, f"cannot be read ({error})")
     camera, focal_px = _lens_of(exif, size)
-    return Photo(target.relative_to(out).as_posix(), name, target, *size, camera, focal_px, _position_of(exif))
+    return Photo(
+        target.relative_to(out).as_posix(),
+        name,
+        target,
+        size[0],
+        size[1],
+        camera,
+        focal_px,
+        _position_of(exif),
+    )
 
 
 def _opened(source: Path) -> Image.Image:
@@ -301,7 +303,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _is_deep(image: Image.Image) -> bool:
     """Whether the file holds 16 bits a channel, of which Pillow gives the upper eight."""
-    return any("16" in str(tile[3]) for tile in image.tile)
+    return any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
 def _is_srgb(image: Image.Image) -> bool:
@@ -420,9 +422,7 @@ def model_from_transforms(path: Path, out: Path) -> Path:
                 model.add_camera_with_trivial_rig(camera)
             world_from_cam = world_from_gl[:3] * np.array([1.0, -1.0, -1.0, 1.0])
             rotation = world_from_cam[:, :3].T
-            pose = pycolmap.Rigid3d(
-                pycolmap.Rotation3d(rotation), -rotation @ world_from_cam[:, 3]
-            )
+            pose = pycolmap.Rigid3d(pycolmap.Rotation3d(rotation), -rotation @ world_from_cam[:, 3])
             image = pycolmap.Image(name=name, camera_id=cameras[key], image_id=i)
             model.add_image_with_trivial_frame(image, pose)
     except (KeyError, TypeError, ValueError, OSError) as error:
@@ -445,7 +445,7 @@ def _frame_name(folder: Path, file_path: str) -> str:
     raise ValueError(f"no photo {file_path}")
 
 
-def _frame_camera(values: dict[str, object], photo: Path) -> object:
+def _frame_camera(values: dict[str, object], photo: Path) -> Any:
     import pycolmap
 
     with Image.open(photo) as image:
@@ -462,5 +462,9 @@ def _frame_camera(values: dict[str, object], photo: Path) -> object:
     cy = _number(values.get("cy")) * scale_y or height / 2
     distortion = [_number(values.get(name)) for name in ("k1", "k2", "p1", "p2")]
     return pycolmap.Camera(
-        model="OPENCV", width=width, height=height, params=[fx, fy, cx, cy, *distortion], camera_id=1
+        model="OPENCV",
+        width=width,
+        height=height,
+        params=[fx, fy, cx, cy, *distortion],
+        camera_id=1,
     )

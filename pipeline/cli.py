@@ -35,12 +35,24 @@ Output = Annotated[Path, typer.Option("-o", "--output", help="Where the result g
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
 Preset = Annotated[str, typer.Option("--preset", help="standard, or baseline (3DGS as published).")]
-Steps = Annotated[int, typer.Option("--steps", min=0, help="Training steps; 0: the preset's. All step counts scale with it.")]
+Steps = Annotated[
+    int,
+    typer.Option("--steps", min=0, help="Training steps; 0: the preset's. All step counts scale with it."),
+]
 MaxSeconds = Annotated[float, typer.Option("--max-seconds", min=0, help="Time for training; 0: no limit.")]
 Downscale = Annotated[float, typer.Option("--downscale", min=1, help="Train on photos this many times smaller.")]
-EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Hold out every so-many-th photo for evaluation; 0: none.")]
-Deterministic = Annotated[bool, typer.Option("--deterministic", help="SfM with one thread and fixed seeds: the same files again.")]
-Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads of training and rendering; 0: every core.")]
+EvalEvery = Annotated[
+    int,
+    typer.Option("--eval-every", min=0, help="Hold out every so-many-th photo for evaluation; 0: none."),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="SfM with one thread and fixed seeds: the same files again."),
+]
+Threads = Annotated[
+    int,
+    typer.Option("--threads", min=0, help="CPU threads of training and rendering; 0: every core."),
+]
 Title = Annotated[str, typer.Option("--title", help="Of the published page.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the result that is in OUTPUT.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the result that is in OUTPUT.")]
@@ -114,16 +126,17 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
 
-# --- Stages that work in a folder ---------------------------------------------------------------------------------------------
-
-
 @contextmanager
-def _work(source: Path, output: Path, config: dict[str, Any], existing: tuple[bool, bool], quiet: bool) -> Iterator[Any]:
+def _work(
+    source: Path, output: Path, config: dict[str, Any], existing: tuple[bool, bool], quiet: bool
+) -> Iterator[Any]:
     """(workspace, listener) for a command that writes to a folder."""
     from spaceport_gs.pipeline.events import progress_of
     from spaceport_gs.pipeline.workspace import Existing, open_workspace
@@ -169,10 +182,24 @@ def reconstruct_command(
     from spaceport_gs.pipeline import run as stages
 
     settings = stages.RunSettings(
-        device, seed, preset, steps, max_seconds, downscale, eval_every, "deterministic" if deterministic else "fast", title
+        device,
+        seed,
+        preset,
+        steps,
+        max_seconds,
+        downscale,
+        eval_every,
+        "deterministic" if deterministic else "fast",
+        title,
     )
     stages.check(settings)
-    with _work(photos, output, {"command": "reconstruct", **asdict(settings)}, (resume, overwrite), quiet or json) as work:
+    with _work(
+        photos,
+        output,
+        {"command": "reconstruct", **asdict(settings)},
+        (resume, overwrite),
+        quiet or json,
+    ) as work:
         if not (quiet or json):
             print(stages.estimate(photos, settings, output))
         _use_threads(threads)
@@ -193,8 +220,13 @@ def sfm_command(
     from spaceport_gs.pipeline.sfm import SfmSettings, finished_report, reconstruct_cameras
 
     settings = SfmSettings(deterministic, seed)
-    with _work(photos, output, {"command": "sfm", **asdict(settings)}, (resume, overwrite), quiet or json) as (_, listen):
-        report = finished_report(output) or reconstruct_cameras(open_capture(photos, output, listen), output, settings, listen)
+    with _work(photos, output, {"command": "sfm", **asdict(settings)}, (resume, overwrite), quiet or json) as (
+        _,
+        listen,
+    ):
+        report = finished_report(output) or reconstruct_cameras(
+            open_capture(photos, output, listen), output, settings, listen
+        )
     _finish(asdict(report), json, quiet, lambda: (
         f"{report.registered} of {report.photos} photos placed, {report.points:,} points,"
         f" {report.reprojection_error_px:.2f} px" + "".join(f"\nnot placed: {name}" for name in report.left_out)
@@ -212,15 +244,18 @@ def train_command(
 
     settings = stages.RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every)
     stages.check(settings)
-    with _work(project, output, {"command": "train", **asdict(settings)}, (resume, overwrite), quiet or json) as work:
+    with _work(
+        project,
+        output,
+        {"command": "train", **asdict(settings)},
+        (resume, overwrite),
+        quiet or json,
+    ) as work:
         _use_threads(threads)
         report = stages.train_project(project, work[0], settings, work[1])
     _finish(report, json, quiet, lambda: (
         f"{report['gaussians']:,} Gaussians, {_decibels(report['psnr'])}: {output / 'scene.ply'}"
     ))  # fmt: skip
-
-
-# --- Commands that write one file ---------------------------------------------------------------------------------------------
 
 
 def _target(output: Path, name: str, overwrite: bool) -> Path:
@@ -254,7 +289,12 @@ def _read_scene(path: Path) -> Any:
 
 @app.command(name="compress")
 def compress_command(
-    scene: Input, output: Output, seed: Seed = 0, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False
+    scene: Input,
+    output: Output,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """A .ply to a .sog."""
     from spaceport_gs.pipeline.compress import CompressSettings, compress
@@ -262,12 +302,22 @@ def compress_command(
 
     target = _target(output, "scene.sog", overwrite)
     figures = compress(read_ply(_scene_file(scene, ".ply")), target, CompressSettings(seed=seed))
-    _finish(figures, json, quiet, lambda: f"{target}: {figures['sog_bytes'] / 1e6:.1f} MB, {figures['ratio']:.1f} times smaller")
+    _finish(
+        figures,
+        json,
+        quiet,
+        lambda: f"{target}: {figures['sog_bytes'] / 1e6:.1f} MB, {figures['ratio']:.1f} times smaller",
+    )
 
 
 @app.command(name="publish")
 def publish_command(
-    scene: Input, output: Output, title: Title = "Scene", overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False
+    scene: Input,
+    output: Output,
+    title: Title = "Scene",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """A .ply, a .sog or an OUT folder to one HTML page."""
     import tempfile
@@ -294,7 +344,10 @@ def publish_command(
 def view_command(
     scene: Input,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: the first free one from 8008 on.")] = 0,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; others than 127.0.0.1 open it to the network.")] = "127.0.0.1",
+    host: Annotated[
+        str,
+        typer.Option("--host", help="Address to listen on; others than 127.0.0.1 open it to the network."),
+    ] = "127.0.0.1",
 ) -> None:
     """Shows a .ply, a .sog or an OUT folder in the browser."""
     from spaceport_gs.pipeline.view import page_folder, serve, server_for

@@ -48,7 +48,10 @@ class CompressSettings:
 
 
 def compress(
-    gaussians: Gaussians, path: Path, settings: CompressSettings = CompressSettings(), listen: Listener = ignore
+    gaussians: Gaussians,
+    path: Path,
+    settings: CompressSettings = CompressSettings(),
+    listen: Listener = ignore,
 ) -> dict[str, float | int]:
     """Writes a SOG bundle; returns sog_bytes, ply_bytes (the same rows as PLY), ratio and palette.
 
@@ -78,7 +81,12 @@ def compress(
     _write_bundle(path, meta, files)
     sog_bytes = path.stat().st_size
     listen(Progress("compress", n_steps, n_steps, "done"))
-    return {"sog_bytes": sog_bytes, "ply_bytes": ply_bytes, "ratio": ply_bytes / sog_bytes, "palette": palette}
+    return {
+        "sog_bytes": sog_bytes,
+        "ply_bytes": ply_bytes,
+        "ratio": ply_bytes / sog_bytes,
+        "palette": palette,
+    }
 
 
 def _checked(rows: Gaussians) -> Gaussians:
@@ -127,9 +135,6 @@ def _spread(x: np.ndarray) -> np.ndarray:
     return x
 
 
-# --- Encoding ---------------------------------------------------------------------------------------------------------------
-
-
 def _encode_base(rows: Gaussians, listen: Listener) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Everything but the higher SH coefficients."""
     n = len(rows)
@@ -165,7 +170,11 @@ def _encode_base(rows: Gaussians, listen: Listener) -> tuple[dict[str, bytes], d
         "version": 2,
         "count": n,
         "asset": {"generator": f"spaceport-gs {__version__}"},
-        "means": {"mins": low.tolist(), "maxs": high.tolist(), "files": ["means_l.webp", "means_u.webp"]},
+        "means": {
+            "mins": low.tolist(),
+            "maxs": high.tolist(),
+            "files": ["means_l.webp", "means_u.webp"],
+        },
         "scales": {"codebook": scale_codebook.tolist(), "files": ["scales.webp"]},
         "quats": {"files": ["quats.webp"]},
         "sh0": {"codebook": color_codebook.tolist(), "files": ["sh0.webp"]},
@@ -318,12 +327,12 @@ def make_palette(
 
 def _write_bundle(path: Path, meta: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
     entries = {"meta.json": json.dumps(meta, allow_nan=False).encode(), **files}
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as bundle:
+    with (
+        replacing(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as bundle,
+    ):
         for name, data in entries.items():
             bundle.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
-
-
-# --- Decoding ---------------------------------------------------------------------------------------------------------------
 
 
 def read_sog(path: Path) -> Gaussians:
@@ -436,7 +445,7 @@ def _unpack_quaternions(packed: np.ndarray) -> np.ndarray:
         is_here = left_out == component
         others = [j for j in range(4) if j != component]
         chosen = np.flatnonzero(is_here)
-        quaternions[np.ix_(chosen, others)] = small[chosen]
+        quaternions[chosen[:, None], others] = small[chosen]
         quaternions[chosen, component] = np.sqrt(np.maximum(0.0, 1 - (small[chosen] ** 2).sum(axis=1)))
     quaternions[(left_out < 0) | (left_out > 3)] = [1.0, 0.0, 0.0, 0.0]
     return quaternions

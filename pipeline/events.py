@@ -70,7 +70,15 @@ def _bar(show: str) -> Iterator[Any]:
         yield lambda progress, event: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import (
+        Progress as Bar,
+    )
 
     columns = (
         TextColumn("{task.description:<9}"), BarColumn(), TextColumn("{task.fields[figures]}"),

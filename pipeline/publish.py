@@ -65,8 +65,7 @@ def publish(sog: Path, out: Path, settings: PublishSettings = PublishSettings())
     }
     # One pass, so that what is filled in is never filled in itself.
     before, after = (
-        re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], piece)
-        for piece in page.split("{{scene}}")
+        re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], piece) for piece in page.split("{{scene}}")
     )
     with replacing(out) as temporary, open(temporary, "wb") as target, open(sog, "rb") as scene:
         target.write(before.encode())
@@ -74,9 +73,6 @@ def publish(sog: Path, out: Path, settings: PublishSettings = PublishSettings())
             target.write(base64.b64encode(chunk))
         target.write(after.encode())
     return {"html_bytes": out.stat().st_size, "viewer": "cdn" if files is None else "inline"}
-
-
-# --- The viewer's files -----------------------------------------------------------------------------------------------------
 
 
 def viewer_version() -> str:
@@ -151,9 +147,6 @@ def _for_script(text: str, *dangers: str) -> str:
     for danger in dangers:
         text = text.replace(danger, danger.replace("<", "\\x3c"))
     return text
-
-
-# --- Where the page opens ---------------------------------------------------------------------------------------------------
 
 
 def page_settings(settings: PublishSettings) -> dict[str, Any]:

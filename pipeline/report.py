@@ -52,7 +52,7 @@ def write_report(report: Mapping[str, Any], pictures: ReportPictures, out: Path)
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: report</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>',
-        f'<h1>{title}</h1><p>spaceport-gs {html.escape(str(report["version"]))} on {html.escape(str(report["device"]))}'
+        f"<h1>{title}</h1><p>spaceport-gs {html.escape(str(report['version']))} on {html.escape(str(report['device']))}"
         ' · <a href="index.html">open the scene</a></p>',
         _figures(report),
         _views(report, pictures),
@@ -139,9 +139,7 @@ def _chart(steps: Sequence[float], curves: Mapping[str, Sequence[float | None]])
 
     drawn = []
     for i, (name, curve) in enumerate(curves.items()):
-        points = " ".join(
-            f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, curve, strict=True) if v is not None
-        )
+        points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, curve, strict=True) if v is not None)
         if points:
             dash = ' stroke-dasharray="5 4"' if i else ""
             drawn.append(
@@ -150,9 +148,7 @@ def _chart(steps: Sequence[float], curves: Mapping[str, Sequence[float | None]])
             if len(curves) > 1:
                 line = f'<line x1="{left + 12 + 150 * i}" x2="{left + 36 + 150 * i}" y1="14" y2="14" stroke="var(--line)" stroke-width="2"{dash}/>'
                 drawn.append(f'{line}<text x="{left + 42 + 150 * i}" y="18">{name}</text>')
-    marks = "".join(
-        f'<text x="0" y="{y(value) + 4:.1f}">{value:.4g}</text>' for value in (low, (low + high) / 2, high)
-    )
+    marks = "".join(f'<text x="0" y="{y(value) + 4:.1f}">{value:.4g}</text>' for value in (low, (low + high) / 2, high))
     ends = f'<text x="{left}" y="{height - 4}">{steps[0]:,}</text><text x="{width - 8}" y="{height - 4}" text-anchor="end">{steps[-1]:,}</text>'
     names = html.escape(", ".join(curves))
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{names} by training step">{"".join(drawn)}{marks}{ends}</svg>'
@@ -182,7 +178,11 @@ def _top_view(pictures: ReportPictures) -> str:
         norm = float(np.linalg.norm(look))
         ahead = look / norm if norm > 0.05 else np.zeros(2)
         side = np.array([-ahead[1], ahead[0]])
-        corners = [center, center + length * (ahead + 0.5 * side), center + length * (ahead - 0.5 * side)]
+        corners = [
+            center,
+            center + length * (ahead + 0.5 * side),
+            center + length * (ahead - 0.5 * side),
+        ]
         shape = " ".join(f"{px:.1f},{py:.1f}" for px, py in corners)
         wedges.append(f'<polygon points="{shape}" fill="#f97316" fill-opacity=".45" stroke="#f97316"/>')
         wedges.append(f'<circle cx="{center[0]:.1f}" cy="{center[1]:.1f}" r="3" fill="#f97316"/>')

@@ -157,9 +157,6 @@ def estimate(source: Path, settings: RunSettings, out: Path) -> str:
     )
 
 
-# --- The stages -------------------------------------------------------------------------------------------------------------
-
-
 def _sfm_key(source: Path, settings: RunSettings) -> dict[str, Any]:
     key: dict[str, Any] = {"source": str(source.resolve()), "sfm": settings.sfm}
     return {**key, "seed": settings.seed} if settings.sfm == "deterministic" else key
@@ -256,9 +253,6 @@ def publish_stage(workspace: Workspace, settings: RunSettings, listen: Listener)
     workspace.stage("publish", {"before": before.fingerprint, "title": settings.title}, work)
 
 
-# --- The report -------------------------------------------------------------------------------------------------------------
-
-
 def _save_pictures(workspace: Workspace, gaussians: Any, views: Any) -> None:
     """Side by side: render, photo, error; as JPEG files in OUT/pictures."""
     from PIL import Image
@@ -333,7 +327,10 @@ def _write_report_page(workspace: Workspace, report: Mapping[str, Any]) -> None:
     folder = workspace.folder / "pictures"
     n_pictures = len(list(folder.glob("*_render.jpg")))
     pictures = ReportPictures(
-        rows=[[(folder / f"{i}_{kind}.jpg").read_bytes() for kind in ("render", "photo", "error")] for i in range(n_pictures)],
+        rows=[
+            [(folder / f"{i}_{kind}.jpg").read_bytes() for kind in ("render", "photo", "error")]
+            for i in range(n_pictures)
+        ],
         centers=np.array([view.camera.center for view in scene.views]),
         directions=np.array([view.camera.cam_from_world[2, :3] for view in scene.views]),
         points=scene.points,
@@ -341,5 +338,3 @@ def _write_report_page(workspace: Workspace, report: Mapping[str, Any]) -> None:
         up=np.array(up_of([view.camera for view in scene.views])),
     )
     write_report(report, pictures, workspace.folder / "report.html")
-
-

@@ -111,9 +111,6 @@ def _report(capture: Capture, model: Any) -> SfmReport:
     )
 
 
-# --- COLMAP's steps -------------------------------------------------------------------------------------------------------
-
-
 def _reconstruct(capture: Capture, work: Path, settings: SfmSettings, listen: Listener) -> Any:
     database = work / "database.db"
     _extract(capture, database, settings, listen)
@@ -246,7 +243,12 @@ def _are_frames(photos: Sequence[Photo]) -> bool:
 
 
 def _map(
-    capture: Capture, database: Path, out: Path, settings: SfmSettings, is_loose: bool, listen: Listener
+    capture: Capture,
+    database: Path,
+    out: Path,
+    settings: SfmSettings,
+    is_loose: bool,
+    listen: Listener,
 ) -> Any:
     """The largest model that incremental mapping finds, or None."""
     import pycolmap
@@ -334,9 +336,6 @@ def _call(function: Callable[..., Any], tell: Callable[[], None] | None = None, 
     return outcome["value"]
 
 
-# --- A model that is given --------------------------------------------------------------------------------------------------
-
-
 def _given_model(capture: Capture, work: Path, settings: SfmSettings, listen: Listener) -> Any:
     import pycolmap
 
@@ -388,9 +387,6 @@ def _triangulate(capture: Capture, model: Any, work: Path, settings: SfmSettings
         image_path=capture.folder,
         output_path=out,
     )
-
-
-# --- Undistortion -----------------------------------------------------------------------------------------------------------
 
 
 def _undistort(capture: Capture, model: Any, out: Path, settings: SfmSettings, listen: Listener) -> None:

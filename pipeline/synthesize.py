@@ -23,9 +23,9 @@ from spaceport_gs.types import Camera
 
 ORIGIN = (5.2370, -52.7600, 12.0)  # latitude, longitude in degrees, altitude in metres
 METRES_PER_DEGREE = 111_320.0
-ORBIT_RADIUS = 52.0
-ALTITUDES = (32.0, 46.0)  # metres above the ground, by turns
-FOCAL_SHARE = 0.9  # focal length in widths of the photo
+ORBIT_RADIUS = 46.0
+ALTITUDES = (44.0, 58.0)  # metres above the ground, by turns
+FOCAL_SHARE = 1.1  # focal length in widths of the photo
 SENSOR_WIDTH_MM = 13.2
 SAMPLES = 2  # rays along each side of a pixel
 SUN = np.array([0.45, -0.35, 0.82]) / np.linalg.norm([0.45, -0.35, 0.82])
@@ -43,7 +43,9 @@ class SynthesizeSettings:
     """Of the textures."""
 
 
-def synthesize(out: Path, settings: SynthesizeSettings = SynthesizeSettings(), listen: Listener = ignore) -> dict[str, Any]:
+def synthesize(
+    out: Path, settings: SynthesizeSettings = SynthesizeSettings(), listen: Listener = ignore
+) -> dict[str, Any]:
     """Writes photos, flight_log.csv and truth (a COLMAP project with exact cameras, and depth maps) to `out`."""
     if settings.n_photos < 3 or min(settings.width, settings.height) < 32:
         raise InputError("a capture needs at least 3 photos of 32×32 pixels")
@@ -58,7 +60,10 @@ def synthesize(out: Path, settings: SynthesizeSettings = SynthesizeSettings(), l
             with replacing(out / folder / name) as temporary:
                 image = Image.fromarray(color)
                 image.save(temporary, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=_exif(camera, i))
-        with replacing(out / "truth" / "depth" / f"{Path(name).stem}.npy") as temporary, open(temporary, "wb") as file:
+        with (
+            replacing(out / "truth" / "depth" / f"{Path(name).stem}.npy") as temporary,
+            open(temporary, "wb") as file,
+        ):
             np.save(file, depth)
         log.append(_log_line(name, camera, i))
     _write_log(out / "flight_log.csv", log)
@@ -81,7 +86,17 @@ def orbit(settings: SynthesizeSettings) -> list[Camera]:
         right /= np.linalg.norm(right)
         rotation = np.stack([right, np.cross(forward, right), forward])
         pose = np.concatenate([rotation, (-rotation @ center)[:, None]], axis=1)
-        cameras.append(Camera(pose, focal, focal, settings.width / 2, settings.height / 2, settings.width, settings.height))
+        cameras.append(
+            Camera(
+                pose,
+                focal,
+                focal,
+                settings.width / 2,
+                settings.height / 2,
+                settings.width,
+                settings.height,
+            )
+        )
     return cameras
 
 
@@ -95,9 +110,6 @@ def pose_error(estimated: np.ndarray, true: np.ndarray) -> float:
     scale = np.trace(np.diag(s) @ flip) / (e**2).sum()
     rest = t - scale * e @ (u @ flip @ vt).T
     return float(np.sqrt((rest**2).sum(axis=1).mean()) / ORBIT_RADIUS)
-
-
-# --- The world --------------------------------------------------------------------------------------------------------------
 
 
 class Noise:
@@ -207,8 +219,11 @@ class World:
         direction = np.broadcast_to(SUN, place.shape)
         for body in (*BOXES, *CONES):
             rows = _may_meet(place, direction, _sphere_of(body))
-            entry = _box_entry if isinstance(body, Box) else _cone_entry
-            lit[rows[np.isfinite(entry(place[rows], direction[rows], body)[0])]] = False  # type: ignore[operator]
+            if isinstance(body, Box):
+                distance = _box_entry(place[rows], direction[rows], body)[0]
+            else:
+                distance = _cone_entry(place[rows], direction[rows], body)[0]
+            lit[rows[np.isfinite(distance)]] = False
         return lit
 
     def _sky(self, direction: np.ndarray) -> np.ndarray:
@@ -221,10 +236,13 @@ class World:
         near = (t > 0) & (t < hit.distance) & (t < 400)
         x, y = (origin[near, i] + t[near] * direction[near, i] for i in (0, 1))
         noise = self._noise
-        grass = noise.layered(x, y, (6.0, 2.6, 1.5))
+        grass = noise.layered(x, y, (4.0, 1.8, 1.1))
         tone = noise(x - 500, y + 300, 9.0)
-        color = np.stack([0.2 + 0.5 * grass + 0.16 * tone, 0.27 + 0.5 * grass, 0.1 + 0.36 * grass - 0.06 * tone], axis=1)
-        gravel = noise.layered(x + 900, y, (2.6, 1.4))[:, None]
+        color = np.stack(
+            [0.2 + 0.5 * grass + 0.16 * tone, 0.27 + 0.5 * grass, 0.1 + 0.36 * grass - 0.06 * tone],
+            axis=1,
+        )
+        gravel = noise.layered(x + 900, y, (2.0, 1.1))[:, None]
         on_apron = np.maximum(np.abs(x), np.abs(y)) < 11.5
         concrete = 0.24 + 0.56 * gravel * np.array([1.0, 0.97, 0.9])
         color = np.where(on_apron[:, None], concrete, color)
@@ -254,9 +272,13 @@ class World:
         dirt = noise.layered(along + face, p[:, 2] + 13 * k, (3.0, 1.3))
         wall = np.array(box.color) * (0.5 + 0.75 * dirt)[:, None]
         u, v = along / 1.5 % 1, p[:, 2] / 1.7 % 1
-        is_window = (np.abs(u - 0.5) < 0.27) & (np.abs(v - 0.55) < 0.26) & (p[:, 2] < box.height - 0.4) & (min(box.half) > 1)
+        is_window = (
+            (np.abs(u - 0.5) < 0.27) & (np.abs(v - 0.55) < 0.26) & (p[:, 2] < box.height - 0.4) & (min(box.half) > 1)
+        )
         glass = np.array([0.16, 0.24, 0.34]) * (0.5 + 1.3 * noise(along * 3 + face, p[:, 2] * 3, 1.9))[:, None]
-        roof = (0.2 + 0.6 * noise.layered(p[:, 0] + 71 * k, p[:, 1], (2.4, 1.2)))[:, None] * np.array([0.95, 0.75, 0.66])
+        roof = (0.2 + 0.6 * noise.layered(p[:, 0] + 71 * k, p[:, 1], (1.9, 1.0)))[:, None] * np.array(
+            [0.95, 0.75, 0.66]
+        )
         color = np.where(is_window[:, None], glass, wall)
         hit.color[rows] = np.where(is_roof[:, None], roof, color)
         hit.distance[rows] = t[near]
@@ -346,9 +368,6 @@ def _cone_entry(origin: np.ndarray, direction: np.ndarray, cone: Cone) -> tuple[
     normal = np.concatenate([place[:, :2], -slope * (cone.radius_bottom + slope * place[:, 2])[:, None]], axis=1)
     normal[lid < side] = [0.0, 0.0, 1.0]
     return t, normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
-
-
-# --- Photos -----------------------------------------------------------------------------------------------------------------
 
 
 def rays(camera: Camera, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -448,7 +467,11 @@ def _write_model(folder: Path, world: World, cameras: list[Camera], names: list[
     first = cameras[0]
     model.add_camera_with_trivial_rig(
         pycolmap.Camera(
-            model="PINHOLE", width=first.width, height=first.height, params=[first.fx, first.fy, first.cx, first.cy], camera_id=1
+            model="PINHOLE",
+            width=first.width,
+            height=first.height,
+            params=[first.fx, first.fy, first.cx, first.cy],
+            camera_id=1,
         )
     )
     points, colors, seen = _surface_points(world, cameras)
@@ -460,8 +483,8 @@ def _write_model(folder: Path, world: World, cameras: list[Camera], names: list[
     place_in_image = np.cumsum(seen, axis=1) - 1
     for p in range(len(points)):
         track = pycolmap.Track()
-        for i in np.flatnonzero(seen[:, p]):
-            track.add_element(int(i) + 1, int(place_in_image[i, p]))
+        for view in np.flatnonzero(seen[:, p]):
+            track.add_element(int(view) + 1, int(place_in_image[view, p]))
         model.add_point3D(points[p], track, colors[p])
     target = folder / "sparse" / "0"
     target.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,13 @@ from spaceport_gs.errors import InputError
 
 DEFAULT_PORT = 8008
 PORTS_TRIED = 20
-SERVED = ("index.html", "report.html", "report.json", "scene.ply", "scene.sog")  # nothing else leaves the folder
+SERVED = (
+    "index.html",
+    "report.html",
+    "report.json",
+    "scene.ply",
+    "scene.sog",
+)  # nothing else leaves the folder
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -25,7 +31,7 @@ class _Handler(SimpleHTTPRequestHandler):
     def send_head(self) -> Any:
         host = (self.headers.get("Host") or "").rsplit(":", 1)[0].strip("[]")
         name = self.path.split("?", 1)[0].split("#", 1)[0].lstrip("/") or "index.html"
-        bound = str(self.server.server_address[0])
+        bound = str(self.connection.getsockname()[0])
         # A page elsewhere that resolves its own name to this machine shall not read from it.
         if bound == "127.0.0.1" and host not in ("127.0.0.1", "localhost"):
             self.send_error(403)

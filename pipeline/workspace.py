@@ -56,7 +56,11 @@ class Workspace:
             return None
 
     def stage(
-        self, name: str, settings: Mapping[str, Any], work: Callable[[], dict[str, Any]], clean: tuple[str, ...] = ()
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        work: Callable[[], dict[str, Any]],
+        clean: tuple[str, ...] = (),
     ) -> Record:
         """Does `work` and records its result, unless that is recorded already for the same settings.
 

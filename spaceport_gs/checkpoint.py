@@ -184,12 +184,9 @@ def _rows(arrays: Mapping[str, np.ndarray], name: str, device: str) -> Rows:
         sh=(n_gaussians, n_coefficients, 3),
     )
     values, *companions = (
-        Gaussians(
-            *(
-                _floats(arrays, f"{name}/{i}/{f.name}", getattr(shapes, f.name))
-                for f in fields(Gaussians)
-            )
-        ).torch(device)
+        Gaussians(*(_floats(arrays, f"{name}/{i}/{f.name}", getattr(shapes, f.name)) for f in fields(Gaussians))).torch(
+            device
+        )
         for i in range(3)
     )
     return Rows(values, tuple(companions))

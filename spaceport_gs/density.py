@@ -30,9 +30,7 @@ class Statistics:
     def empty(n_gaussians: int, device: torch.device | str = "cpu") -> Statistics:
         import torch
 
-        return Statistics(
-            torch.zeros(n_gaussians, device=device), torch.zeros(n_gaussians, device=device)
-        )
+        return Statistics(torch.zeros(n_gaussians, device=device), torch.zeros(n_gaussians, device=device))
 
     def observe(self, projected: Projected, d_splats: Array, camera: Camera) -> None:
         """Adds one step: `d_splats` [M, 9] is the gradient by the splats.

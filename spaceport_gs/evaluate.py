@@ -38,9 +38,7 @@ class Evaluation:
     views: tuple[Score, ...]
 
 
-def evaluate(
-    gaussians: Gaussians, views: Sequence[View], settings: RasterSettings | None = None
-) -> Evaluation:
+def evaluate(gaussians: Gaussians, views: Sequence[View], settings: RasterSettings | None = None) -> Evaluation:
     """PSNR and SSIM of each view's render, rounded to 8 bits, against its photo; means over the views."""
     from spaceport_gs.render import render_8bit
 
@@ -51,9 +49,7 @@ def evaluate(
     return Evaluation(_mean([s.psnr for s in scores]), _mean([s.ssim for s in scores]), tuple(scores))
 
 
-def mean_psnr(
-    gaussians: Gaussians, views: Sequence[View], settings: RasterSettings | None = None
-) -> float | None:
+def mean_psnr(gaussians: Gaussians, views: Sequence[View], settings: RasterSettings | None = None) -> float | None:
     """Mean PSNR of the views as in `evaluate`; None without views."""
     from spaceport_gs.render import render_8bit
 

@@ -32,7 +32,7 @@ class Gaussians:
     @property
     def sh_degree(self) -> int:
         """Degree that the rows hold, 0 … 3."""
-        return int(round(self.sh.shape[1] ** 0.5)) - 1
+        return round(self.sh.shape[1] ** 0.5) - 1
 
     def arrays(self) -> tuple[Array, ...]:
         """The row arrays, in the order of the fields."""
@@ -40,9 +40,7 @@ class Gaussians:
 
     def numpy(self) -> Gaussians:
         """The same rows as NumPy arrays (shared memory where that is possible)."""
-        return Gaussians(
-            *(a if isinstance(a, np.ndarray) else a.detach().cpu().numpy() for a in self.arrays())
-        )
+        return Gaussians(*(a if isinstance(a, np.ndarray) else a.detach().cpu().numpy() for a in self.arrays()))
 
     def map(self, function: Callable[[Array], Array]) -> Gaussians:
         """`function` applied to each of the five arrays."""
@@ -60,9 +58,7 @@ class Gaussians:
             import torch
 
             join = torch.cat
-        return Gaussians(
-            *(join((a, b)) for a, b in zip(self.arrays(), other.arrays(), strict=True))
-        )
+        return Gaussians(*(join((a, b)) for a, b in zip(self.arrays(), other.arrays(), strict=True)))
 
     def torch(self, device: Any = "cpu") -> Gaussians:
         """A copy of the rows as torch tensors on `device`."""

@@ -87,9 +87,7 @@ def project_vjp(
 ) -> Gaussians:
     """Gradient by the raw parameters; zero in the rows that are not visible. `out`: buffers to write it to."""
     d_gaussians = empty_like(gaussians) if out is None else out
-    _engine.project_vjp(
-        _backend(d_splats), gaussians, camera, settings, projected, d_splats, d_gaussians
-    )
+    _engine.project_vjp(_backend(d_splats), gaussians, camera, settings, projected, d_splats, d_gaussians)
     return d_gaussians
 
 
@@ -135,9 +133,7 @@ def blend_vjp(
     stride = _engine.SPLAT_GRADIENT_STRIDE
     records = _scratch(like, len(tiles.instances) * stride).view(-1, stride)
     d_splats = _empty(like, len(projected.splats), stride)
-    _engine.blend_vjp(
-        _backend(like), projected, tiles, camera, settings, image, d_image, records, d_splats
-    )
+    _engine.blend_vjp(_backend(like), projected, tiles, camera, settings, image, d_image, records, d_splats)
     return d_splats
 
 
@@ -195,9 +191,7 @@ def update(
     _engine.update(_backend(values.means), values, gradient, first_moment, second_moment, settings)
 
 
-def density(
-    projected: Projected, d_splats: torch.Tensor, camera: Camera, statistics: Statistics
-) -> None:
+def density(projected: Projected, d_splats: torch.Tensor, camera: Camera, statistics: Statistics) -> None:
     """Adds to the statistics, in place, what one step saw of each Gaussian."""
     _engine.density(_backend(d_splats), projected, d_splats, camera, statistics)
 

@@ -77,9 +77,7 @@ def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> S
     pose = torch.as_tensor(camera.cam_from_world).to(gaussians.means)
     points = gaussians.means @ pose[:, :3].T + pose[:, 3]
     with torch.no_grad():
-        visible = (points[:, 2] >= settings.near) & (
-            torch.sigmoid(gaussians.opacities) >= ALPHA_CUTOFF
-        )
+        visible = (points[:, 2] >= settings.near) & (torch.sigmoid(gaussians.opacities) >= ALPHA_CUTOFF)
         visible &= (gaussians.quaternions**2).sum(dim=1) >= MIN_QUATERNION_NORM_SQUARED
         for array in gaussians.arrays():
             visible &= array.isfinite().reshape(len(gaussians), -1).all(dim=1)
@@ -173,9 +171,7 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # [H, W, 3] each, 0
 def loss(color: torch.Tensor, photo: torch.Tensor, ssim_weight: float) -> torch.Tensor:
     """(1 - w) L1 + w (1 - SSIM) of an image [H, W, 3] and an 8-bit photo [H, W, 3]."""
     target = photo.to(color) / 255
-    return (1 - ssim_weight) * (color - target).abs().mean() + ssim_weight * (
-        1 - ssim(color, target)
-    )
+    return (1 - ssim_weight) * (color - target).abs().mean() + ssim_weight * (1 - ssim(color, target))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,7 @@ from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.types import Camera, Image, RasterSettings
 
 
-def render(
-    gaussians: Gaussians, camera: Camera, settings: RasterSettings | None = None
-) -> Image:
+def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings | None = None) -> Image:
     """The image of `gaussians`, NumPy or torch, that `camera` sees; settings None = all SH bands, black background."""
     from spaceport_gs import ops
 
@@ -24,9 +22,7 @@ def render(
     return ops.render(gaussians, camera, replace(settings, sh_degree=degree))
 
 
-def render_8bit(
-    gaussians: Gaussians, camera: Camera, settings: RasterSettings | None = None
-) -> np.ndarray:
+def render_8bit(gaussians: Gaussians, camera: Camera, settings: RasterSettings | None = None) -> np.ndarray:
     """[H, W, 3] uint8, rounded to nearest: what a viewer would show and what is evaluated."""
     return to_8bit(render(gaussians, camera, settings))
 

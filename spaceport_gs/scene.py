@@ -115,9 +115,7 @@ def extent(views: Sequence[View]) -> float:
     centers = np.array([view.camera.center for view in views])
     radius = float(np.linalg.norm(centers - centers.mean(axis=0), axis=1).max())
     if not radius > 0:
-        raise InputError(
-            f"all {len(views)} cameras stand at one place: a scene needs photos from several places"
-        )
+        raise InputError(f"all {len(views)} cameras stand at one place: a scene needs photos from several places")
     return EXTENT_MARGIN * radius
 
 
@@ -143,9 +141,7 @@ def load_scene(project: Path, downscale: float = 1) -> Scene:
         raise InputError(f"--downscale must be a number of at least 1, not {downscale}")
     folder = next((f for f in (project / "sparse" / "0", project / "sparse") if _holds_model(f)), None)
     if folder is None:
-        raise InputError(
-            f"{project}: no COLMAP model in sparse/0 or sparse; make one from photos with `spaceport sfm`"
-        )
+        raise InputError(f"{project}: no COLMAP model in sparse/0 or sparse; make one from photos with `spaceport sfm`")
     model = _read_model(folder)
     images = sorted((model.image(i) for i in model.reg_image_ids()), key=lambda image: image.name)
     views = tuple(_view(model, image, project / "images", downscale) for image in images)
@@ -202,9 +198,7 @@ def _read_model(folder: Path) -> Any:
     try:
         return pycolmap.Reconstruction(str(folder))
     except Exception as error:
-        raise InputError(
-            f"{folder}: not a readable COLMAP model; copy it again or run `spaceport sfm`"
-        ) from error
+        raise InputError(f"{folder}: not a readable COLMAP model; copy it again or run `spaceport sfm`") from error
 
 
 def _view(model: Any, image: Any, photos: Path, downscale: float) -> View:
@@ -251,9 +245,7 @@ def _camera(intrinsics: Any, cam_from_world: np.ndarray, name: str) -> Camera:
 def _points(model: Any, view_from_id: dict[int, int]) -> tuple[np.ndarray, np.ndarray, Tracks]:
     places, colors, sights = [], [], []
     for _, point in sorted(model.points3D.items()):
-        seen_by = {
-            view_from_id[e.image_id] for e in point.track.elements if e.image_id in view_from_id
-        }
+        seen_by = {view_from_id[e.image_id] for e in point.track.elements if e.image_id in view_from_id}
         if len(seen_by) >= MIN_VIEWS and np.isfinite(point.xyz).all():
             places.append(point.xyz)
             colors.append(point.color)

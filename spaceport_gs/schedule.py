@@ -189,9 +189,7 @@ def _few_photos(n_views: int, n_pixels: int) -> Recipe:
 def means_rate(recipe: Recipe, moment: float) -> float:
     """Learning rate of the means, per unit of extent: log-linear from first to last."""
     share = min(moment / recipe.steps, 1.0)
-    return math.exp(
-        (1 - share) * math.log(recipe.means_rate) + share * math.log(recipe.final_means_rate)
-    )
+    return math.exp((1 - share) * math.log(recipe.means_rate) + share * math.log(recipe.final_means_rate))
 
 
 def sh_degree(recipe: Recipe, moment: float) -> int:
@@ -242,9 +240,7 @@ def last_main_moment(recipe: Recipe) -> float:
     rule = recipe.plateau
     if rule is None:
         return recipe.steps
-    return min(
-        recipe.steps - 2 * rule.cool_down, recipe.steps / (1 + 2 * rule.cool_down_share)
-    )
+    return min(recipe.steps - 2 * rule.cool_down, recipe.steps / (1 + 2 * rule.cool_down_share))
 
 
 def smoothed(probes: Sequence[float]) -> list[float]:
@@ -295,8 +291,6 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
         elif isinstance(item, bool) or not isinstance(
             item, (int, float) if isinstance(default, float) else type(default)
         ):
-            raise InputError(
-                f"{where}: {name} must be of type {type(default).__name__}, not {item!r}"
-            )
+            raise InputError(f"{where}: {name} must be of type {type(default).__name__}, not {item!r}")
         converted[name] = float(item) if isinstance(default, float) else item
     return kind(**converted)

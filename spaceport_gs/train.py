@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,11 @@ from spaceport_gs.progress import Listener, Progress, ignore
 from spaceport_gs.scene import Scene, View, extent, farthest_views, split
 from spaceport_gs.schedule import Recipe, TrainSettings
 from spaceport_gs.types import Image, RasterSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from spaceport_gs.ops import AdamSettings
 
 STAGE = "train"
 TELL_EVERY = 25  # steps
@@ -44,9 +50,7 @@ class TrainReport:
     history: tuple[Check, ...]
 
 
-def train(
-    scene: Scene, settings: TrainSettings, out: Path, listen: Listener = ignore
-) -> TrainReport:
+def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = ignore) -> TrainReport:
     """Trains on the views of `scene` that are not held out; goes on from the newest checkpoint in `out`/checkpoints.
 
     On the CPU the result depends on the scene and the settings alone: not on the number of threads, nor on how often the
@@ -91,9 +95,6 @@ def train(
         state.phase.reason,
         tuple(state.history),
     )
-
-
-# --- What does not change during a run --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,7 @@ def _start(scene: Scene, run: _Run) -> State:
     return State(Rows(values, moments), Statistics.empty(len(values), run.settings.device))
 
 
-def _resumed(
-    folder: Path, fingerprint: str, settings: TrainSettings, listen: Listener
-) -> State | None:
+def _resumed(folder: Path, fingerprint: str, settings: TrainSettings, listen: Listener) -> State | None:
     """The newest checkpoint that can be read; InputError if there are some, but none of use."""
     failure: InputError | None = None
     for path in reversed(checkpoint.files(folder)):
@@ -170,9 +169,6 @@ def _resumed(
     if failure is not None:
         raise failure
     return None
-
-
-# --- One step ---------------------------------------------------------------------------------------------------------------
 
 
 class _Stepper:
@@ -200,14 +196,10 @@ class _Stepper:
         projected = ops.project(values, camera, settings)
         tiles = ops.tile(projected, camera)
         image = ops.blend(projected, tiles, camera, settings)
-        loss = ops.loss(
-            image.color, _tensor(view.photo, image.color), ops.LossSettings(recipe.d_ssim_weight)
-        )
+        loss = ops.loss(image.color, _tensor(view.photo, image.color), ops.LossSettings(recipe.d_ssim_weight))
         d_image = Image(loss.d_color, image.transmittance.new_zeros(image.transmittance.shape))
         d_splats = ops.blend_vjp(projected, tiles, camera, settings, image, d_image)
-        gradient = ops.project_vjp(
-            values, camera, settings, projected, d_splats, self._buffer(values)
-        )
+        gradient = ops.project_vjp(values, camera, settings, projected, d_splats, self._buffer(values))
         self.last_loss = loss.value
         state.loss_sum += loss.value
 
@@ -215,7 +207,8 @@ class _Stepper:
             if previous < recipe.growth_until:
                 state.statistics.observe(projected, d_splats, camera)
             gradient = self._densify(state, gradient, previous)
-        ops.update(state.rows.values, gradient, *state.rows.companions, _adam(run, state))
+        first_moment, second_moment = state.rows.companions
+        ops.update(state.rows.values, gradient, first_moment, second_moment, _adam(run, state))
 
     def _densify(self, state: State, gradient: Gaussians, previous: float) -> Gaussians:
         """Growth, pruning and opacity resets that are due; new rows have no gradient, so this step leaves them alone."""
@@ -262,10 +255,10 @@ class _Stepper:
         return self._gradient
 
 
-def _tensor(photo: np.ndarray, like: object) -> object:
+def _tensor(photo: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return torch.from_numpy(photo).to(like.device)  # type: ignore[attr-defined]
+    return torch.from_numpy(photo).to(like.device)
 
 
 def _pace(run: _Run, state: State) -> float:
@@ -277,7 +270,7 @@ def _pace(run: _Run, state: State) -> float:
     return max(run.pace, (run.recipe.steps - state.moment) / steps_left)
 
 
-def _adam(run: _Run, state: State) -> object:
+def _adam(run: _Run, state: State) -> AdamSettings:
     from spaceport_gs.ops import AdamSettings
 
     recipe, rule, phase = run.recipe, run.recipe.plateau, state.phase
@@ -299,9 +292,6 @@ def _adam(run: _Run, state: State) -> object:
         sh_rest=recipe.sh_rate * others,
         step=state.step,
     )
-
-
-# --- Checks and phases ------------------------------------------------------------------------------------------------------
 
 
 def _is_check_due(run: _Run, state: State) -> bool:
@@ -342,9 +332,7 @@ def _armed_probes(run: _Run, state: State) -> list[float]:
     if rule is None or state.phase.name != "main":
         return []
     return [
-        check.psnr_probes
-        for check in state.history
-        if check.psnr_probes is not None and check.moment >= rule.arm_at
+        check.psnr_probes for check in state.history if check.psnr_probes is not None and check.moment >= rule.arm_at
     ]
 
 
@@ -389,14 +377,12 @@ def _advance_phase(run: _Run, state: State) -> None:
 def _restore_better(state: State, best: float, now: float, tolerance: float) -> None:
     if state.best is not None and now < best - tolerance:
         state.rows = copied(state.best)
-        state.statistics = Statistics.empty(
-            len(state.rows.values), state.rows.values.means.device
-        )
+        state.statistics = Statistics.empty(len(state.rows.values), state.rows.values.means.device)
 
 
 def _limit(run: _Run, state: State) -> str:
     in_time = run.settings.max_seconds > 0 and state.step < run.settings.steps * 0.99
-    return f"time budget of {run.settings.max_seconds:g} s" if in_time else f"all steps of the schedule"
+    return f"time budget of {run.settings.max_seconds:g} s" if in_time else "all steps of the schedule"
 
 
 def _progress(run: _Run, state: State, loss: float) -> Progress:
@@ -428,9 +414,7 @@ def _signals() -> Iterator[list[signal.Signals]]:
         yield received
         return
     wanted = (signal.SIGINT, signal.SIGTERM)
-    before = [
-        signal.signal(number, lambda n, _: received.append(signal.Signals(n))) for number in wanted
-    ]
+    before = [signal.signal(number, lambda n, _: received.append(signal.Signals(n))) for number in wanted]
     try:
         yield received
     finally:

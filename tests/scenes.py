@@ -15,8 +15,7 @@ def random_gaussians(n: int, seed: int = 0, sh_degree: int = 3, scale: float = 0
     """A cloud around (0, 0, 4)."""
     draw = torch.Generator().manual_seed(seed)
     return Gaussians(
-        means=torch.randn(n, 3, generator=draw) * torch.tensor([1.5, 1.0, 0.7])
-        + torch.tensor([0.0, 0.0, 4.0]),
+        means=torch.randn(n, 3, generator=draw) * torch.tensor([1.5, 1.0, 0.7]) + torch.tensor([0.0, 0.0, 4.0]),
         log_scales=0.5 * torch.randn(n, 3, generator=draw) + math.log(scale),
         quaternions=torch.randn(n, 4, generator=draw),
         opacities=2 * torch.randn(n, generator=draw),
@@ -31,9 +30,7 @@ def camera(width: int = 64, height: int = 48, focal: float = 50.0) -> Camera:
     return Camera(pose, focal, 1.05 * focal, 0.45 * width, 0.55 * height, width, height)
 
 
-def assert_close(
-    value: torch.Tensor, truth: torch.Tensor, flips: float = 0.0, size_of_flips: float = 0.0
-) -> None:
+def assert_close(value: torch.Tensor, truth: torch.Tensor, flips: float = 0.0, size_of_flips: float = 0.0) -> None:
     """Every entry within 1e-4 of the largest; but a share `flips` of them, which a cut-off may have decided otherwise, only
     within `size_of_flips` of the largest."""
     value, truth = value.detach().double(), truth.detach().double()

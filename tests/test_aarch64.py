@@ -32,9 +32,7 @@ def run_step(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "-DCMAKE_BUILD_TYPE=Release", "-DSPACEPORT_PYTHON=OFF", "-DSPACEPORT_NATIVE_TESTS=ON",
     ]  # fmt: skip
     subprocess.run(configure, check=True, capture_output=True)
-    subprocess.run(
-        ["cmake", "--build", str(build), "--target", "run_step"], check=True, capture_output=True
-    )
+    subprocess.run(["cmake", "--build", str(build), "--target", "run_step"], check=True, capture_output=True)
     return [EMULATOR, "-L", "/usr/aarch64-linux-gnu", str(build / "run_step")]
 
 

@@ -21,9 +21,7 @@ SETTINGS = RasterSettings(background=(0.2, 0.5, 0.7))
 @pytest.fixture(params=["portable", "avx2"])
 def simd(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of the CPU backend in turn."""
-    if request.param not in _engine.build_info()["simd"] or (
-        request.param == "avx2" and _engine.Cpu().simd != "avx2"
-    ):
+    if request.param not in _engine.build_info()["simd"] or (request.param == "avx2" and _engine.Cpu().simd != "avx2"):
         pytest.skip(f"{request.param} is not available on this machine")
     ops.use_cpu(2, request.param)
     yield request.param
@@ -43,9 +41,7 @@ def weights_like(image: Image) -> Image:
 
 
 def weighted_sum(image: Image, weights: Image) -> torch.Tensor:
-    return (image.color * weights.color).sum() + (
-        image.transmittance * weights.transmittance
-    ).sum()
+    return (image.color * weights.color).sum() + (image.transmittance * weights.transmittance).sum()
 
 
 def compare(gaussians: Gaussians, view: Camera, settings: RasterSettings = SETTINGS) -> None:
@@ -66,7 +62,13 @@ def compare(gaussians: Gaussians, view: Camera, settings: RasterSettings = SETTI
 
 @pytest.mark.parametrize(
     ("n", "size", "scale"),
-    [(300, (64, 48), 0.08), (57, (17, 5), 0.2), (9, (1, 1), 0.5), (201, (70, 33), 0.6), (64, (257, 3), 0.1)],
+    [
+        (300, (64, 48), 0.08),
+        (57, (17, 5), 0.2),
+        (9, (1, 1), 0.5),
+        (201, (70, 33), 0.6),
+        (64, (257, 3), 0.1),
+    ],
 )
 def test_random_scenes(simd: str, n: int, size: tuple[int, int], scale: float) -> None:
     compare(random_gaussians(n, seed=n, scale=scale), camera(*size))
@@ -184,15 +186,16 @@ def test_update_is_adam(simd: str) -> None:
     values, truth = random_gaussians(37), random_gaussians(37)
     first, second = ops.zeros_like(values), ops.zeros_like(values)
     rates = {"means": 1e-3, "log_scales": 2e-3, "quaternions": 3e-3, "opacities": 4e-3}
-    moments = [
-        reference.Moments(torch.zeros_like(a).double(), torch.zeros_like(a).double())
-        for a in truth.arrays()
-    ]
+    moments = [reference.Moments(torch.zeros_like(a).double(), torch.zeros_like(a).double()) for a in truth.arrays()]
     expected = [array.double() for array in truth.arrays()]
     for step in (1, 2, 3):
         gradient = random_gaussians(37, seed=100 + step)
         ops.update(
-            values, gradient, first, second, ops.AdamSettings(**rates, sh_dc=5e-3, sh_rest=6e-3, step=step)
+            values,
+            gradient,
+            first,
+            second,
+            ops.AdamSettings(**rates, sh_dc=5e-3, sh_rest=6e-3, step=step),
         )
         for k, (name, array) in enumerate(zip(vars(gradient), gradient.arrays(), strict=True)):
             if name == "sh":
@@ -200,9 +203,7 @@ def test_update_is_adam(simd: str) -> None:
                 rate[:, 0] = 5e-3
             else:
                 rate = rates[name]
-            expected[k], moments[k] = reference.update(
-                expected[k], array.double(), moments[k], rate, step
-            )
+            expected[k], moments[k] = reference.update(expected[k], array.double(), moments[k], rate, step)
     for value, correct in zip(values.arrays(), expected, strict=True):
         torch.testing.assert_close(value.double(), correct, rtol=1e-5, atol=1e-6)
 

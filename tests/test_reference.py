@@ -13,6 +13,8 @@ from spaceport_gs import reference
 from spaceport_gs.gaussians import SH_DC, Gaussians
 from spaceport_gs.types import Camera, RasterSettings
 
+STEP = 1e-6  # of finite differences
+
 
 def test_one_gaussian_by_hand() -> None:
     """A round Gaussian on the optical axis: variance (f s / z)^2 + low-pass, and a Gaussian profile."""
@@ -49,9 +51,7 @@ def test_spherical_harmonics_are_orthonormal() -> None:
     n = 20_000
     i = np.arange(n) + 0.5
     polar, azimuth = np.arccos(1 - 2 * i / n), math.pi * (1 + 5**0.5) * i
-    directions = np.stack(
-        [np.cos(azimuth) * np.sin(polar), np.sin(azimuth) * np.sin(polar), np.cos(polar)], axis=1
-    )
+    directions = np.stack([np.cos(azimuth) * np.sin(polar), np.sin(azimuth) * np.sin(polar), np.cos(polar)], axis=1)
     basis = reference.sh_basis(torch.tensor(directions), 3).numpy()
     np.testing.assert_allclose(basis.T @ basis * 4 * math.pi / n, np.eye(16), atol=1e-3)
 
@@ -67,9 +67,7 @@ def test_ssim_against_scipy() -> None:
 
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
-    expected = (
-        (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
-    ).mean()
+    expected = ((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))).mean()
     assert float(reference.ssim(torch.tensor(x), torch.tensor(y))) == pytest.approx(expected)
 
 
@@ -88,12 +86,11 @@ def test_gradients_against_finite_differences() -> None:
     draw = torch.Generator().manual_seed(2)
     for k, array in enumerate(leaves.arrays()):
         direction = torch.randn(array.shape, generator=draw, dtype=torch.float64)
-        step = 1e-6
 
         def moved(sign: float, k: int = k, direction: torch.Tensor = direction) -> float:
             arrays = list(gaussians.arrays())
-            arrays[k] = arrays[k] + sign * step * direction
+            arrays[k] = arrays[k] + sign * STEP * direction
             return float(value(Gaussians(*arrays)))
 
-        slope = (moved(1) - moved(-1)) / (2 * step)
+        slope = (moved(1) - moved(-1)) / (2 * STEP)
         assert float((array.grad * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-7)
