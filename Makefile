@@ -8,12 +8,12 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
 .PHONY: demo test lint benchmark clean
 
 demo: .venv/installed
-	$(BIN)/spaceport synthesize -o demo/capture --resume
-	$(BIN)/spaceport reconstruct demo/capture/photos -o demo --title "Spaceport" --resume
+	$(BIN)/spaceport synthesize -o build/capture --resume
+	$(BIN)/spaceport reconstruct build/capture/photos -o demo --title "Spaceport" --resume
 	@echo "Open $(CURDIR)/demo/index.html"
 
 test: .venv/installed-tests
-	$(BIN)/python -P -m pytest
+	$(BIN)/pytest
 
 lint: .venv/installed-tests
 	$(BIN)/python -m pip install -q -c constraints.txt clang-format mypy ruff

@@ -20,6 +20,7 @@ import typer
 from spaceport_gs import __version__
 from spaceport_gs.errors import BackendError, InputError, Interrupted
 
+EXCLUSIVE = "--resume and --overwrite exclude each other"
 EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 
 app = typer.Typer(
@@ -44,6 +45,9 @@ Downscale = Annotated[float, typer.Option("--downscale", min=1, help="Train on p
 EvalEvery = Annotated[
     int,
     typer.Option("--eval-every", min=0, help="Hold out every so-many-th photo for evaluation; 0: none."),
+]
+CheckpointEvery = Annotated[
+    int, typer.Option("--checkpoint-every", min=1, help="Steps of training between two checkpoints.")
 ]
 Deterministic = Annotated[
     bool,
@@ -143,7 +147,7 @@ def _work(
 
     resume, overwrite = existing
     if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
+        raise InputError(EXCLUSIVE)
     if not source.exists():
         raise InputError(f"{source}: there is no such file or folder")
     mode = Existing.RESUME if resume else Existing.OVERWRITE if overwrite else Existing.REFUSE
@@ -158,6 +162,11 @@ def _finish(result: dict[str, Any], as_json: bool, quiet: bool, summary: Callabl
         print(json.dumps(result, indent=2, ensure_ascii=False))
     elif not quiet:
         print(summary())
+
+
+def _tell(line: str, is_silent: bool) -> None:
+    if not is_silent:
+        print(line)
 
 
 def _use_threads(threads: int) -> None:
@@ -175,7 +184,7 @@ def _decibels(value: float | None) -> str:
 def reconstruct_command(
     photos: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard",
     steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
-    deterministic: Deterministic = False, threads: Threads = 0, title: Title = "", resume: Resume = False,
+    checkpoint_every: CheckpointEvery = 500, deterministic: Deterministic = False, threads: Threads = 0, title: Title = "", resume: Resume = False,
     overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """The main job: photos (a folder, a .zip, a COLMAP project) to scene, page and report."""
@@ -189,6 +198,7 @@ def reconstruct_command(
         max_seconds,
         downscale,
         eval_every,
+        checkpoint_every,
         "deterministic" if deterministic else "fast",
         title,
     )
@@ -200,8 +210,7 @@ def reconstruct_command(
         (resume, overwrite),
         quiet or json,
     ) as work:
-        if not (quiet or json):
-            print(stages.estimate(photos, settings, output))
+        _tell(stages.estimate(photos, settings, output), quiet or json)
         _use_threads(threads)
         report = stages.reconstruct(photos, work[0], settings, work[1])
     _finish(report, json, quiet, lambda: (
@@ -212,13 +221,14 @@ def reconstruct_command(
 
 @app.command(name="sfm")
 def sfm_command(
-    photos: Input, output: Output, seed: Seed = 0, deterministic: Deterministic = False, resume: Resume = False,
-    overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+    photos: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, deterministic: Deterministic = False,
+    resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Photos to a COLMAP project: poses, points and undistorted photos."""
     from spaceport_gs.pipeline.capture import open_capture
     from spaceport_gs.pipeline.sfm import SfmSettings, finished_report, reconstruct_cameras
 
+    _check_device(device)
     settings = SfmSettings(deterministic, seed)
     with _work(photos, output, {"command": "sfm", **asdict(settings)}, (resume, overwrite), quiet or json) as (
         _,
@@ -237,12 +247,13 @@ def sfm_command(
 def train_command(
     project: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard",
     steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
-    threads: Threads = 0, resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+    checkpoint_every: CheckpointEvery = 500, threads: Threads = 0, resume: Resume = False, overwrite: Overwrite = False,
+    quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """A COLMAP project to scene.ply and report.json."""
     from spaceport_gs.pipeline import run as stages
 
-    settings = stages.RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every)
+    settings = stages.RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every, checkpoint_every)
     stages.check(settings)
     with _work(
         project,
@@ -251,6 +262,7 @@ def train_command(
         (resume, overwrite),
         quiet or json,
     ) as work:
+        _tell(stages.estimate(project, settings, output), quiet or json)
         _use_threads(threads)
         report = stages.train_project(project, work[0], settings, work[1])
     _finish(report, json, quiet, lambda: (
@@ -258,12 +270,26 @@ def train_command(
     ))  # fmt: skip
 
 
-def _target(output: Path, name: str, overwrite: bool) -> Path:
+def _target(output: Path, name: str) -> Path:
     """The file to write: `output`, or `name` in it if it is a folder."""
-    target = output / name if output.is_dir() else output
-    if target.exists() and not overwrite:
-        raise InputError(f"{target}: exists; replace it with --overwrite")
-    return target
+    return output / name if output.is_dir() else output
+
+
+def _is_finished(target: Path, resume: bool, overwrite: bool) -> bool:
+    """Whether `target` is there and shall stay: files are renamed to their names when they are whole."""
+    if resume and overwrite:
+        raise InputError(EXCLUSIVE)
+    if not target.exists() or overwrite:
+        return False
+    if resume:
+        return True
+    raise InputError(f"{target}: exists; keep it with --resume, or replace it with --overwrite")
+
+
+def _check_device(device: str) -> None:
+    from spaceport_gs.pipeline.run import device_of
+
+    device_of(device)
 
 
 def _scene_file(source: Path, *suffixes: str) -> Path:
@@ -289,36 +315,30 @@ def _read_scene(path: Path) -> Any:
 
 @app.command(name="compress")
 def compress_command(
-    scene: Input,
-    output: Output,
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+    scene: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, resume: Resume = False,
+    overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+) -> None:  # fmt: skip
     """A .ply to a .sog."""
     from spaceport_gs.pipeline.compress import CompressSettings, compress
     from spaceport_gs.ply import read_ply
 
-    target = _target(output, "scene.sog", overwrite)
-    figures = compress(read_ply(_scene_file(scene, ".ply")), target, CompressSettings(seed=seed))
-    _finish(
-        figures,
-        json,
-        quiet,
-        lambda: f"{target}: {figures['sog_bytes'] / 1e6:.1f} MB, {figures['ratio']:.1f} times smaller",
-    )
+    _check_device(device)
+    source, target = _scene_file(scene, ".ply"), _target(output, "scene.sog")
+    if _is_finished(target, resume, overwrite):
+        n_bytes = target.stat().st_size
+        figures = {"sog_bytes": n_bytes, "ply_bytes": source.stat().st_size, "ratio": source.stat().st_size / n_bytes}
+    else:
+        figures = compress(read_ply(source), target, CompressSettings(seed=seed))
+    _finish(figures, json, quiet, lambda: (
+        f"{target}: {figures['sog_bytes'] / 1e6:.1f} MB, {figures['ratio']:.1f} times smaller"
+    ))  # fmt: skip
 
 
 @app.command(name="publish")
 def publish_command(
-    scene: Input,
-    output: Output,
-    title: Title = "Scene",
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> None:
+    scene: Input, output: Output, title: Title = "Scene", resume: Resume = False, overwrite: Overwrite = False,
+    quiet: Quiet = False, json: Json = False,
+) -> None:  # fmt: skip
     """A .ply, a .sog or an OUT folder to one HTML page."""
     import tempfile
 
@@ -327,16 +347,19 @@ def publish_command(
     from spaceport_gs.ply import read_ply
 
     source = _scene_file(scene, ".sog", ".ply")
-    target = _target(output, "index.html", overwrite)
-    settings = opening_of(scene, title) if scene.is_dir() else PublishSettings(title)
-    with tempfile.TemporaryDirectory() as temporary:
-        sog = source
-        if source.suffix.lower() == ".ply":
-            sog = Path(temporary) / "scene.sog"
-            compress(read_ply(source), sog)
-        else:
-            read_sog(source)  # a page around a broken scene helps nobody
-        figures = publish(sog, target, settings)
+    target = _target(output, "index.html")
+    if _is_finished(target, resume, overwrite):
+        figures: dict[str, Any] = {"html_bytes": target.stat().st_size}
+    else:
+        settings = opening_of(scene, title) if scene.is_dir() else PublishSettings(title)
+        with tempfile.TemporaryDirectory() as temporary:
+            sog = source
+            if source.suffix.lower() == ".ply":
+                sog = Path(temporary) / "scene.sog"
+                compress(read_ply(source), sog)
+            else:
+                read_sog(source)  # a page around a broken scene helps nobody
+            figures = publish(sog, target, settings)
     _finish(figures, json, quiet, lambda: f"{target}: {figures['html_bytes'] / 1e6:.1f} MB")
 
 
@@ -366,7 +389,8 @@ def view_command(
 def render_command(
     scene: Input, output: Output,
     cameras: Annotated[Path | None, typer.Option("--cameras", help="COLMAP project with the cameras; default: that of the OUT folder.")] = None,
-    downscale: Downscale = 1, threads: Threads = 0, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+    device: DeviceOption = "auto", downscale: Downscale = 1, threads: Threads = 0, resume: Resume = False,
+    overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Pictures of a .ply, a .sog or an OUT folder, as PNG files in OUTPUT."""
     from PIL import Image
@@ -375,6 +399,7 @@ def render_command(
     from spaceport_gs.render import render_8bit
     from spaceport_gs.scene import load_scene
 
+    _check_device(device)
     views = load_scene(_project(scene, cameras), downscale).views
     gaussians = _read_scene(_scene_file(scene, ".ply", ".sog"))
     if output.exists() and not output.is_dir():
@@ -383,10 +408,9 @@ def render_command(
     written = []
     for view in views:
         target = output / Path(view.name).with_suffix(".png")
-        if target.exists() and not overwrite:
-            raise InputError(f"{target}: exists; replace it with --overwrite")
-        with replacing(target) as temporary:
-            Image.fromarray(render_8bit(gaussians, view.camera)).save(temporary, "PNG")
+        if not _is_finished(target, resume, overwrite):
+            with replacing(target) as temporary:
+                Image.fromarray(render_8bit(gaussians, view.camera)).save(temporary, "PNG")
         written.append(str(target))
     _finish({"pictures": written}, json, quiet, lambda: f"{len(written)} pictures in {output}")
 
@@ -396,19 +420,23 @@ def evaluate_command(
     scene: Input,
     cameras: Annotated[Path | None, typer.Option("--cameras", help="COLMAP project with the photos; default: that of the OUT folder.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the scores to this JSON file.")] = None,
-    downscale: Downscale = 1, eval_every: EvalEvery = 8, threads: Threads = 0, overwrite: Overwrite = False,
-    quiet: Quiet = False, json: Json = False,
+    device: DeviceOption = "auto", downscale: Downscale = 1, eval_every: EvalEvery = 8, threads: Threads = 0,
+    overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """PSNR and SSIM of a .ply, a .sog or an OUT folder on its held-out photos (all photos with --eval-every 0)."""
     from spaceport_gs.evaluate import evaluate
     from spaceport_gs.files import write_json
     from spaceport_gs.scene import load_scene, split
 
+    _check_device(device)
     training, held_out = split(load_scene(_project(scene, cameras), downscale), eval_every)
+    target = None if output is None else _target(output, "evaluation.json")
+    if target is not None:
+        _is_finished(target, False, overwrite)
     _use_threads(threads)
     result = evaluate(_read_scene(_scene_file(scene, ".ply", ".sog")), held_out or training)
-    if output is not None:
-        write_json(_target(output, "evaluation.json", overwrite), asdict(result))
+    if target is not None:
+        write_json(target, asdict(result))
     _finish(asdict(result), json, quiet, lambda: "\n".join(
         [*(f"{s.name}  {s.psnr:.2f} dB  {s.ssim:.4f}" for s in result.views), f"mean  {result.psnr:.2f} dB  {result.ssim:.4f}"]
     ))  # fmt: skip

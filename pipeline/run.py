@@ -43,6 +43,8 @@ class RunSettings:
     """For training; 0 = no limit."""
     downscale: float = 1.0
     eval_every: int = 8
+    checkpoint_every: int = 500
+    """Steps between two checkpoints of the training."""
     sfm: str = "fast"
     """fast, or deterministic: one thread and fixed seeds."""
     title: str = ""
@@ -193,6 +195,7 @@ def train_stage(workspace: Workspace, settings: RunSettings, listen: Listener) -
         max_seconds=settings.max_seconds,
         seed=settings.seed,
         eval_every=settings.eval_every,
+        checkpoint_every=settings.checkpoint_every,
         device=device_of(settings.device),
     )
 
@@ -218,7 +221,7 @@ def train_stage(workspace: Workspace, settings: RunSettings, listen: Listener) -
             "device": chosen.device,
         }
 
-    key = {"before": before.fingerprint, "downscale": settings.downscale, **chosen.to_json()}
+    key = {"before": before.fingerprint, "downscale": settings.downscale, **chosen.decisive()}
     workspace.stage("train", key, work, clean=("checkpoints", "scene.ply", "pictures"))
 
 

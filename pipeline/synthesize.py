@@ -24,9 +24,11 @@ from spaceport_gs.types import Camera
 ORIGIN = (5.2370, -52.7600, 12.0)  # latitude, longitude in degrees, altitude in metres
 METRES_PER_DEGREE = 111_320.0
 ORBIT_RADIUS = 46.0
-ALTITUDES = (44.0, 58.0)  # metres above the ground, by turns
-FOCAL_SHARE = 1.1  # focal length in widths of the photo
+# Radius and altitude in metres, by turns. The third flies wide, and so sees what lies in the corners of the others' photos.
+RINGS = ((ORBIT_RADIUS, 52.0), (ORBIT_RADIUS, 66.0), (66.0, 88.0), (ORBIT_RADIUS, 60.0))
+FOCAL_SHARE = 1.2  # focal length in widths of the photo
 SENSOR_WIDTH_MM = 13.2
+GROUND = (3.2, 1.8)  # metres, wavelengths of what lies on it
 SAMPLES = 2  # rays along each side of a pixel
 SUN = np.array([0.45, -0.35, 0.82]) / np.linalg.norm([0.45, -0.35, 0.82])
 N_POINTS = 6_000
@@ -78,8 +80,8 @@ def orbit(settings: SynthesizeSettings) -> list[Camera]:
     cameras = []
     for i in range(settings.n_photos):
         angle = 2 * math.pi * i / settings.n_photos
-        altitude = ALTITUDES[i % len(ALTITUDES)]
-        center = np.array([ORBIT_RADIUS * math.cos(angle), ORBIT_RADIUS * math.sin(angle), altitude])
+        radius, altitude = RINGS[i % len(RINGS)]
+        center = np.array([radius * math.cos(angle), radius * math.sin(angle), altitude])
         target = np.array([2.0 * math.sin(3 * angle), 2.0 * math.cos(2 * angle), 3.0])
         forward = (target - center) / np.linalg.norm(target - center)
         right = np.cross(forward, [0.0, 0.0, 1.0])
@@ -130,7 +132,7 @@ class Noise:
     def layered(self, x: np.ndarray, y: np.ndarray, wavelengths: tuple[float, ...]) -> np.ndarray:
         """Mean of several wavelengths, each from another part of the lattice; spread to use the range."""
         layers = [self(x + 37.3 * k, y - 91.7 * k, w) for k, w in enumerate(wavelengths)]
-        return np.clip((np.mean(layers, axis=0) - 0.5) * 2.7 + 0.5, 0, 1)
+        return np.clip((np.mean(layers, axis=0) - 0.5) * 4.0 + 0.5, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -236,19 +238,19 @@ class World:
         near = (t > 0) & (t < hit.distance) & (t < 400)
         x, y = (origin[near, i] + t[near] * direction[near, i] for i in (0, 1))
         noise = self._noise
-        grass = noise.layered(x, y, (4.0, 1.8, 1.1))
+        grass = noise.layered(x, y, GROUND)
         tone = noise(x - 500, y + 300, 9.0)
         color = np.stack(
-            [0.2 + 0.5 * grass + 0.16 * tone, 0.27 + 0.5 * grass, 0.1 + 0.36 * grass - 0.06 * tone],
+            [0.03 + 0.82 * grass + 0.14 * tone, 0.09 + 0.87 * grass, 0.03 + 0.6 * grass - 0.02 * tone],
             axis=1,
         )
-        gravel = noise.layered(x + 900, y, (2.0, 1.1))[:, None]
+        gravel = noise.layered(x + 900, y, GROUND)[:, None]
         on_apron = np.maximum(np.abs(x), np.abs(y)) < 11.5
-        concrete = 0.24 + 0.56 * gravel * np.array([1.0, 0.97, 0.9])
+        concrete = 0.08 + 0.9 * gravel * np.array([1.0, 0.97, 0.9])
         color = np.where(on_apron[:, None], concrete, color)
         wave = 32 + 3 * np.sin(x / 17)
         on_road = (np.abs(y - wave + 64) < 2.6) | (np.abs(x + 33 - 2 * np.sin(y / 13)) < 2.6)
-        asphalt = 0.1 + 0.34 * noise.layered(x, y + 700, (2.0, 1.1))[:, None] * np.ones(3)
+        asphalt = 0.05 + 0.6 * noise.layered(x, y + 700, GROUND)[:, None] * np.ones(3)
         color = np.where(on_road[:, None], asphalt, color)
         stripe = on_apron & ((np.abs(np.hypot(x, y) - 10) < 0.28) | ((np.abs(x - y) < 0.3) & (np.hypot(x, y) > 8.2)))
         color = np.where(stripe[:, None], np.array([0.92, 0.78, 0.2]) * (0.7 + 0.4 * gravel), color)
@@ -269,14 +271,14 @@ class World:
         along = np.where(np.abs(n_local_x) > 0.5, p[:, 1], p[:, 0])
         face = np.sign(n_local_x) * 20 + np.where(np.abs(n_local_x) > 0.5, 60, 140) + 311 * k
         noise = self._noise
-        dirt = noise.layered(along + face, p[:, 2] + 13 * k, (3.0, 1.3))
-        wall = np.array(box.color) * (0.5 + 0.75 * dirt)[:, None]
+        dirt = noise.layered(along + face, p[:, 2] + 13 * k, (3.0, 1.5))
+        wall = np.array(box.color) * (0.35 + 0.95 * dirt)[:, None]
         u, v = along / 1.5 % 1, p[:, 2] / 1.7 % 1
         is_window = (
             (np.abs(u - 0.5) < 0.27) & (np.abs(v - 0.55) < 0.26) & (p[:, 2] < box.height - 0.4) & (min(box.half) > 1)
         )
         glass = np.array([0.16, 0.24, 0.34]) * (0.5 + 1.3 * noise(along * 3 + face, p[:, 2] * 3, 1.9))[:, None]
-        roof = (0.2 + 0.6 * noise.layered(p[:, 0] + 71 * k, p[:, 1], (1.9, 1.0)))[:, None] * np.array(
+        roof = (0.1 + 0.88 * noise.layered(p[:, 0] + 71 * k, p[:, 1], (2.4, 1.4)))[:, None] * np.array(
             [0.95, 0.75, 0.66]
         )
         color = np.where(is_window[:, None], glass, wall)

@@ -69,7 +69,7 @@ class State:
 
 
 def save(folder: Path, state: State, fingerprint: str) -> Path:
-    """Writes `state` to `folder`/step_<step>.npz and removes all older checkpoints but the newest of them."""
+    """Writes `state` to `folder`/step_<step>.npz; removes all older checkpoints but one, and what a killed run left of one."""
     arrays = {f"{n}/{field.name}": a for n, g in _gaussians(state) for field, a in _named(g)}
     arrays["gradient_sums"] = state.statistics.gradient_sums.cpu().numpy()
     arrays["n_visible"] = state.statistics.n_visible.cpu().numpy()
@@ -85,7 +85,7 @@ def save(folder: Path, state: State, fingerprint: str) -> Path:
     path = folder / f"step_{state.step:08d}.npz"
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
-    for old in files(folder)[:-N_KEPT]:
+    for old in (*files(folder)[:-N_KEPT], *folder.glob(".step_*.partial")):
         old.unlink(missing_ok=True)
     return path
 
@@ -93,12 +93,6 @@ def save(folder: Path, state: State, fingerprint: str) -> Path:
 def files(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
     return sorted(folder.glob("step_*.npz"))
-
-
-def clear(folder: Path) -> None:
-    """Removes the checkpoints in `folder`, and what a killed run left of one."""
-    for path in (*files(folder), *folder.glob(".step_*.partial")):
-        path.unlink(missing_ok=True)
 
 
 def load(path: Path, fingerprint: str, device: str) -> State:

@@ -34,7 +34,7 @@ class View:
         """[H, W, 3] uint8, decoded on first use and scaled down by area to the camera's size."""
         try:
             with _opened(self.path) as file:
-                photo = np.asarray(file.convert("RGB"), dtype=np.uint8)
+                photo = np.array(file.convert("RGB"), dtype=np.uint8)
         except (OSError, ValueError, SyntaxError) as error:
             raise _unreadable(self.path, error) from error
         return resize_by_area(photo, self.camera.width, self.camera.height)

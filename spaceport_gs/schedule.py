@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from spaceport_gs.errors import InputError
+from spaceport_gs.types import RasterSettings
 
 LEVELS = 16  # resolutions are multiples of 1/16, so that no level jumps far
 FEW_VIEWS = 60  # fewer photos than this overfit, and get schedules of their own
@@ -133,6 +134,10 @@ class TrainSettings:
         """A JSON object that `from_json` reads back."""
         return asdict(self)
 
+    def decisive(self) -> dict[str, Any]:
+        """The part of `to_json` that the result depends on."""
+        return {name: value for name, value in self.to_json().items() if name != "checkpoint_every"}
+
     @staticmethod
     def from_json(value: Any) -> TrainSettings:
         """InputError where a field is unknown or of another type."""
@@ -204,6 +209,15 @@ def resolution(recipe: Recipe, moment: float, shorter_side: int) -> float:
     first = min(recipe.first_side / shorter_side, 1.0)
     share = first ** (1 - moment / recipe.full_resolution_at)
     return min(math.ceil(share * LEVELS) / LEVELS, 1.0)
+
+
+def low_pass(level: float) -> float:
+    """Variance in px² to add to projected covariances at a resolution, so that a scene looks alike at all of them.
+
+    What full resolution adds, in the larger pixels of `level`, and the variance of averaging over their area. Without it
+    Gaussians shrink while pixels are large, and the scene dims when they become small.
+    """
+    return RasterSettings.low_pass * level**2 + (1 - level**2) / 12
 
 
 def passes(previous: float, moment: float, every: int) -> float | None:

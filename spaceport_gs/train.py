@@ -73,11 +73,12 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
 
     with _signals() as stop:
         while state.phase.name != "done":
-            started = time.monotonic()
-            stepper.step(state)
-            state.seconds += time.monotonic() - started
-            if _is_check_due(run, state):
+            with _timed(state):
+                gradient = stepper.backpropagate(state)
+            if _is_check_due(run, state):  # before growth, whose new rows need some steps to find their place
                 _check(run, state)
+            with _timed(state):
+                stepper.update(state, gradient)
             _advance_phase(run, state)
             if state.step % TELL_EVERY == 0 or state.phase.name == "done":
                 listen(_progress(run, state, stepper.last_loss))
@@ -140,7 +141,7 @@ def _mean_pixels(views: Sequence[View]) -> int:
 
 def _fingerprint(scene: Scene, settings: TrainSettings) -> str:
     """Of everything that a checkpoint must agree with."""
-    known = hashlib.sha256(json.dumps(settings.to_json(), sort_keys=True).encode())
+    known = hashlib.sha256(json.dumps(settings.decisive(), sort_keys=True).encode())
     for view in scene.views:
         known.update(f"{view.name} {view.camera.width}x{view.camera.height}".encode())
         known.update(view.camera.cam_from_world.tobytes())
@@ -171,27 +172,36 @@ def _resumed(folder: Path, fingerprint: str, settings: TrainSettings, listen: Li
     return None
 
 
+@contextmanager
+def _timed(state: State) -> Iterator[None]:
+    """Counts as time of training; what a check takes does not."""
+    started = time.monotonic()
+    yield
+    state.seconds += time.monotonic() - started
+
+
 class _Stepper:
-    """Does steps; holds the photos of the current resolution and buffers, nothing that a result depends on."""
+    """Does steps; holds the photos of the current resolution and buffers, nothing that the next step depends on."""
 
     def __init__(self, run: _Run) -> None:
         self._run = run
         self._level = 0.0
         self._resized: dict[str, View] = {}
         self._gradient: Gaussians | None = None
+        self._previous = 0.0  # moment of the step before
         self.last_loss = math.nan
 
-    def step(self, state: State) -> None:
-        """One view forward and back, growth where it is due, and Adam; then the moment moves on."""
+    def backpropagate(self, state: State) -> Gaussians:
+        """Begins the next step: its view forward and back. Returns the gradient by the rows."""
         from spaceport_gs import ops
 
         run, recipe = self._run, self._run.recipe
-        previous = state.moment
+        previous = self._previous = state.moment
         state.step += 1
         state.moment = min(previous + _pace(run, state), recipe.steps)
         view = self._view(state, previous)
         camera, values = view.camera, state.rows.values
-        settings = RasterSettings(sh_degree=schedule.sh_degree(recipe, previous))
+        settings = RasterSettings(schedule.sh_degree(recipe, previous), low_pass=schedule.low_pass(self._level))
 
         projected = ops.project(values, camera, settings)
         tiles = ops.tile(projected, camera)
@@ -203,12 +213,18 @@ class _Stepper:
         self.last_loss = loss.value
         state.loss_sum += loss.value
 
+        if state.phase.name == "main" and previous < recipe.growth_until:
+            state.statistics.observe(projected, d_splats, camera)
+        return gradient
+
+    def update(self, state: State, gradient: Gaussians) -> None:
+        """Ends the step: growth where it is due, and Adam."""
+        from spaceport_gs import ops
+
         if state.phase.name == "main":
-            if previous < recipe.growth_until:
-                state.statistics.observe(projected, d_splats, camera)
-            gradient = self._densify(state, gradient, previous)
+            gradient = self._densify(state, gradient, self._previous)
         first_moment, second_moment = state.rows.companions
-        ops.update(state.rows.values, gradient, first_moment, second_moment, _adam(run, state))
+        ops.update(state.rows.values, gradient, first_moment, second_moment, _adam(self._run, state))
 
     def _densify(self, state: State, gradient: Gaussians, previous: float) -> Gaussians:
         """Growth, pruning and opacity resets that are due; new rows have no gradient, so this step leaves them alone."""

@@ -1,0 +1,255 @@
+"""Training: schedules, growth, and that an interrupted run ends where an undisturbed one does."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spaceport_gs import checkpoint, ops, schedule
+from spaceport_gs.density import Growth, Rows, grow, logit, reset_opacities
+from spaceport_gs.errors import InputError
+from spaceport_gs.evaluate import evaluate, psnr, ssim
+from spaceport_gs.gaussians import Gaussians, from_points
+from spaceport_gs.pipeline.synthesize import SynthesizeSettings, synthesize
+from spaceport_gs.scene import load_scene, resize_by_area, split
+from spaceport_gs.schedule import PlateauRule, Recipe, TrainSettings
+from spaceport_gs.train import train
+
+STEPS = 240
+SPACEPORT = str(Path(sys.executable).parent / "spaceport")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("capture")
+    synthesize(out, SynthesizeSettings(n_photos=12, width=96, height=64))
+    return out / "truth"
+
+
+def settings(**changes: object) -> TrainSettings:
+    recipe = Recipe(
+        steps=STEPS, growth_from=20, growth_until=160, growth_every=20, sh_every=40, reset_every=90, max_gaussians=6000,
+        growth_threshold=1e-4, full_resolution_at=60, first_side=32, evaluate_every=60,
+        plateau=PlateauRule(check_every=20, arm_at=100, cool_down=30, min_gain=-9.0),
+    )  # fmt: skip
+    return replace(TrainSettings(recipe=recipe, steps=STEPS, checkpoint_every=70), **changes)
+
+
+def same(a: Gaussians, b: Gaussians) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.arrays(), b.arrays(), strict=True))
+
+
+def test_training_improves_and_does_not_depend_on_threads(project: Path, tmp_path: Path) -> None:
+    scene = load_scene(project)
+    reports = []
+    for n_threads in (1, 2, 3):
+        ops.use_cpu(n_threads)
+        reports.append(train(scene, settings(), tmp_path / str(n_threads)))
+    ops.use_cpu()
+    assert all(same(reports[0].gaussians, report.gaussians) for report in reports[1:])
+    _, held_out = split(scene, 8)
+    first = from_points(scene.points, scene.colors, 3).torch()
+    start, end = (evaluate(g, held_out).psnr for g in (first, reports[0].gaussians))
+    assert start is not None and end is not None and start <= 20 and end > start + 2
+    assert len(reports[0].gaussians) > len(scene.points) / 2
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_interrupted_at_any_step_the_end_is_the_same(project: Path, tmp_path: Path) -> None:
+    scene = load_scene(project)
+    whole = train(scene, settings(checkpoint_every=10**6), tmp_path / "whole")
+    times = iter([75, 150, 225])
+    limit = next(times)
+
+    def stop_at(progress: object) -> None:
+        nonlocal limit
+        if int(getattr(progress, "message", "step 0").split()[-1]) >= limit:
+            limit = next(times, 10**9)
+            raise _Stop
+
+    for _ in range(3):
+        with pytest.raises(_Stop):
+            train(scene, settings(), tmp_path / "parts", stop_at)
+    resumed = train(scene, settings(), tmp_path / "parts")
+    assert same(whole.gaussians, resumed.gaussians)
+    assert [replace(c, seconds=0) for c in whole.history] == [replace(c, seconds=0) for c in resumed.history]
+
+
+def test_a_signal_saves_and_the_kill_of_a_save_loses_nothing(project: Path, tmp_path: Path) -> None:
+    """SIGTERM in the middle; then a checkpoint cut short, as a kill while it is written over would leave it."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[3]); from pathlib import Path; from test_train import *; "
+        "train(load_scene(Path(sys.argv[1])), settings(), Path(sys.argv[2]), lambda p: print(p.step, flush=True))"
+    )
+    command = [sys.executable, "-c", code, str(project), str(tmp_path / "out"), str(Path(__file__).parent)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(3):
+        process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "Interrupted: stopped by SIGTERM" in errors
+    saved = checkpoint.files(tmp_path / "out" / "checkpoints")
+    assert saved
+    (saved[-1].with_name(".step_99999999.npz.1.partial")).write_bytes(saved[-1].read_bytes()[:1000])
+    scene = load_scene(project)
+    resumed = train(scene, settings(), tmp_path / "out")
+    assert same(train(scene, settings(), tmp_path / "whole").gaussians, resumed.gaussians)
+
+
+def test_damaged_and_foreign_checkpoints(project: Path, tmp_path: Path) -> None:
+    scene = load_scene(project)
+    train(scene, settings(), tmp_path)
+    with pytest.raises(InputError, match="other settings"):
+        train(scene, settings(seed=5), tmp_path)
+    for path in checkpoint.files(tmp_path / "checkpoints"):
+        path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match="not a usable checkpoint"):
+        train(scene, settings(), tmp_path)
+
+
+def test_held_out_photos_change_nothing(project: Path, tmp_path: Path) -> None:
+    """Training with the held-out photos replaced by black ones gives the same bytes."""
+    scene = load_scene(project)
+    plain = train(scene, settings(), tmp_path / "plain")
+    _, held_out = split(scene, 8)
+    for view in held_out:
+        view.__dict__["photo"] = np.zeros_like(view.photo)
+    assert same(plain.gaussians, train(scene, settings(), tmp_path / "black").gaussians)
+
+
+def test_a_time_budget_is_kept_and_the_schedule_completes(project: Path, tmp_path: Path) -> None:
+    scene = load_scene(project)
+    report = train(scene, settings(steps=10**6, max_seconds=2.0), tmp_path)
+    assert report.seconds < 4
+    assert "time budget" in report.stop_reason
+    assert report.history[-1].moment == pytest.approx(STEPS, rel=0.3)
+
+
+def test_baseline_schedule() -> None:
+    recipe = schedule.preset("baseline", 100, 10**6)
+    assert recipe.plateau is None and recipe.steps == 30_000
+    assert schedule.means_rate(recipe, 0) == pytest.approx(1.6e-4)
+    assert schedule.means_rate(recipe, 15_000) == pytest.approx(1.6e-5)
+    assert schedule.means_rate(recipe, 30_000) == pytest.approx(1.6e-6)
+    assert [schedule.sh_degree(recipe, s) for s in (0, 999, 1000, 2500, 3000, 9000)] == [0, 0, 1, 2, 3, 3]
+    grown = [s for s in range(1, 30_001) if schedule.grows(recipe, s - 1, s)]
+    assert grown == list(range(600, 15_000, 100))
+    reset = [s for s in range(1, 30_001) if schedule.resets_opacity(recipe, s - 1, s)]
+    assert reset == [3000, 6000, 9000, 12_000]
+
+
+def test_plateau_rule() -> None:
+    rule = PlateauRule(window=4, min_gain=0.05, flat_patience=2, max_decline=0.1, decline_patience=3)
+    assert schedule.plateau(rule, [20 + 0.1 * i for i in range(20)]) is None
+    assert "over" in str(schedule.plateau(rule, [25.0] * 8))
+    assert "from best" in str(schedule.plateau(rule, [25, 25.5, 25.5, 25.5, 25.2, 25.1, 25.0, 25.0]))
+
+
+def rows_of(values: Gaussians) -> Rows:
+    ones = values.map(torch.ones_like)
+    return Rows(values, (ones, ones))
+
+
+def test_growth_by_hand() -> None:
+    """Four rows: one to clone, one to split, one to prune, one to keep."""
+    values = Gaussians(
+        torch.arange(12.0).view(4, 3),
+        torch.log(torch.tensor([0.005, 0.05, 0.005, 0.005]))[:, None].expand(4, 3).contiguous(),
+        torch.tensor([[1.0, 0, 0, 0]]).expand(4, 4).contiguous(),
+        torch.tensor([0.0, 0.0, -7.0, 0.0]),
+        torch.zeros(4, 1, 3),
+    )
+    scores = torch.tensor([3e-4, 3e-4, 0.0, 1e-4])
+    grown = grow(rows_of(values), scores, Growth(Recipe(), extent=1.0, moment=600, key=(0, 1)))
+    means = grown.values.means
+    assert len(means) == 5
+    assert torch.equal(means[0], values.means[0]) and torch.equal(means[2], values.means[0])
+    assert torch.equal(means[1], values.means[3])
+    assert torch.allclose(grown.values.log_scales[3:], torch.log(torch.tensor(0.05 / 1.6)))
+    assert bool((means[3:] - values.means[1]).abs().max() < 0.25)
+    assert torch.equal(grown.companions[0].opacities, torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]))
+    limited = grow(rows_of(values), scores, Growth(Recipe(max_gaussians=5), 1.0, 600, (0, 1)))
+    assert len(limited.values) == 4
+
+
+def test_opacity_reset() -> None:
+    values = from_points(np.random.default_rng(0).normal(size=(9, 3)), np.zeros((9, 3), np.uint8), 0).torch()
+    reset = reset_opacities(rows_of(values), 0.01)
+    assert torch.allclose(reset.values.opacities, torch.tensor(logit(0.01)))
+    assert not reset.companions[0].opacities.any() and reset.companions[0].means.all()
+
+
+def test_area_downscale_is_the_mean_of_the_area() -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (7, 10, 3), dtype=np.uint8)
+    fine = np.repeat(np.repeat(photo, 3, axis=0), 4, axis=1).astype(float)
+    expected = fine.reshape(3, 7, 4, 10, 3).mean(axis=(1, 3))
+    assert np.abs(resize_by_area(photo, 4, 3) - expected).max() <= 0.5 + 1e-9
+
+
+def test_metrics() -> None:
+    photo = np.random.default_rng(0).integers(0, 200, (20, 30, 3), dtype=np.uint8)
+    assert psnr(photo + np.uint8(10), photo) == pytest.approx(20 * math.log10(25.5))
+    assert psnr(photo, photo) == 100
+    from spaceport_gs import reference
+
+    other = np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    expected = reference.ssim(torch.tensor(other / 255.0), torch.tensor(photo / 255.0))
+    assert ssim(other, photo) == pytest.approx(float(expected))
+
+
+def test_settings_survive_json() -> None:
+    chosen = settings().for_capture(12, 6000)
+    assert TrainSettings.from_json(chosen.to_json()) == chosen
+    with pytest.raises(InputError, match="unknown field"):
+        TrainSettings.from_json({"speed": 3})
+    with pytest.raises(InputError, match="unknown preset"):
+        schedule.preset("fastest", 10, 10)
+
+
+def test_killed_at_ten_moments_scene_ply_is_the_same(project: Path, tmp_path: Path) -> None:
+    """The command itself, SIGKILLed again and again: at eight moments spread over the run, and while a checkpoint is being
+    written, twice."""
+    command = [SPACEPORT, "train", str(project), "--steps", "1000", "--checkpoint-every", "40", "--quiet", "--threads", "1"]
+    subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True, timeout=300)
+    out = tmp_path / "killed"
+
+    def n_steps_done() -> int:
+        lines = (out / "events.jsonl").read_text().splitlines() if (out / "events.jsonl").exists() else []
+        steps = [re.search(r'"message": "step (\d+)"', line) for line in lines]
+        return max((int(step[1]) for step in steps if step), default=0)
+
+    def partials() -> list[Path]:
+        return list(out.glob("checkpoints/.step_*.partial"))
+
+    def killed_when(is_due: Callable[[], object]) -> None:
+        process = subprocess.Popen([*command, "-o", str(out), *(["--resume"] if out.exists() else [])])
+        while process.poll() is None and not is_due():
+            pass
+        assert process.returncode is None, "the run ended before it was killed"
+        process.kill()
+        process.wait()
+
+    n_cut_short = 0
+    for k in range(1, 9):
+        killed_when(lambda k=k: n_steps_done() >= 95 * k)
+        while k % 4 == 0 and n_cut_short < k // 4:
+            before = set(partials())
+            killed_when(lambda before=before: set(partials()) - before)
+            n_cut_short += bool(set(partials()) - before)
+    subprocess.run([*command, "-o", str(out), "--resume"], check=True, timeout=300)
+    assert (out / "scene.ply").read_bytes() == (tmp_path / "whole" / "scene.ply").read_bytes()
+    assert not partials()
