@@ -281,7 +281,7 @@ def _opened(source: Path) -> Image.Image:
         if source.suffix.lower() not in (".tif", ".tiff"):
             raise
     # Pillow does not know TIFF with 16 bits in three channels; COLMAP's reader does.
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     bitmap = pycolmap.Bitmap.read(str(source), as_rgb=True)
     if bitmap is None:
@@ -403,7 +403,7 @@ def _degrees(parts: tuple[object, object, object]) -> float:
 
 def model_from_transforms(path: Path, out: Path) -> Path:
     """A COLMAP model without points from a transforms.json (poses camera-to-world, y up, z backward)."""
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     try:
         transforms = json.loads(path.read_text(encoding="utf-8"))
@@ -446,7 +446,7 @@ def _frame_name(folder: Path, file_path: str) -> str:
 
 
 def _frame_camera(values: dict[str, object], photo: Path) -> Any:
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     with Image.open(photo) as image:
         width, height = image.size

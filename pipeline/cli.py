@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> int:
         return int(code or 0)
     except typer.TyperException as error:
         message = error.format_message()
-        return _fail(f"{message} See `spaceport --help`.") if message.strip() else EXIT_MISTAKE
+        return _fail(f"{message.rstrip('.')}. See `spaceport --help`.") if message.strip() else EXIT_MISTAKE
     except (InputError, BackendError) as error:
         return _fail(str(error))
     except Interrupted as error:
@@ -102,13 +102,15 @@ def _fail(message: str, code: int = EXIT_MISTAKE) -> int:
 
 
 def _system_error(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
+    culprit = error.filename2 or error.filename
+    where = f"{culprit}: " if culprit else ""
     remedy = {
         errno.ENOSPC: "; free some space and go on with --resume",
         errno.EDQUOT: "; free some space and go on with --resume",
         errno.EFBIG: "; free some space and go on with --resume",
         errno.EROFS: "; give an output folder that can be written to",
         errno.EACCES: "; check its permissions",
+        errno.EPERM: "; give an output folder that can be written to",
         errno.ENOENT: "; check the path",
     }.get(error.errno or 0, "")
     return f"{where}{error.strerror}{remedy}"

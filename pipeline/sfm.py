@@ -28,6 +28,9 @@ STAGE = "sfm"
 EXHAUSTIVE_UP_TO = 80  # photos: every pair is matched
 SEQUENTIAL_OVERLAP = 15
 SPATIAL_NEIGHBOURS = 40
+SIMILAR_PHOTOS = 40  # that a photo in no known order is matched with
+MAX_WORDS, FEATURES_PER_WORD = 8192, 40  # of the vocabulary that finds them
+DISK_RESERVE = 1 << 24  # bytes; with less than this free, a failure of COLMAP is one of the disk
 BATCH = 8  # photos per call of the extraction: how often progress is told
 ENOUGH_REGISTERED = 0.9  # a smaller share is tried again with looser limits
 TWO_CALIBRATED_LENSES = 30  # photos of one camera from which its lens is modelled with four distortion terms
@@ -81,22 +84,30 @@ def reconstruct_cameras(
     done = finished_report(out)
     if done is not None:
         return done
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
-    pycolmap.logging.minloglevel = 3  # COLMAP's own log; what matters to the user is told here
     if settings.deterministic:
         pycolmap.set_random_seed(settings.seed)
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    if capture.reconstruction is None:
-        model = _reconstruct(capture, work, settings, listen)
-    else:
-        model = _given_model(capture, work, settings, listen)
-    report = _report(capture, model)
-    _undistort(capture, model, out, settings, listen)
+    try:
+        if capture.reconstruction is None:
+            model = _reconstruct(capture, work, settings, listen)
+        else:
+            model = _given_model(capture, work, settings, listen)
+        report = _report(capture, model)
+        _undistort(capture, model, out, settings, listen)
+    except RuntimeError as error:  # what COLMAP raises, a full disk among it
+        raise InputError(_colmap_failure(error, out)) from error
     shutil.rmtree(work, ignore_errors=True)
     write_json(out / "sfm.json", asdict(report))
     return report
+
+
+def _colmap_failure(error: RuntimeError, out: Path) -> str:
+    if shutil.disk_usage(out).free < DISK_RESERVE:
+        return f"{out}: the disk is full; free some space and go on with --resume"
+    return f"{out}: COLMAP failed ({str(error).splitlines()[0]}); try --resume, or --overwrite with other photos"
 
 
 def _report(capture: Capture, model: Any) -> SfmReport:
@@ -136,7 +147,7 @@ def _seed(settings: SfmSettings) -> int:
 
 
 def _extract(capture: Capture, database: Path, settings: SfmSettings, listen: Listener) -> None:
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     options = pycolmap.FeatureExtractionOptions()
     options.use_gpu = False
@@ -173,7 +184,7 @@ def _same_camera(photos: Sequence[Photo]) -> list[list[Photo]]:
 
 
 def _reader_options(photos: Sequence[Photo]) -> Any:
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     options = pycolmap.ImageReaderOptions()
     many = len(photos) >= TWO_CALIBRATED_LENSES
@@ -188,14 +199,14 @@ def _reader_options(photos: Sequence[Photo]) -> Any:
 
 
 def _camera_of(database: Path, name: str) -> int:
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     with pycolmap.Database.open(database) as opened:
         return int(opened.read_image_with_name(name).camera_id)
 
 
 def _match(capture: Capture, database: Path, settings: SfmSettings, listen: Listener) -> None:
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     matching = pycolmap.FeatureMatchingOptions()
     matching.use_gpu = False
@@ -219,8 +230,13 @@ def _match(capture: Capture, database: Path, settings: SfmSettings, listen: List
         pairing.overlap = SEQUENTIAL_OVERLAP
         run, n_pairs = pycolmap.match_sequential, n * SEQUENTIAL_OVERLAP
         arguments["pairing_options"] = pairing
-    else:  # photos in no known order: nothing may be left out
-        run, n_pairs = pycolmap.match_exhaustive, n * (n - 1) // 2
+    else:
+        vocabulary = pycolmap.VocabTreePairingOptions()
+        vocabulary.num_images = SIMILAR_PHOTOS
+        vocabulary.num_threads = _n_threads(settings)
+        vocabulary.vocab_tree_path = str(_vocabulary(database, settings, listen))
+        run, n_pairs = pycolmap.match_vocabtree, n * SIMILAR_PHOTOS // 2
+        arguments["pairing_options"] = vocabulary
 
     def tell() -> None:
         with pycolmap.Database.open(database) as opened:
@@ -229,6 +245,27 @@ def _match(capture: Capture, database: Path, settings: SfmSettings, listen: List
 
     _call(run, tell, **arguments)
     listen(Progress(STAGE, n_pairs, n_pairs, "matching pairs"))
+
+
+def _vocabulary(database: Path, settings: SfmSettings, listen: Listener) -> Path:
+    """A file of visual words, learnt from the capture's own features: by them similar photos are found."""
+    from spaceport_gs.colmap import pycolmap
+
+    listen(Progress(STAGE, 0, 1, "learning visual words"))
+    with pycolmap.Database.open(database) as opened:
+        tables = [opened.read_descriptors(image.image_id) for image in opened.read_all_images()]
+    descriptors = np.concatenate([np.asarray(table.data, dtype=np.float32) for table in tables])
+    n_words = max(1, min(MAX_WORDS, len(descriptors) // FEATURES_PER_WORD))
+    chosen = np.random.default_rng(settings.seed).permutation(len(descriptors))[: n_words * FEATURES_PER_WORD]
+    options = pycolmap.VisualIndex.BuildOptions()
+    options.num_visual_words = n_words
+    options.num_iterations, options.num_rounds = 10, 1
+    options.num_threads = _n_threads(settings)
+    index = pycolmap.VisualIndex.create(descriptors.shape[1], descriptors.shape[1] // 2)
+    index.build(options, pycolmap.FeatureDescriptorsFloat(tables[0].type, descriptors[chosen]))
+    path = database.with_name("vocabulary.bin")
+    index.write(path)
+    return path
 
 
 def _are_frames(photos: Sequence[Photo]) -> bool:
@@ -251,7 +288,7 @@ def _map(
     listen: Listener,
 ) -> Any:
     """The largest model that incremental mapping finds, or None."""
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     options = pycolmap.IncrementalPipelineOptions()
     options.num_threads = _n_threads(settings)
@@ -290,7 +327,7 @@ def largest_model(models: Any) -> Any:
 
 
 def _failure(capture: Capture, database: Path) -> str:
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     with pycolmap.Database.open(database) as opened:
         names = {image.image_id: image.name for image in opened.read_all_images()}
@@ -309,7 +346,7 @@ def _failure(capture: Capture, database: Path) -> str:
 
 def _call(function: Callable[..., Any], tell: Callable[[], None] | None = None, **arguments: Any) -> Any:
     """Runs a COLMAP call in a thread, so that signals reach us, calling `tell` once a second meanwhile."""
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     token = pycolmap.CancellationToken()
     outcome: dict[str, Any] = {}
@@ -337,7 +374,7 @@ def _call(function: Callable[..., Any], tell: Callable[[], None] | None = None, 
 
 
 def _given_model(capture: Capture, work: Path, settings: SfmSettings, listen: Listener) -> Any:
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     folder = capture.reconstruction
     try:
@@ -371,7 +408,7 @@ def _given_model(capture: Capture, work: Path, settings: SfmSettings, listen: Li
 
 def _triangulate(capture: Capture, model: Any, work: Path, settings: SfmSettings, listen: Listener) -> Any:
     """Points for given poses."""
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     database = work / "database.db"
     _extract(capture, database, settings, listen)
@@ -391,7 +428,7 @@ def _triangulate(capture: Capture, model: Any, work: Path, settings: SfmSettings
 
 def _undistort(capture: Capture, model: Any, out: Path, settings: SfmSettings, listen: Listener) -> None:
     """Writes the photos as pinholes see them, and the model that belongs to them."""
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     photos = {photo.name: photo for photo in capture.photos}
     images = sorted((i for i in model.images.values() if i.has_pose), key=lambda image: image.name)
@@ -436,17 +473,34 @@ def _undistort(capture: Capture, model: Any, out: Path, settings: SfmSettings, l
         shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     model.write_binary(str(partial))
+    _check_written(model, partial)
     partial.rename(target)
 
 
+def _check_written(model: Any, folder: Path) -> None:
+    """COLMAP does not notice when the disk is full."""
+    from spaceport_gs.colmap import pycolmap
+
+    def size(of: Any) -> tuple[int, int, int]:
+        return of.num_reg_images(), of.num_points3D(), of.compute_num_observations()
+
+    try:
+        is_whole = size(pycolmap.Reconstruction(str(folder))) == size(model)
+    except (RuntimeError, ValueError, IndexError, MemoryError):
+        is_whole = False
+    if not is_whole:
+        shutil.rmtree(folder)
+        raise InputError(f"{folder.parent}: the model could not be written whole; free some space and go on with --resume")
+
+
 def _copy(camera: Any) -> Any:
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     return pycolmap.Camera(camera.todict())
 
 
 def _pinhole(camera: Any) -> Any:
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     if camera.is_undistorted():
         pinhole = _copy(camera)

@@ -463,7 +463,7 @@ def _write_log(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def _write_model(folder: Path, world: World, cameras: list[Camera], names: list[str]) -> None:
     """The exact cameras, and points on the surfaces with the photos that see them, as a COLMAP model."""
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     model = pycolmap.Reconstruction()
     first = cameras[0]

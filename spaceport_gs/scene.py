@@ -193,7 +193,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _read_model(folder: Path) -> Any:
-    import pycolmap
+    from spaceport_gs.colmap import pycolmap
 
     try:
         return pycolmap.Reconstruction(str(folder))

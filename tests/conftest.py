@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from spaceport_gs.pipeline.synthesize import SynthesizeSettings, synthesize
+
+ORBIT = SynthesizeSettings(n_photos=16, width=360, height=240)
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -17,3 +20,11 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip("no real captures: set SPACEPORT_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def orbit_capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic capture (photos and truth) that structure from motion can place."""
+    out = tmp_path_factory.mktemp("orbit")
+    synthesize(out, ORBIT)
+    return out

@@ -1,0 +1,20 @@
+"""COLMAP's Python module, as everything here imports it.
+
+Importing pycolmap makes SIGTERM print a stack trace and abort; this gives the signal back. COLMAP's own log stays silent:
+what matters to the user is told by us.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+_on_terminate = signal.getsignal(signal.SIGTERM)
+
+import pycolmap  # noqa: E402
+
+if threading.current_thread() is threading.main_thread() and _on_terminate is not None:
+    signal.signal(signal.SIGTERM, _on_terminate)
+pycolmap.logging.minloglevel = 3
+
+__all__ = ["pycolmap"]
