@@ -24,7 +24,8 @@ lint: .venv/installed-tests
 	$(BIN)/mypy spaceport_gs; status=$$?; rm spaceport_gs/pipeline; exit $$status
 
 benchmark: .venv/installed
-	cd benchmarks && ../$(BIN)/python -P kernels.py --json ../build/kernels.json
+	$(BIN)/python benchmarks/kernels.py --json build/kernels.json
+	$(BIN)/python benchmarks/scenes.py --json build/scenes.json
 
 .venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -6,16 +6,12 @@ this is (peak: a loop of fused multiply-adds on registers, measured in the same 
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+import machine
 import numpy as np
 import torch
 
@@ -26,6 +22,7 @@ from spaceport_gs.types import Camera, Image, RasterSettings
 
 N_GAUSSIANS, SCALE = 250_000, 0.012
 WIDTH, HEIGHT, FOCAL = 800, 533, 600.0
+N_POINTS, N_CENTROIDS = 20_000, 4_096  # of the palette for SH coefficients
 REPEATS = 9
 
 
@@ -86,8 +83,13 @@ def kernels() -> tuple[list[Kernel], dict[str, float]]:
         d = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
         return ops.project_vjp(gaussians, view, settings, projected, d, d_gaussians)
 
+    points, weights = gaussians.sh[:N_POINTS, 1:].reshape(N_POINTS, -1).contiguous(), torch.ones(N_POINTS)
+    centroids, totals = points[:N_CENTROIDS].clone(), torch.empty(N_CENTROIDS)
+    labels, distances = torch.empty(N_POINTS, dtype=torch.int32), torch.empty(N_POINTS)
+
     n, n_pixels, n_values = N_GAUSSIANS, WIDTH * HEIGHT, N_GAUSSIANS * 59
     n_instances = len(tiles.instances)
+    n_dimensions = points.shape[1]
     rows = [
         Kernel(
             "project",
@@ -169,6 +171,22 @@ def kernels() -> tuple[list[Kernel], dict[str, float]]:
             12,
             "memory",
         ),
+        Kernel(
+            "cluster, assignment",
+            lambda: _engine.cluster_assign(ops.cpu(), points, centroids, labels, distances),
+            N_POINTS * N_CENTROIDS,
+            "distances",
+            2 * n_dimensions,
+            "loads of the centroids' values",
+        ),
+        Kernel(
+            "cluster, means",
+            lambda: _engine.cluster_update(ops.cpu(), points, labels, weights, centroids, totals),
+            N_POINTS * n_dimensions,
+            "values",
+            2,
+            "memory: points in the order of their labels",
+        ),
     ]
     scene = {
         "gaussians": n,
@@ -196,30 +214,15 @@ def peak_flops(n_threads: int) -> float:
     return float(n_pieces * _engine.MULTIPLY_ADD_FLOPS / seconds)
 
 
-def machine() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def commit() -> str:
-    here = Path(__file__).parent
-    done = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip()
-
-
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = arguments.parse_args()
+    options = machine.arguments(__doc__).parse_args()
 
     torch.set_num_threads(1)
     n_cores = _engine.Cpu().n_threads
     rows, scene = kernels()
     peak_one, peak_all = peak_flops(1), peak_flops(n_cores)
     gain = peak_all / peak_one
-    print(f"{machine()}, {n_cores} cores, {_engine.Cpu().simd}, commit {commit()}")
+    print(f"{machine.name()}, {n_cores} cores, {_engine.Cpu().simd}, commit {machine.commit()}")
     print(
         f"{scene['gaussians']:,} Gaussians, {scene['instances']:,} instances at {WIDTH}×{HEIGHT}; "
         f"per pixel {scene['pairs_evaluated_per_pixel']:.0f} pairs evaluated, "
@@ -251,18 +254,14 @@ def main() -> None:
                 "bound": row.bound,
             }
         )
-    if options.json:
-        report = {
-            "device": machine(),
-            "cores": n_cores,
-            "simd": _engine.Cpu().simd,
-            "commit": commit(),
-            "peak_flops_one_core": peak_one,
-            "fma_gain": gain,
-            "scene": scene,
-            "rows": results,
-        }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    figures = {
+        "simd": _engine.Cpu().simd,
+        "peak_flops_one_core": peak_one,
+        "fma_gain": gain,
+        "scene": scene,
+        "rows": results,
+    }
+    machine.write_json(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,11 @@ def use_cpu(n_threads: int = 0, simd: str = "auto") -> None:
     _cpu = _engine.Cpu(n_threads, simd)
 
 
+def cpu() -> Any:
+    """The CPU backend in use, for verbs on NumPy arrays."""
+    return _cpu
+
+
 def _backend(tensor: torch.Tensor) -> Any:
     """The backend of a tensor's device."""
     if tensor.device.type == "cpu":
