@@ -490,7 +490,9 @@ def _check_written(model: Any, folder: Path) -> None:
         is_whole = False
     if not is_whole:
         shutil.rmtree(folder)
-        raise InputError(f"{folder.parent}: the model could not be written whole; free some space and go on with --resume")
+        raise InputError(
+            f"{folder.parent}: the model could not be written whole; free some space and go on with --resume"
+        )
 
 
 def _copy(camera: Any) -> Any:

@@ -61,7 +61,10 @@ def test_pages_tell_no_place_and_no_path(result: Path, orbit_capture: Path) -> N
     for name in ("index.html", "report.html", "report.json"):
         text = (result / name).read_text()
         assert str(result) not in text and str(orbit_capture) not in text
-        assert "5.23" not in re.sub(r"data:[^\"]*|<script.*?</script>", "", text, flags=re.S) and "52.76" not in text[:20_000]
+        assert (
+            "5.23" not in re.sub(r"data:[^\"]*|<script.*?</script>", "", text, flags=re.S)
+            and "52.76" not in text[:20_000]
+        )
         assert "Pad &lt;39&gt;" in text or "Pad <39>" in json.loads(text)["settings"]["title"]
     for picture in (result / "pictures").iterdir():
         with Image.open(picture) as image:
@@ -114,7 +117,10 @@ def test_stages_alone(result: Path, orbit_capture: Path, tmp_path: Path, capsys:
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == trained
     packed = spaceport("compress", tmp_path / "out" / "scene.ply", "-o", tmp_path / "scene.sog")
     assert packed["sog_bytes"] == (tmp_path / "scene.sog").stat().st_size
-    assert spaceport("compress", tmp_path / "out", "-o", tmp_path / "scene.sog", "--resume")["sog_bytes"] == packed["sog_bytes"]
+    assert (
+        spaceport("compress", tmp_path / "out", "-o", tmp_path / "scene.sog", "--resume")["sog_bytes"]
+        == packed["sog_bytes"]
+    )
     for scene in (tmp_path / "scene.sog", tmp_path / "out" / "scene.ply", result):
         spaceport("publish", scene, "-o", tmp_path / "page.html", "--overwrite")
     pictures = spaceport("render", result, "-o", tmp_path / "pictures", "--downscale", 2)["pictures"]

@@ -18,8 +18,10 @@ from spaceport_gs.pipeline.sfm import SfmReport, SfmSettings, reconstruct_camera
 from spaceport_gs.pipeline.synthesize import orbit, pose_error
 from spaceport_gs.scene import load_scene
 
+DEFAULTS = SfmSettings()
 
-def reconstructed(photos: Path, out: Path, settings: SfmSettings = SfmSettings()) -> SfmReport:
+
+def reconstructed(photos: Path, out: Path, settings: SfmSettings = DEFAULTS) -> SfmReport:
     return reconstruct_cameras(open_capture(photos, out), out, settings)
 
 
@@ -131,9 +133,7 @@ def test_the_largest_model_wins() -> None:
             pycolmap.Camera(model="PINHOLE", width=8, height=8, params=[8, 8, 4, 4], camera_id=1)
         )
         for i in range(1, n + 1):
-            model.add_image_with_trivial_frame(
-                pycolmap.Image(name=str(i), camera_id=1, image_id=i), pycolmap.Rigid3d()
-            )
+            model.add_image_with_trivial_frame(pycolmap.Image(name=str(i), camera_id=1, image_id=i), pycolmap.Rigid3d())
     assert sfm.largest_model([small, large]) is large and sfm.largest_model([large, small]) is large
     assert sfm.largest_model([]) is None
 

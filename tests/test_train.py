@@ -223,7 +223,18 @@ def test_settings_survive_json() -> None:
 def test_killed_at_ten_moments_scene_ply_is_the_same(project: Path, tmp_path: Path) -> None:
     """The command itself, SIGKILLed again and again: at eight moments spread over the run, and while a checkpoint is being
     written, twice."""
-    command = [SPACEPORT, "train", str(project), "--steps", "1000", "--checkpoint-every", "40", "--quiet", "--threads", "1"]
+    command = [
+        SPACEPORT,
+        "train",
+        str(project),
+        "--steps",
+        "1000",
+        "--checkpoint-every",
+        "40",
+        "--quiet",
+        "--threads",
+        "1",
+    ]
     subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True, timeout=300)
     out = tmp_path / "killed"
 
