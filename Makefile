@@ -19,7 +19,7 @@ lint: .venv/installed-tests
 	$(BIN)/python -m pip install -q -c constraints.txt clang-format mypy ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	ln -sfn ../pipeline spaceport_gs/pipeline
 	$(BIN)/mypy spaceport_gs; status=$$?; rm spaceport_gs/pipeline; exit $$status
 

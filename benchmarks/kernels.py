@@ -1,11 +1,13 @@
-"""Speed of every kernel on the random cloud that the field's engines are compared on, at half its usual size.
+"""Speed of every kernel on the random clouds that the field's engines are compared on.
 
-Each row gives the median time on one core and on all, what was worked through per second, the share of one core's peak that
-this is (peak: a loop of fused multiply-adds on registers, measured in the same run), and what bounds it.
+On the CPU each row gives the median time on one core and on all, what was worked through per second, the share of one core's
+peak that this is (peak: a loop of fused multiply-adds on registers, measured in the same run), and what bounds it. On a GPU
+it gives the median time by CUDA events over eight rotating views, with what Python adds to the launches in it.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -16,14 +18,31 @@ import numpy as np
 import torch
 
 from spaceport_gs import _engine, ops
-from spaceport_gs.density import Statistics
 from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.types import Camera, Image, RasterSettings
+from spaceport_gs.types import Camera, Image, RasterSettings, Statistics
 
-N_GAUSSIANS, SCALE = 250_000, 0.012
-WIDTH, HEIGHT, FOCAL = 800, 533, 600.0
+
+@dataclass(frozen=True)
+class Cloud:
+    """Gaussians in a box of 4 × 2.8 × 2 at depth 4, and the image that they are seen in."""
+
+    n: int
+    scale: float
+    """Median standard deviation."""
+    width: int
+    height: int
+    focal: float
+
+
+CLOUDS = {
+    "250k-half": Cloud(250_000, 0.012, 800, 533, 600.0),
+    "250k": Cloud(250_000, 0.012, 1600, 1066, 1200.0),
+    "1M": Cloud(1_000_000, 0.008, 1600, 1066, 1200.0),
+    "3M": Cloud(3_000_000, 0.006, 1600, 1066, 1200.0),
+}
 N_POINTS, N_CENTROIDS = 20_000, 4_096  # of the palette for SH coefficients
 REPEATS = 9
+N_VIEWS, GPU_REPEATS = 8, 48
 
 
 @dataclass(frozen=True)
@@ -40,40 +59,49 @@ class Kernel:
     bound: str
 
 
-def random_cloud(n: int, scale: float) -> Gaussians:
-    """Means in a box of 4 × 2.8 × 2 at depth 4; scales log-normal around `scale`."""
+def random_cloud(cloud: Cloud, device: str) -> Gaussians:
+    """Scales log-normal around the cloud's, logit opacities N(0, 2), degree-3 SH."""
     draw = torch.Generator().manual_seed(0)
-    box = torch.tensor([4.0, 2.8, 2.0])
+    n, box = cloud.n, torch.tensor([4.0, 2.8, 2.0])
     return Gaussians(
         means=(torch.rand(n, 3, generator=draw) - 0.5) * box + torch.tensor([0.0, 0.0, 4.0]),
-        log_scales=float(np.log(scale)) + 0.5 * torch.randn(n, 3, generator=draw),
+        log_scales=math.log(cloud.scale) + 0.5 * torch.randn(n, 3, generator=draw),
         quaternions=torch.randn(n, 4, generator=draw),
         opacities=2 * torch.randn(n, generator=draw),
         sh=0.2 * torch.randn(n, 16, 3, generator=draw),
-    )
+    ).map(lambda array: array.to(device))
 
 
-def camera() -> Camera:
-    return Camera(np.eye(3, 4), FOCAL, FOCAL, WIDTH / 2, HEIGHT / 2, WIDTH, HEIGHT)
+def camera(cloud: Cloud, view: int = 0) -> Camera:
+    """Views turn about the middle of the box, by two degrees each."""
+    angle = math.radians(2 * view)
+    c, s = math.cos(angle), math.sin(angle)
+    turn, middle = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]]), np.array([0.0, 0.0, 4.0])
+    pose = np.concatenate([turn, (middle - turn @ middle)[:, None]], axis=1)
+    return Camera(pose, cloud.focal, cloud.focal, cloud.width / 2, cloud.height / 2, cloud.width, cloud.height)
 
 
-def kernels() -> tuple[list[Kernel], dict[str, float]]:
-    """The rows to measure, and the figures of the scene they run on."""
-    gaussians, view, settings = random_cloud(N_GAUSSIANS, SCALE), camera(), RasterSettings()
+def photo_for(cloud: Cloud, device: str) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (cloud.height, cloud.width, 3), generator=draw, dtype=torch.uint8).to(device)
+
+
+def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
+    """The rows to measure on the CPU, and the figures of the scene they run on."""
+    gaussians, view, settings = random_cloud(cloud, "cpu"), camera(cloud), RasterSettings()
     projected = ops.project(gaussians, view, settings)
     tiles = ops.tile(projected, view)
     image = ops.blend(projected, tiles, view, settings)
     cpu = _engine.Cpu()
     n_evaluated, n_blended = _engine.count_pairs(cpu, projected, tiles, view, settings)
-    draw = torch.Generator().manual_seed(1)
-    photo = torch.randint(0, 256, (HEIGHT, WIDTH, 3), generator=draw, dtype=torch.uint8)
+    photo = photo_for(cloud, "cpu")
     d_color = ops.loss(image.color, photo, ops.LossSettings()).d_color
-    d_image = Image(d_color, torch.zeros(HEIGHT, WIDTH))
+    d_image = Image(d_color, torch.zeros_like(image.transmittance))
     d_splats = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
     d_gaussians = ops.empty_like(gaussians)
     moments = ops.zeros_like(gaussians), ops.zeros_like(gaussians)
     rates = ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=1)
-    statistics_of = Statistics.empty(N_GAUSSIANS)
+    statistics_of = Statistics.empty(cloud.n)
 
     def forward() -> Image:
         splats = ops.project(gaussians, view, settings)
@@ -87,7 +115,7 @@ def kernels() -> tuple[list[Kernel], dict[str, float]]:
     centroids, totals = points[:N_CENTROIDS].clone(), torch.empty(N_CENTROIDS)
     labels, distances = torch.empty(N_POINTS, dtype=torch.int32), torch.empty(N_POINTS)
 
-    n, n_pixels, n_values = N_GAUSSIANS, WIDTH * HEIGHT, N_GAUSSIANS * 59
+    n, n_pixels, n_values = cloud.n, cloud.width * cloud.height, cloud.n * 59
     n_instances = len(tiles.instances)
     n_dimensions = points.shape[1]
     rows = [
@@ -214,23 +242,23 @@ def peak_flops(n_threads: int) -> float:
     return float(n_pieces * _engine.MULTIPLY_ADD_FLOPS / seconds)
 
 
-def main() -> None:
-    options = machine.arguments(__doc__).parse_args()
-
+def measure_cpu(cloud: Cloud) -> dict[str, object]:
+    """Prints the table, and returns its figures."""
     torch.set_num_threads(1)
     n_cores = _engine.Cpu().n_threads
-    rows, scene = kernels()
+    rows, scene = kernels(cloud)
     peak_one, peak_all = peak_flops(1), peak_flops(n_cores)
     gain = peak_all / peak_one
     print(f"{machine.name()}, {n_cores} cores, {_engine.Cpu().simd}, commit {machine.commit()}")
     print(
-        f"{scene['gaussians']:,} Gaussians, {scene['instances']:,} instances at {WIDTH}×{HEIGHT}; "
+        f"{scene['gaussians']:,} Gaussians, {scene['instances']:,} instances at {cloud.width}×{cloud.height}; "
         f"per pixel {scene['pairs_evaluated_per_pixel']:.0f} pairs evaluated, "
         f"{scene['pairs_blended_per_pixel']:.0f} blended"
     )
     print(f"peak of a core {peak_one / 1e9:.1f} GFLOP/s; {n_cores} cores gain {gain:.2f}×\n")
     print(
-        f"{'kernel':32}{'1 core':>10}{f'{n_cores} cores':>10}{'gain':>7}{'of FMA':>8}{'per core-second':>24}{'of peak':>9}  bound by"
+        f"{'kernel':32}{'1 core':>10}{f'{n_cores} cores':>10}{'gain':>7}{'of FMA':>8}{'per core-second':>24}{'of peak':>9}"
+        "  bound by"
     )
     results = []
     for row in rows:
@@ -254,14 +282,89 @@ def main() -> None:
                 "bound": row.bound,
             }
         )
-    figures = {
+    return {
         "simd": _engine.Cpu().simd,
         "peak_flops_one_core": peak_one,
         "fma_gain": gain,
         "scene": scene,
         "rows": results,
     }
-    machine.write_json(options.json, figures)
+
+
+def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
+    """What to measure on a GPU, each for a view."""
+    gaussians, settings, photo = random_cloud(cloud, "cuda"), RasterSettings(), photo_for(cloud, "cuda")
+    moments = ops.zeros_like(gaussians), ops.zeros_like(gaussians)
+    d_gaussians, rates = ops.empty_like(gaussians), ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=1)
+    statistics_of = Statistics.empty(cloud.n, "cuda")
+    views = [camera(cloud, i) for i in range(N_VIEWS)]
+    projected = [ops.project(gaussians, view, settings) for view in views]
+    tiles = [ops.tile(p, view) for p, view in zip(projected, views, strict=True)]
+    images = [ops.blend(p, t, view, settings) for p, t, view in zip(projected, tiles, views, strict=True)]
+    d_images = [
+        Image(ops.loss(image.color, photo, ops.LossSettings()).d_color, torch.zeros_like(image.transmittance))
+        for image in images
+    ]
+
+    def blend_vjp(i: int) -> torch.Tensor:
+        return ops.blend_vjp(projected[i], tiles[i], views[i], settings, images[i], d_images[i])
+
+    d_splats = [blend_vjp(i) for i in range(N_VIEWS)]
+
+    def forward(i: int) -> tuple[object, ...]:
+        p = ops.project(gaussians, views[i], settings)
+        t = ops.tile(p, views[i])
+        return p, t, ops.blend(p, t, views[i], settings)
+
+    def step(i: int) -> None:
+        p, t, image = forward(i)
+        loss = ops.loss(image.color, photo, ops.LossSettings())
+        d_image = Image(loss.d_color, torch.zeros_like(image.transmittance))
+        d = ops.blend_vjp(p, t, views[i], settings, image, d_image)
+        ops.project_vjp(gaussians, views[i], settings, p, d, d_gaussians)
+        ops.update(gaussians, d_gaussians, *moments, rates)
+
+    return {
+        "project": lambda i: ops.project(gaussians, views[i], settings),
+        "tile": lambda i: ops.tile(projected[i], views[i]),
+        "blend": lambda i: ops.blend(projected[i], tiles[i], views[i], settings),
+        "forward (project, tile, blend)": forward,
+        "loss and gradient": lambda i: ops.loss(images[i].color, photo, ops.LossSettings()),
+        "blend'": blend_vjp,
+        "project'": lambda i: ops.project_vjp(gaussians, views[i], settings, projected[i], d_splats[i], d_gaussians),
+        "update": lambda i: ops.update(gaussians, d_gaussians, *moments, rates),
+        "density": lambda i: ops.density(projected[i], d_splats[i], views[i], statistics_of),
+        "whole step": step,
+    }
+
+
+def measure_cuda(cloud: Cloud) -> dict[str, object]:
+    """Prints the table, and returns its figures."""
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {machine.commit()}")
+    print(f"{cloud.n:,} Gaussians at {cloud.width}×{cloud.height}\n{'kernel':32}{'median':>10}{'10 %':>10}{'90 %':>10}")
+    rows = []
+    for name, run in gpu_kernels(cloud).items():
+        times = []
+        for i in range(GPU_REPEATS + N_VIEWS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(i % N_VIEWS)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        fast, median, slow = np.quantile(times[N_VIEWS:], [0.1, 0.5, 0.9])
+        print(f"{name:32}{median:7.3f} ms{fast:7.3f} ms{slow:7.3f} ms")
+        rows.append({"kernel": name, "milliseconds": median, "milliseconds_10": fast, "milliseconds_90": slow})
+    return {"gpu": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated(), "rows": rows}
+
+
+def main() -> None:
+    parser = machine.arguments(__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--cloud", choices=list(CLOUDS), default="250k-half")
+    options = parser.parse_args()
+    measure = measure_cuda if options.device == "cuda" else measure_cpu
+    machine.write_json(options.json, {"cloud": options.cloud, **measure(CLOUDS[options.cloud])})
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def captures(folder: Path) -> list[Capture]:
 def run(capture: Capture, out: Path) -> dict[str, Any]:
     """The report of the main job with default settings."""
     settings = RunSettings(downscale=capture.downscale)
-    with open_workspace(out, Existing.REFUSE, {}) as workspace:
+    with open_workspace(out, capture.photos, Existing.REFUSE, {}) as workspace:
         return reconstruct(capture.photos, workspace, settings, ignore)
 
 

@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cuda_status.h"
 #include "diagnose.h"
 #include "ops.h"
 
@@ -51,69 +53,118 @@ struct Array {
   throw py::value_error(std::string(name) + ": expected " + expected + ", got " + got);
 }
 
-// `shape` holds the expected sizes; -1 stands for any.
-template <class T>
-Array<T> array_of(py::handle object, const char* name, const std::vector<int64_t>& shape) {
-  Array<T> array{nullptr, {}};
-  std::string format;
-  bool contiguous = true;
-  py::buffer_info info;
-  if (py::hasattr(object, "data_ptr")) {
-    if (object.attr("device").attr("type").cast<std::string>() != "cpu")
-      refuse(name, "a CPU tensor", py::str(object.attr("device")));
-    format = py::str(object.attr("dtype")).cast<std::string>().substr(6);  // behind "torch."
-    contiguous = object.attr("is_contiguous")().cast<bool>();
-    for (py::handle size : object.attr("shape")) array.shape.push_back(size.cast<int64_t>());
-    array.data = reinterpret_cast<T*>(object.attr("data_ptr")().cast<uintptr_t>());
-  } else if (py::isinstance<py::buffer>(object)) {
-    info = py::reinterpret_borrow<py::buffer>(object).request();
-    format = info.item_type_is_equivalent_to<T>() ? Format<T>::name : "buffer format " + info.format;
-    array.shape.assign(info.shape.begin(), info.shape.end());
-    py::ssize_t stride = info.itemsize;
-    for (size_t i = info.shape.size(); i-- > 0; stride *= info.shape[i]) {
-      if (info.shape[i] > 1 && info.strides[i] != stride) contiguous = false;
+// Reads arrays and nouns whose arrays lie in the memory of one device.
+class Reader {
+ public:
+  explicit Reader(const char* device) : device_(device) {}
+
+  // `shape` holds the expected sizes; -1 stands for any.
+  template <class T>
+  Array<T> array(py::handle object, const char* name, const std::vector<int64_t>& shape) const {
+    Array<T> array{nullptr, {}};
+    std::string format;
+    bool contiguous = true;
+    if (py::hasattr(object, "data_ptr")) {
+      const std::string device = object.attr("device").attr("type").cast<std::string>();
+      if (device != device_) refuse(name, std::string("a tensor on ") + device_, device);
+      format = py::str(object.attr("dtype")).cast<std::string>().substr(6);  // behind "torch."
+      contiguous = object.attr("is_contiguous")().cast<bool>();
+      for (py::handle size : object.attr("shape")) array.shape.push_back(size.cast<int64_t>());
+      array.data = reinterpret_cast<T*>(object.attr("data_ptr")().cast<uintptr_t>());
+    } else if (std::string(device_) == "cpu" && py::isinstance<py::buffer>(object)) {
+      const py::buffer_info info = py::reinterpret_borrow<py::buffer>(object).request();
+      format = info.item_type_is_equivalent_to<T>() ? Format<T>::name : "buffer format " + info.format;
+      array.shape.assign(info.shape.begin(), info.shape.end());
+      py::ssize_t stride = info.itemsize;
+      for (size_t i = info.shape.size(); i-- > 0; stride *= info.shape[i]) {
+        if (info.shape[i] > 1 && info.strides[i] != stride) contiguous = false;
+      }
+      array.data = static_cast<T*>(info.ptr);
+    } else {
+      refuse(name, std::string("an array on ") + device_, py::str(py::type::of(object)));
     }
-    array.data = static_cast<T*>(info.ptr);
-  } else {
-    refuse(name, "an array", py::str(py::type::of(object)));
+    bool fits = array.shape.size() == shape.size();
+    for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || shape[i] == array.shape[i];
+    if (format != Format<T>::name) refuse(name, Format<T>::name, format);
+    if (!fits) refuse(name, "shape " + shape_text(shape) + " (-1: any)", shape_text(array.shape));
+    if (!contiguous) refuse(name, "a C-contiguous array", "one with gaps");
+    return array;
   }
-  bool fits = array.shape.size() == shape.size();
-  for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || shape[i] == array.shape[i];
-  if (format != Format<T>::name) refuse(name, Format<T>::name, format);
-  if (!fits) refuse(name, "shape " + shape_text(shape) + " (-1: any)", shape_text(array.shape));
-  if (!contiguous) refuse(name, "a C-contiguous array", "one with gaps");
-  return array;
-}
 
-template <class T>
-Array<T> field_of(py::handle noun, const char* name, const std::vector<int64_t>& shape) {
-  return array_of<T>(noun.attr(name), name, shape);
-}
-
-Gaussians gaussians_of(py::handle object) {
-  const Array<float> means = field_of<float>(object, "means", {-1, 3});
-  const int64_t n = means.shape[0];
-  const Array<float> sh = field_of<float>(object, "sh", {n, -1, 3});
-  const int64_t k = sh.shape[1];
-  if (k != 1 && k != 4 && k != 9 && k != 16) refuse("sh", "1, 4, 9 or 16 coefficients", std::to_string(k));
-  return {means.data,
-          field_of<float>(object, "log_scales", {n, 3}).data,
-          field_of<float>(object, "quaternions", {n, 4}).data,
-          field_of<float>(object, "opacities", {n}).data,
-          sh.data,
-          n,
-          int(k)};
-}
-
-// The same Gaussians in another role: all sizes must agree with `like`.
-Gaussians gaussians_like(py::handle object, const Gaussians& like) {
-  const Gaussians g = gaussians_of(object);
-  if (g.n != like.n || g.n_coefficients != like.n_coefficients) {
-    refuse("Gaussians", shape_text({like.n, like.n_coefficients}) + " rows and coefficients",
-           shape_text({g.n, g.n_coefficients}));
+  template <class T>
+  Array<T> field(py::handle noun, const char* name, const std::vector<int64_t>& shape) const {
+    return array<T>(noun.attr(name), name, shape);
   }
-  return g;
+
+  void* scratch(py::handle object, size_t n_bytes) const {
+    const Array<uint8_t> bytes = array<uint8_t>(object, "scratch", {-1});
+    if (bytes.shape[0] < int64_t(n_bytes))
+      refuse("scratch", std::to_string(n_bytes) + " bytes", std::to_string(bytes.shape[0]));
+    return bytes.data;
+  }
+
+  Gaussians gaussians(py::handle object) const {
+    const Array<float> means = field<float>(object, "means", {-1, 3});
+    const int64_t n = means.shape[0];
+    const Array<float> sh = field<float>(object, "sh", {n, -1, 3});
+    const int64_t k = sh.shape[1];
+    if (k != 1 && k != 4 && k != 9 && k != 16) refuse("sh", "1, 4, 9 or 16 coefficients", std::to_string(k));
+    return {means.data,
+            field<float>(object, "log_scales", {n, 3}).data,
+            field<float>(object, "quaternions", {n, 4}).data,
+            field<float>(object, "opacities", {n}).data,
+            sh.data,
+            n,
+            int(k)};
+  }
+
+  // The same Gaussians in another role: all sizes must agree with `like`.
+  Gaussians gaussians_like(py::handle object, const Gaussians& like) const {
+    const Gaussians g = gaussians(object);
+    if (g.n != like.n || g.n_coefficients != like.n_coefficients) {
+      refuse("Gaussians", shape_text({like.n, like.n_coefficients}) + " rows and coefficients",
+             shape_text({g.n, g.n_coefficients}));
+    }
+    return g;
+  }
+
+  // `n` rows, of which the first that project fills are used; -1 takes all rows as filled.
+  Projected projected(py::handle object, int64_t n = -1) const {
+    const Array<float> splats = field<float>(object, "splats", {n, kSplatStride});
+    n = splats.shape[0];
+    return {reinterpret_cast<Splat*>(splats.data), field<int32_t>(object, "gaussian_from_splat", {n}).data,
+            field<int64_t>(object, "instance_offsets", {n + 1}).data, n};
+  }
+
+  Tiles tiles(py::handle object, const Camera& camera) const {
+    const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
+    const Array<int32_t> instances = field<int32_t>(object, "instances", {-1, 2});
+    return {field<int64_t>(object, "offsets", {n_tiles + 1}).data, reinterpret_cast<Instance*>(instances.data),
+            instances.shape[0]};
+  }
+
+  Image image(py::handle object, const Camera& camera) const {
+    return {field<float>(object, "color", {camera.height, camera.width, 3}).data,
+            field<float>(object, "transmittance", {camera.height, camera.width}).data};
+  }
+
+  Points points(py::handle object, const char* name, int64_t n_dimensions) const {
+    const Array<float> values = array<float>(object, name, {-1, n_dimensions});
+    return {values.data, values.shape[0], values.shape[1]};
+  }
+
+ private:
+  const char* device_;
+};
+
+Reader reader_of(const Cpu&) {
+  return Reader("cpu");
 }
+#ifdef SPACEPORT_BUILD_CUDA
+Reader reader_of(const Cuda&) {
+  return Reader("cuda");
+}
+#endif
 
 Camera camera_of(py::handle object) {
   Camera camera;
@@ -165,30 +216,6 @@ RasterSettings raster_settings_of(py::handle object, int n_coefficients) {
   return s;
 }
 
-Projected projected_of(py::handle object) {
-  const Array<float> splats = field_of<float>(object, "splats", {-1, kSplatStride});
-  const int64_t n = splats.shape[0];
-  return {reinterpret_cast<Splat*>(splats.data), field_of<int32_t>(object, "gaussian_from_splat", {n}).data,
-          field_of<int64_t>(object, "instance_offsets", {n + 1}).data, n};
-}
-
-Tiles tiles_of(py::handle object, const Projected& projected, const Camera& camera) {
-  const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
-  const int64_t n_instances = projected.instance_offsets[projected.n];
-  return {field_of<int64_t>(object, "offsets", {n_tiles + 1}).data,
-          reinterpret_cast<Instance*>(field_of<int32_t>(object, "instances", {n_instances, 2}).data), n_instances};
-}
-
-Image image_of(py::handle object, const Camera& camera) {
-  return {field_of<float>(object, "color", {camera.height, camera.width, 3}).data,
-          field_of<float>(object, "transmittance", {camera.height, camera.width}).data};
-}
-
-Points points_of(py::handle object, const char* name, int64_t n_dimensions) {
-  const Array<float> values = array_of<float>(object, name, {-1, n_dimensions});
-  return {values.data, values.shape[0], values.shape[1]};
-}
-
 Cpu make_cpu(int n_threads, const std::string& simd) {
   if (n_threads < 0) refuse("n_threads", "0 (all cores) or more", std::to_string(n_threads));
   Simd chosen = has_avx2() ? Simd::kAvx2 : Simd::kPortable;
@@ -204,122 +231,126 @@ Cpu make_cpu(int n_threads, const std::string& simd) {
 
 using Unlocked = py::gil_scoped_release;
 
-}  // namespace
-}  // namespace spaceport
-
-PYBIND11_MODULE(_engine, m) {
-  using namespace spaceport;
-  m.doc() = "The engine's verbs on raw buffers; spaceport_gs.ops is the interface for users.";
-  m.attr("TILE_SIZE") = kTileSize;
-  m.attr("ALPHA_CUTOFF") = kAlphaCutoff;
-  m.attr("SPLAT_STRIDE") = kSplatStride;
-  m.attr("SPLAT_GRADIENT_STRIDE") = kSplatGradientStride;
-  m.attr("VERSION") = SPACEPORT_VERSION;
-
-  m.def(
-      "build_info",
-      [] {
-        py::dict info;
-        info["version"] = SPACEPORT_VERSION;
-        info["compiler"] = SPACEPORT_COMPILER;
-        info["backends"] = std::vector<std::string>{"cpu"};
-        info["cuda_architectures"] = std::vector<std::string>{};
-        std::vector<std::string> simd = {"portable"};
-#ifdef SPACEPORT_BUILD_AVX2
-        simd.push_back("avx2");
+// What only the CPU can look at before it starts.
+void check_instances(const Cpu&, const Projected& p, const Tiles& t) {
+  if (p.instance_offsets[p.n] != t.n_instances) {
+    refuse("instances", std::to_string(p.instance_offsets[p.n]) + " rows, as projected", std::to_string(t.n_instances));
+  }
+}
+void check_rows(const Cpu&, const Projected& p, int64_t n_gaussians) {
+  if (p.n > 0 && p.gaussian_from_splat[p.n - 1] >= n_gaussians)
+    refuse("gradient_sums", "a row per Gaussian", std::to_string(n_gaussians) + " rows");
+}
+#ifdef SPACEPORT_BUILD_CUDA
+void check_instances(const Cuda&, const Projected&, const Tiles&) {}
+void check_rows(const Cuda&, const Projected&, int64_t) {}
 #endif
-        info["simd"] = simd;
-        info["simd_in_use"] = has_avx2() ? "avx2" : "portable";
-        return info;
-      },
-      "What was built: version, compiler, backends, CUDA architectures, SIMD paths and the one this machine takes.");
 
-  py::class_<Cpu>(m, "Cpu", "The CPU backend: a pool of threads and an instruction set.")
-      .def(py::init(&make_cpu), py::arg("n_threads") = 0, py::arg("simd") = "auto")
-      .def_property_readonly("n_threads", [](const Cpu& cpu) { return cpu.pool->n_threads(); })
-      .def_property_readonly("simd", [](const Cpu& cpu) { return cpu.simd == Simd::kAvx2 ? "avx2" : "portable"; });
-
+// The verbs of one backend.
+template <class Backend>
+void bind_verbs(py::module_& m) {
+  m.def("project_scratch", [](const Backend& backend, int64_t n) { return project_scratch(backend, n); });
   m.def(
       "project",
-      [](const Cpu& cpu, py::object gaussians, py::object camera, py::object settings, py::object out) {
-        const Gaussians g = gaussians_of(gaussians);
-        const Projected projected = {reinterpret_cast<Splat*>(field_of<float>(out, "splats", {g.n, kSplatStride}).data),
-                                     field_of<int32_t>(out, "gaussian_from_splat", {g.n}).data,
-                                     field_of<int64_t>(out, "instance_offsets", {g.n + 1}).data, g.n};
+      [](const Backend& backend, py::object gaussians, py::object camera, py::object settings, py::object scratch,
+         py::object out) {
+        const Reader read = reader_of(backend);
+        const Gaussians g = read.gaussians(gaussians);
+        const Projected projected = read.projected(out, g.n);
+        void* memory = read.scratch(scratch, project_scratch(backend, g.n));
         const Camera c = camera_of(camera);
         const RasterSettings s = raster_settings_of(settings, g.n_coefficients);
         Unlocked unlocked;
-        return project(cpu, g, c, s, projected);
+        return project(backend, g, c, s, memory, projected);
       },
       "Fills `out` (N rows) with the visible Gaussians; returns how many.");
 
-  m.def("project_vjp", [](const Cpu& cpu, py::object gaussians, py::object camera, py::object settings,
+  m.def("project_vjp", [](const Backend& backend, py::object gaussians, py::object camera, py::object settings,
                           py::object projected, py::object d_splats, py::object d_gaussians) {
-    const Gaussians g = gaussians_of(gaussians);
-    const Projected p = projected_of(projected);
-    const float* d = array_of<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
-    const Gaussians d_g = gaussians_like(d_gaussians, g);
+    const Reader read = reader_of(backend);
+    const Gaussians g = read.gaussians(gaussians);
+    const Projected p = read.projected(projected);
+    const float* d = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
+    const Gaussians d_g = read.gaussians_like(d_gaussians, g);
     const Camera c = camera_of(camera);
     const RasterSettings s = raster_settings_of(settings, g.n_coefficients);
     Unlocked unlocked;
-    project_vjp(cpu, g, c, s, p, d, d_g);
+    project_vjp(backend, g, c, s, p, d, d_g);
   });
 
-  m.def("tile", [](const Cpu& cpu, py::object projected, py::object camera, py::object scratch, py::object out) {
-    const Projected p = projected_of(projected);
-    const Camera c = camera_of(camera);
-    const Tiles t = tiles_of(out, p, c);
-    int32_t* words = array_of<int32_t>(scratch, "scratch", {4 * p.n + 3 * t.n_instances}).data;
-    const TileScratch s = {reinterpret_cast<SplatDepth*>(words), reinterpret_cast<SplatDepth*>(words + 2 * p.n),
-                           reinterpret_cast<PlacedInstance*>(words + 4 * p.n)};
-    Unlocked unlocked;
-    tile(cpu, p, c, s, t);
+  m.def("tile_scratch", [](const Backend& backend, int64_t n_splats, int64_t n_instances) {
+    return tile_scratch(backend, n_splats, n_instances);
   });
+  m.def("tile",
+        [](const Backend& backend, py::object projected, py::object camera, py::object scratch, py::object out) {
+          const Reader read = reader_of(backend);
+          const Projected p = read.projected(projected);
+          const Camera c = camera_of(camera);
+          const Tiles t = read.tiles(out, c);
+          check_instances(backend, p, t);
+          void* memory = read.scratch(scratch, tile_scratch(backend, p.n, t.n_instances));
+          Unlocked unlocked;
+          tile(backend, p, c, memory, t);
+        });
 
-  m.def("blend", [](const Cpu& cpu, py::object projected, py::object tiles, py::object camera, py::object settings,
-                    py::object out) {
-    const Projected p = projected_of(projected);
+  m.def("blend", [](const Backend& backend, py::object projected, py::object tiles, py::object camera,
+                    py::object settings, py::object out) {
+    const Reader read = reader_of(backend);
+    const Projected p = read.projected(projected);
     const Camera c = camera_of(camera);
-    const Tiles t = tiles_of(tiles, p, c);
+    const Tiles t = read.tiles(tiles, c);
+    check_instances(backend, p, t);
     const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
-    const Image image = image_of(out, c);
+    const Image image = read.image(out, c);
     Unlocked unlocked;
-    blend(cpu, p, t, c, s, image);
+    blend(backend, p, t, c, s, image);
   });
 
-  m.def("blend_vjp", [](const Cpu& cpu, py::object projected, py::object tiles, py::object camera, py::object settings,
-                        py::object image, py::object d_image, py::object records, py::object d_splats) {
-    const Projected p = projected_of(projected);
-    const Camera c = camera_of(camera);
-    const Tiles t = tiles_of(tiles, p, c);
-    const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
-    const Image i = image_of(image, c), d = image_of(d_image, c);
-    const BlendGradient out = {array_of<float>(records, "records", {t.n_instances, kSplatGradientStride}).data,
-                               array_of<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data};
-    Unlocked unlocked;
-    blend_vjp(cpu, p, t, c, s, i, d, out);
-  });
+  m.def("blend_vjp_scratch",
+        [](const Backend& backend, int64_t n_instances) { return blend_vjp_scratch(backend, n_instances); });
+  m.def("blend_vjp",
+        [](const Backend& backend, py::object projected, py::object tiles, py::object camera, py::object settings,
+           py::object image, py::object d_image, py::object scratch, py::object d_splats) {
+          const Reader read = reader_of(backend);
+          const Projected p = read.projected(projected);
+          const Camera c = camera_of(camera);
+          const Tiles t = read.tiles(tiles, c);
+          check_instances(backend, p, t);
+          const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
+          const Image i = read.image(image, c), d_i = read.image(d_image, c);
+          void* memory = read.scratch(scratch, blend_vjp_scratch(backend, t.n_instances));
+          float* d_s = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
+          Unlocked unlocked;
+          blend_vjp(backend, p, t, c, s, i, d_i, memory, d_s);
+        });
 
+  m.def("loss_scratch",
+        [](const Backend& backend, int width, int height) { return loss_scratch(backend, width, height); });
   m.def(
       "loss",
-      [](const Cpu& cpu, py::object color, py::object photo, float ssim_weight, py::object d_color) {
-        const Array<float> x = array_of<float>(color, "color", {-1, -1, 3});
-        const uint8_t* y = array_of<uint8_t>(photo, "photo", x.shape).data;
-        float* d = array_of<float>(d_color, "d_color", x.shape).data;
-        const int width = int(x.shape[1]), height = int(x.shape[0]);
+      [](const Backend& backend, py::object color, py::object photo, float ssim_weight, py::object scratch,
+         py::object d_color) {
+        const Reader read = reader_of(backend);
+        const Array<float> x = read.array<float>(color, "color", {-1, -1, 3});
+        const LossImages images = {x.data, read.array<uint8_t>(photo, "photo", x.shape).data, int(x.shape[1]),
+                                   int(x.shape[0])};
+        void* memory = read.scratch(scratch, loss_scratch(backend, images.width, images.height));
+        float* d = read.array<float>(d_color, "d_color", x.shape).data;
         LossValue value;
         {
           Unlocked unlocked;
-          value = loss(cpu, x.data, y, width, height, {ssim_weight}, d);
+          value = loss(backend, images, {ssim_weight}, memory, d);
         }
         return py::make_tuple(value.l1, value.ssim);
       },
       "Mean L1 and mean SSIM; d_color becomes the gradient of (1 - w) L1 + w (1 - SSIM).");
 
-  m.def("update", [](const Cpu& cpu, py::object values, py::object gradient, py::object first, py::object second,
-                     py::object settings) {
-    const Gaussians v = gaussians_of(values);
-    const Gaussians g = gaussians_like(gradient, v), m1 = gaussians_like(first, v), m2 = gaussians_like(second, v);
+  m.def("update", [](const Backend& backend, py::object values, py::object gradient, py::object first,
+                     py::object second, py::object settings) {
+    const Reader read = reader_of(backend);
+    const Gaussians v = read.gaussians(values);
+    const Gaussians g = read.gaussians_like(gradient, v);
+    const Gaussians m1 = read.gaussians_like(first, v), m2 = read.gaussians_like(second, v);
     const auto number = [&](const char* name) { return settings.attr(name).cast<float>(); };
     const AdamSettings a = {number("means"),       number("log_scales"),
                             number("quaternions"), number("opacities"),
@@ -328,28 +359,32 @@ PYBIND11_MODULE(_engine, m) {
                             number("epsilon"),     settings.attr("step").cast<int64_t>()};
     if (a.step < 1) refuse("step", "1 or more", std::to_string(a.step));
     Unlocked unlocked;
-    update(cpu, v, g, m1, m2, a);
+    update(backend, v, g, m1, m2, a);
   });
 
-  m.def("density", [](const Cpu& cpu, py::object projected, py::object d_splats, py::object camera, py::object out) {
-    const Projected p = projected_of(projected);
-    const float* d = array_of<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
-    const Camera c = camera_of(camera);
-    const Array<float> sums = field_of<float>(out, "gradient_sums", {-1});
-    if (p.n > 0 && p.gaussian_from_splat[p.n - 1] >= sums.shape[0])
-      refuse("gradient_sums", "a row per Gaussian", shape_text(sums.shape));
-    const DensityStatistics statistics = {sums.data, field_of<float>(out, "n_visible", {sums.shape[0]}).data};
-    Unlocked unlocked;
-    density(cpu, p, d, c, statistics);
-  });
+  m.def("density",
+        [](const Backend& backend, py::object projected, py::object d_splats, py::object camera, py::object out) {
+          const Reader read = reader_of(backend);
+          const Projected p = read.projected(projected);
+          const float* d = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
+          const Camera c = camera_of(camera);
+          const Array<float> sums = read.field<float>(out, "gradient_sums", {-1});
+          check_rows(backend, p, sums.shape[0]);
+          const DensityStatistics statistics = {sums.data, read.field<float>(out, "n_visible", {sums.shape[0]}).data};
+          Unlocked unlocked;
+          density(backend, p, d, c, statistics);
+        });
+}
 
+void bind_cluster(py::module_& m) {
   m.def(
       "cluster_assign",
       [](const Cpu& cpu, py::object points, py::object centroids, py::object labels, py::object distances) {
-        const Points p = points_of(points, "points", -1), c = points_of(centroids, "centroids", p.n_dimensions);
+        const Reader read = reader_of(cpu);
+        const Points p = read.points(points, "points", -1), c = read.points(centroids, "centroids", p.n_dimensions);
         if (c.n < 1) refuse("centroids", "at least one", "none");
-        int32_t* l = array_of<int32_t>(labels, "labels", {p.n}).data;
-        float* d = array_of<float>(distances, "distances", {p.n}).data;
+        int32_t* l = read.array<int32_t>(labels, "labels", {p.n}).data;
+        float* d = read.array<float>(distances, "distances", {p.n}).data;
         Unlocked unlocked;
         cluster_assign(cpu, p, c, l, d);
       },
@@ -358,19 +393,21 @@ PYBIND11_MODULE(_engine, m) {
       "cluster_update",
       [](const Cpu& cpu, py::object points, py::object labels, py::object weights, py::object centroids,
          py::object centroid_weights) {
-        const Points p = points_of(points, "points", -1), c = points_of(centroids, "centroids", p.n_dimensions);
-        const int32_t* l = array_of<int32_t>(labels, "labels", {p.n}).data;
+        const Reader read = reader_of(cpu);
+        const Points p = read.points(points, "points", -1), c = read.points(centroids, "centroids", p.n_dimensions);
+        const int32_t* l = read.array<int32_t>(labels, "labels", {p.n}).data;
         for (int64_t i = 0; i < p.n; ++i) {
           if (!(l[i] >= 0 && l[i] < c.n)) refuse("labels", "rows of centroids", std::to_string(l[i]));
         }
-        const float* w = array_of<float>(weights, "weights", {p.n}).data;
-        float* cw = array_of<float>(centroid_weights, "centroid_weights", {c.n}).data;
+        const float* w = read.array<float>(weights, "weights", {p.n}).data;
+        float* cw = read.array<float>(centroid_weights, "centroid_weights", {c.n}).data;
         Unlocked unlocked;
         cluster_update(cpu, p, l, w, c, cw);
       },
       "Moves every centroid to the weighted mean of its points.");
+}
 
-  // For benchmarks.
+void bind_diagnose(py::module_& m) {
   m.attr("MULTIPLY_ADD_FLOPS") = kMultiplyAddFlops;
   m.def(
       "multiply_adds",
@@ -382,9 +419,11 @@ PYBIND11_MODULE(_engine, m) {
   m.def(
       "count_pairs",
       [](const Cpu& cpu, py::object projected, py::object tiles, py::object camera, py::object settings) {
-        const Projected p = projected_of(projected);
+        const Reader read = reader_of(cpu);
+        const Projected p = read.projected(projected);
         const Camera c = camera_of(camera);
-        const Tiles t = tiles_of(tiles, p, c);
+        const Tiles t = read.tiles(tiles, c);
+        check_instances(cpu, p, t);
         const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
         PairCounts counts;
         {
@@ -394,4 +433,55 @@ PYBIND11_MODULE(_engine, m) {
         return py::make_tuple(counts.evaluated, counts.blended);
       },
       "(splat, pixel) pairs of the tiles' lists before each pixel's stop, and those of them that are blended.");
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = SPACEPORT_VERSION;
+  info["compiler"] = SPACEPORT_COMPILER;
+  std::vector<std::string> backends = {"cpu"}, architectures, simd = {"portable"};
+#ifdef SPACEPORT_BUILD_CUDA
+  backends.push_back("cuda");
+  std::istringstream listed(SPACEPORT_CUDA_ARCHITECTURES);
+  for (std::string architecture; std::getline(listed, architecture, ',');) architectures.push_back(architecture);
+#endif
+#ifdef SPACEPORT_BUILD_AVX2
+  simd.push_back("avx2");
+#endif
+  info["backends"] = backends;
+  info["cuda_architectures"] = architectures;
+  info["simd"] = simd;
+  info["simd_in_use"] = has_avx2() ? "avx2" : "portable";
+  return info;
+}
+
+}  // namespace
+}  // namespace spaceport
+
+PYBIND11_MODULE(_engine, m) {
+  using namespace spaceport;
+  m.doc() = "The engine's verbs on raw buffers; spaceport_gs.ops is the interface for users.";
+  m.attr("TILE_SIZE") = kTileSize;
+  m.attr("ALPHA_CUTOFF") = kAlphaCutoff;
+  m.attr("SPLAT_STRIDE") = kSplatStride;
+  m.attr("SPLAT_GRADIENT_STRIDE") = kSplatGradientStride;
+  m.attr("VERSION") = SPACEPORT_VERSION;
+  m.def("build_info", &build_info,
+        "What was built: version, compiler, backends, CUDA architectures, SIMD paths and the one this machine takes.");
+
+  py::class_<Cpu>(m, "Cpu", "The CPU backend: a pool of threads and an instruction set.")
+      .def(py::init(&make_cpu), py::arg("n_threads") = 0, py::arg("simd") = "auto")
+      .def_property_readonly("n_threads", [](const Cpu& cpu) { return cpu.pool->n_threads(); })
+      .def_property_readonly("simd", [](const Cpu& cpu) { return cpu.simd == Simd::kAvx2 ? "avx2" : "portable"; });
+  bind_verbs<Cpu>(m);
+  bind_cluster(m);
+  bind_diagnose(m);
+
+#ifdef SPACEPORT_BUILD_CUDA
+  py::class_<Cuda>(m, "Cuda", "The CUDA backend: a stream of the current device.")
+      .def(py::init([](uintptr_t stream) { return Cuda{reinterpret_cast<void*>(stream)}; }), py::arg("stream"));
+  bind_verbs<Cuda>(m);
+  m.def("cuda_status", &cuda_status,
+        "Empty if a GPU can be used, else why not: no driver, a driver too old for this build, no device.");
+#endif
 }

@@ -269,21 +269,23 @@ HOST_DEVICE void splat_gradient(const Splat& s, const float* records, int64_t n_
 }  // namespace
 
 void blend_vjp(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const Camera& camera,
-               const RasterSettings& settings, const Image& image, const Image& d_image, const BlendGradient& out) {
+               const RasterSettings& settings, const Image& image, const Image& d_image, void* scratch,
+               float* d_splats) {
+  float* records = static_cast<float*>(scratch);  // [I, 9]
   parallel_for(*cpu.pool, int64_t(camera.tiles_x()) * camera.tiles_y(), [&](int64_t tile) {
     const TilePlace place = TilePlace::of(tile, camera);
     TileGradient gradient(place, camera, image, d_image);
     const int64_t begin = tiles.offsets[tile];
     blend_tile_vjp(projected.splats, tiles.instances + begin, tiles.offsets[tile + 1] - begin, place, settings,
-                   gradient, out.records);
+                   gradient, records);
   });
   constexpr int64_t kSplatsPerPiece = 4096;
   parallel_for(*cpu.pool, n_pieces_of(projected.n, kSplatsPerPiece), [&](int64_t piece) {
     const Range range = range_of(piece, projected.n, kSplatsPerPiece);
     for (int64_t splat = range.begin; splat < range.end; ++splat) {
       const int64_t begin = projected.instance_offsets[splat];
-      splat_gradient(projected.splats[splat], out.records + begin * kMomentCount,
-                     projected.instance_offsets[splat + 1] - begin, out.d_splats + splat * kSplatGradientStride);
+      splat_gradient(projected.splats[splat], records + begin * kMomentCount,
+                     projected.instance_offsets[splat + 1] - begin, d_splats + splat * kSplatGradientStride);
     }
   });
 }

@@ -1,10 +1,12 @@
-// HOST_DEVICE marks the maths that g++ and nvcc both compile.
+// HOST_DEVICE marks the maths that g++ and nvcc both compile, CONSTANT_TABLE the arrays of numbers in it.
 #pragma once
 
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__ __forceinline__
+#define CONSTANT_TABLE __device__ constexpr
 #else
 #define HOST_DEVICE inline __attribute__((always_inline))
+#define CONSTANT_TABLE constexpr
 #endif
 
 namespace spaceport {

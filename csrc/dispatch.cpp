@@ -25,9 +25,13 @@ bool has_avx2() {
 }
 #endif
 
+size_t project_scratch(const Cpu&, int64_t n_gaussians) {
+  return size_t(n_pieces_of(n_gaussians, kProjectRowsPerPiece)) * sizeof(int64_t);
+}
+
 int64_t project(const Cpu& cpu, const Gaussians& gaussians, const Camera& camera, const RasterSettings& settings,
-                const Projected& out) {
-  SPACEPORT_DISPATCH(project, gaussians, camera, settings, out);
+                void* scratch, const Projected& out) {
+  SPACEPORT_DISPATCH(project, gaussians, camera, settings, scratch, out);
 }
 
 void project_vjp(const Cpu& cpu, const Gaussians& gaussians, const Camera& camera, const RasterSettings& settings,
@@ -40,14 +44,22 @@ void blend(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const
   SPACEPORT_DISPATCH(blend, projected, tiles, camera, settings, out);
 }
 
-void blend_vjp(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const Camera& camera,
-               const RasterSettings& settings, const Image& image, const Image& d_image, const BlendGradient& out) {
-  SPACEPORT_DISPATCH(blend_vjp, projected, tiles, camera, settings, image, d_image, out);
+size_t blend_vjp_scratch(const Cpu&, int64_t n_instances) {
+  return size_t(n_instances) * kSplatGradientStride * sizeof(float);
 }
 
-LossValue loss(const Cpu& cpu, const float* color, const uint8_t* photo, int width, int height,
-               const LossSettings& settings, float* d_color) {
-  SPACEPORT_DISPATCH(loss, color, photo, width, height, settings, d_color);
+void blend_vjp(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const Camera& camera,
+               const RasterSettings& settings, const Image& image, const Image& d_image, void* scratch,
+               float* d_splats) {
+  SPACEPORT_DISPATCH(blend_vjp, projected, tiles, camera, settings, image, d_image, scratch, d_splats);
+}
+
+size_t loss_scratch(const Cpu&, int width, int height) {
+  return size_t(n_pieces_of(width, kLossBlockWidth) * n_pieces_of(height, kLossBlockHeight)) * sizeof(LossValue);
+}
+
+LossValue loss(const Cpu& cpu, const LossImages& images, const LossSettings& settings, void* scratch, float* d_color) {
+  SPACEPORT_DISPATCH(loss, images, settings, scratch, d_color);
 }
 
 void update(const Cpu& cpu, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,

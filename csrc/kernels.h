@@ -3,16 +3,25 @@
 #include "diagnose.h"
 #include "ops.h"
 
+#ifndef SPACEPORT_PIECES
+#define SPACEPORT_PIECES
+namespace spaceport {
+// What one piece of work takes on.
+constexpr int64_t kProjectRowsPerPiece = 1024;
+constexpr int kLossBlockWidth = 192, kLossBlockHeight = 128;  // pixels: what a block keeps fits the second-level cache
+}  // namespace spaceport
+#endif
+
 namespace spaceport::SPACEPORT_ISA {
 
-int64_t project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected& out);
+int64_t project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
+                const Projected& out);
 void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
                  const float* d_splats, const Gaussians& d_gaussians);
 void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 void blend_vjp(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
-               const Image& d_image, const BlendGradient& out);
-LossValue loss(const Cpu&, const float* color, const uint8_t* photo, int width, int height, const LossSettings&,
-               float* d_color);
+               const Image& d_image, void* scratch, float* d_splats);
+LossValue loss(const Cpu&, const LossImages&, const LossSettings&, void* scratch, float* d_color);
 void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
             const Gaussians& second_moment, const AdamSettings&);
 void cluster_assign(const Cpu&, const Points& points, const Points& centroids, int32_t* labels, float* distances);

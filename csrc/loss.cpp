@@ -5,20 +5,13 @@
 // the three derivatives that the gradient needs; those are filtered in the same two steps back onto the pixels.
 #include "kernels.h"
 #include "simd.h"
+#include "ssim_math.h"
 
 namespace spaceport::SPACEPORT_ISA {
 
 namespace {
 
 constexpr int kLanes = 8;
-constexpr int kTaps = 11;
-constexpr int kRadius = kTaps / 2;
-constexpr int kChannels = 3;
-constexpr int kBlockWidth = 192, kBlockHeight = 128;  // pixels: what one block keeps fits the second-level cache
-// exp(-x^2 / (2 1.5^2)), normalised
-constexpr float kWindow[kTaps] = {0.00102838f, 0.00759876f, 0.03600077f, 0.10936069f, 0.21300554f, 0.26601172f,
-                                  0.21300554f, 0.10936069f, 0.03600077f, 0.00759876f, 0.00102838f};
-constexpr float kC1 = 0.01f * 0.01f, kC2 = 0.03f * 0.03f;
 
 constexpr int padded(int n_floats) {
   return (n_floats + 2 * kLanes - 1) / kLanes * kLanes;
@@ -51,38 +44,15 @@ class RowRing {
   int stride_;
 };
 
-struct LossImage {
-  const float* color;
-  const uint8_t* photo;
-  int width, height;
-};
-
-struct Derivatives {
-  Float8 ssim, by_mean, by_square, by_product;
-};
-
-// SSIM of one pixel and channel, and its derivatives by the local E[x], E[x^2] and E[x y].
-HOST_DEVICE Derivatives ssim_of(const Float8 moments[5]) {
-  const Float8 zero(0.0f), one(1.0f), two(2.0f), c1(kC1), c2(kC2);
-  const Float8 x = moments[0], y = moments[1];
-  const Float8 a1 = two * x * y + c1, a2 = two * (moments[4] - x * y) + c2;
-  const Float8 b1 = x * x + y * y + c1, b2 = moments[2] - x * x + moments[3] - y * y + c2;
-  const Float8 inverse_b1 = one / b1, inverse_b2 = one / b2;
-  const Float8 inverse = inverse_b1 * inverse_b2;
-  const Float8 ssim = a1 * a2 * inverse;
-  return {ssim, two * (y * (a2 - a1) * inverse - x * ssim * (inverse_b1 - inverse_b2)), zero - ssim * inverse_b2,
-          two * a1 * inverse};
-}
-
 // One block: its pixels [x0, x1) x [y0, y1), with halos of one and of two window radii around them.
 class Block {
  public:
-  Block(const LossImage& image, int x0, int y0, float ssim_weight, float* d_color)
+  Block(const LossImages& image, int x0, int y0, float ssim_weight, float* d_color)
       : image_(image),
         x0_(x0),
         y0_(y0),
-        x1_(x0 + kBlockWidth < image.width ? x0 + kBlockWidth : image.width),
-        y1_(y0 + kBlockHeight < image.height ? y0 + kBlockHeight : image.height),
+        x1_(x0 + kLossBlockWidth < image.width ? x0 + kLossBlockWidth : image.width),
+        y1_(y0 + kLossBlockHeight < image.height ? y0 + kLossBlockHeight : image.height),
         n_outer_(kChannels * (x1_ - x0_ + 4 * kRadius)),
         n_inner_(kChannels * (x1_ - x0_ + 2 * kRadius)),
         n_own_(kChannels * (x1_ - x0_)),
@@ -162,7 +132,7 @@ class Block {
     for (int i = 0; i < n_inner_; i += kLanes) {
       Float8 moments[5];
       moments_.filtered(row, i, moments);
-      const Derivatives d = ssim_of(moments);
+      const SsimDerivatives<Float8> d = ssim_of(moments);
       store(ssim_row + i, d.ssim);
       store(maps_ + i, d.by_mean);
       store(maps_ + stride_ + i, d.by_square);
@@ -220,7 +190,7 @@ class Block {
     return total;
   }
 
-  const LossImage& image_;
+  const LossImages& image_;
   int x0_, y0_, x1_, y1_;
   int n_outer_, n_inner_, n_own_;  // floats of a row with two, one and no radius of halo on each side
   int stride_;
@@ -236,13 +206,11 @@ class Block {
 
 }  // namespace
 
-LossValue loss(const Cpu& cpu, const float* color, const uint8_t* photo, int width, int height,
-               const LossSettings& settings, float* d_color) {
-  const LossImage image = {color, photo, width, height};
-  const int64_t columns = n_pieces_of(width, kBlockWidth), rows = n_pieces_of(height, kBlockHeight);
-  LossValue* sums = new LossValue[size_t(columns * rows)];
+LossValue loss(const Cpu& cpu, const LossImages& image, const LossSettings& settings, void* scratch, float* d_color) {
+  const int64_t columns = n_pieces_of(image.width, kLossBlockWidth), rows = n_pieces_of(image.height, kLossBlockHeight);
+  LossValue* sums = static_cast<LossValue*>(scratch);  // [columns * rows]
   parallel_for(*cpu.pool, columns * rows, [&](int64_t block) {
-    const int x0 = int(block % columns) * kBlockWidth, y0 = int(block / columns) * kBlockHeight;
+    const int x0 = int(block % columns) * kLossBlockWidth, y0 = int(block / columns) * kLossBlockHeight;
     sums[block] = Block(image, x0, y0, settings.ssim_weight, d_color).run();
   });
   LossValue total = {0.0, 0.0};
@@ -250,8 +218,7 @@ LossValue loss(const Cpu& cpu, const float* color, const uint8_t* photo, int wid
     total.l1 += sums[block].l1;
     total.ssim += sums[block].ssim;
   }
-  delete[] sums;
-  const double n_values = double(width) * double(height) * kChannels;
+  const double n_values = double(image.width) * double(image.height) * kChannels;
   return {total.l1 / n_values, total.ssim / n_values};
 }
 

@@ -1,6 +1,8 @@
-// The verbs. Each backend is a tag: Cpu here, Cuda{stream} where it is built.
+// The verbs, each for every backend. A backend is a tag: Cpu{pool, simd}, Cuda{stream}.
 //
-// Buffers are the caller's and C-contiguous. What a verb writes, it writes wholly: nothing needs to be zeroed before.
+// Buffers are the caller's and C-contiguous, in the backend's memory. What a verb writes, it writes wholly: nothing
+// needs to be zeroed before. A verb that needs memory of its own says how many bytes (`..._scratch`); they hold nothing
+// that anybody reads later. Scratch begins at an address that is a multiple of 256.
 #pragma once
 
 #include <cstddef>
@@ -22,39 +24,44 @@ struct Cpu {
   Simd simd;
 };
 
+// The CUDA backend: a stream (a cudaStream_t) of the device that is current. Work is queued; what returns a number to
+// the host waits for it.
+struct Cuda {
+  void* stream;
+};
+
 // Projects the visible Gaussians; returns their number M. `out` holds N rows (and N + 1 offsets).
 // A row is culled when it lies nearer than `near`, is fainter than the cut-off, touches no tile, has no direction
 // (quaternion near zero) or is not finite.
-int64_t project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected& out);
+size_t project_scratch(const Cpu&, int64_t n_gaussians);
+size_t project_scratch(const Cuda&, int64_t n_gaussians);
+int64_t project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
+                const Projected& out);
+int64_t project(const Cuda&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
+                const Projected& out);
 
 // d_splats [M, 9]; writes every row of d_gaussians, zeros where nothing is visible.
 void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
                  const float* d_splats, const Gaussians& d_gaussians);
+void project_vjp(const Cuda&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
+                 const float* d_splats, const Gaussians& d_gaussians);
 
 // Lists the instances of every tile from front to back; equal depths keep the order of their rows.
-struct SplatDepth {
-  int32_t splat;
-  uint32_t depth_bits;
-};
-struct PlacedInstance {
-  int32_t tile;
-  Instance instance;
-};
-struct TileScratch {
-  SplatDepth *order, *reordered;  // [M] each
-  PlacedInstance* listed;         // [I]
-};
-void tile(const Cpu&, const Projected&, const Camera&, TileScratch, const Tiles& out);
+size_t tile_scratch(const Cpu&, int64_t n_splats, int64_t n_instances);
+size_t tile_scratch(const Cuda&, int64_t n_splats, int64_t n_instances);
+void tile(const Cpu&, const Projected&, const Camera&, void* scratch, const Tiles& out);
+void tile(const Cuda&, const Projected&, const Camera&, void* scratch, const Tiles& out);
 
 void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
+void blend(const Cuda&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 
-// `image` is what blend wrote. `records` [I, 9] is scratch; writes d_splats [M, 9].
-struct BlendGradient {
-  float* records;
-  float* d_splats;
-};
+// `image` is what blend wrote; writes d_splats [M, 9].
+size_t blend_vjp_scratch(const Cpu&, int64_t n_instances);
+size_t blend_vjp_scratch(const Cuda&, int64_t n_instances);
 void blend_vjp(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
-               const Image& d_image, const BlendGradient& out);
+               const Image& d_image, void* scratch, float* d_splats);
+void blend_vjp(const Cuda&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
+               const Image& d_image, void* scratch, float* d_splats);
 
 // (1 - weight) * L1 + weight * (1 - SSIM) against an 8-bit photo, and its gradient by the colour.
 // SSIM as in Wang et al. (2004): 11x11 Gaussian window, sigma 1.5, zero padding, mean over pixels and channels.
@@ -64,8 +71,15 @@ struct LossSettings {
 struct LossValue {
   double l1, ssim;  // means over pixels and channels
 };
-LossValue loss(const Cpu&, const float* color, const uint8_t* photo, int width, int height, const LossSettings&,
-               float* d_color);
+struct LossImages {
+  const float* color;    // [H, W, 3]
+  const uint8_t* photo;  // [H, W, 3]
+  int width, height;
+};
+size_t loss_scratch(const Cpu&, int width, int height);
+size_t loss_scratch(const Cuda&, int width, int height);
+LossValue loss(const Cpu&, const LossImages&, const LossSettings&, void* scratch, float* d_color);
+LossValue loss(const Cuda&, const LossImages&, const LossSettings&, void* scratch, float* d_color);
 
 // Adam (Kingma and Ba, 2015) over every row; learning rates per field.
 struct AdamSettings {
@@ -75,6 +89,8 @@ struct AdamSettings {
 };
 void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
             const Gaussians& second_moment, const AdamSettings&);
+void update(const Cuda&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
+            const Gaussians& second_moment, const AdamSettings&);
 
 // Adds what one step saw of each Gaussian: the norm of its gradient by the mean in normalised device coordinates (that
 // of pixels times half the image), and one step of being visible.
@@ -83,6 +99,7 @@ struct DensityStatistics {
   float* n_visible;      // [N]
 };
 void density(const Cpu&, const Projected&, const float* d_splats, const Camera&, const DensityStatistics&);
+void density(const Cuda&, const Projected&, const float* d_splats, const Camera&, const DensityStatistics&);
 
 // One Lloyd step of k-means: the nearest centroid of every point with its squared distance, and the weighted means of
 // the points of every centroid. A centroid without weight stays where it is.

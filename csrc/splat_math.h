@@ -224,10 +224,10 @@ HOST_DEVICE Covariance2d<T> conic_of_vjp(const Conic<T>& k, const Conic<T>& d) {
 // Real spherical harmonics up to degree 3 with the signs of the field's files.
 constexpr float kSh0 = 0.28209479177387814f;
 constexpr float kSh1 = 0.4886025119029199f;
-constexpr float kSh2[5] = {1.0925484305920792f, -1.0925484305920792f, 0.31539156525252005f, -1.0925484305920792f,
-                           0.5462742152960396f};
-constexpr float kSh3[7] = {-0.5900435899266435f, 2.890611442640554f, -0.4570457994644658f, 0.3731763325901154f,
-                           -0.4570457994644658f, 1.445305721320277f, -0.5900435899266435f};
+CONSTANT_TABLE float kSh2[5] = {1.0925484305920792f, -1.0925484305920792f, 0.31539156525252005f, -1.0925484305920792f,
+                                0.5462742152960396f};
+CONSTANT_TABLE float kSh3[7] = {-0.5900435899266435f, 2.890611442640554f, -0.4570457994644658f, 0.3731763325901154f,
+                                -0.4570457994644658f, 1.445305721320277f, -0.5900435899266435f};
 
 HOST_DEVICE constexpr int n_coefficients_of(int sh_degree) {
   return (sh_degree + 1) * (sh_degree + 1);
@@ -299,6 +299,114 @@ HOST_DEVICE Vec3<T> direction_vjp(const Vec3<T>& offset, const Vec3<T>& d_unit) 
 template <class T>
 HOST_DEVICE T sigmoid(const T& x) {
   return T(1.0f) / (T(1.0f) + exponential(T(0.0f) - x));
+}
+
+// A camera in numbers of type T.
+template <class T>
+struct View {
+  Mat3<T> rotation;  // cam_from_world
+  Vec3<T> translation, center;
+  Lens<T> lens;
+};
+template <class T>
+HOST_DEVICE View<T> view_of(const Camera& camera) {
+  View<T> view;
+  const float* m = camera.cam_from_world;
+  for (int i = 0; i < 3; ++i) view.rotation.row[i] = {T(m[4 * i]), T(m[4 * i + 1]), T(m[4 * i + 2])};
+  view.translation = {T(m[3]), T(m[7]), T(m[11])};
+  view.center = {T(camera.center[0]), T(camera.center[1]), T(camera.center[2])};
+  view.lens = lens_of<T>(camera);
+  return view;
+}
+template <class T>
+HOST_DEVICE Vec3<T> point_in_cam(const View<T>& view, const Vec3<T>& mean) {
+  return view.rotation * mean + view.translation;
+}
+
+// The raw parameters of a Gaussian's place and shape, or the gradient by them.
+template <class T>
+struct RawShape {
+  Vec3<T> mean, log_scale;
+  Quaternion<T> quaternion;
+};
+
+// What a camera sees of a shape, with what its gradient needs.
+template <class T>
+struct Shape {
+  Vec3<T> point;  // the mean in the camera
+  T x, y;         // pixels
+  Conic<T> conic;
+  Covariance2d<T> covariance;
+  T determinant;  // of the covariance
+  Quaternion<T> unit;
+  Mat3<T> rotation, axes_in_cam;
+  Vec3<T> scale;
+  ProjectedAxes<T> axes;
+};
+template <class T>
+HOST_DEVICE Shape<T> shape_of(const RawShape<T>& raw, const View<T>& view, const T& low_pass) {
+  Shape<T> s;
+  s.point = point_in_cam(view, raw.mean);
+  const T inverse_z = T(1.0f) / s.point.z;
+  s.x = view.lens.fx * s.point.x * inverse_z + view.lens.cx;
+  s.y = view.lens.fy * s.point.y * inverse_z + view.lens.cy;
+  s.unit = normalized(raw.quaternion);
+  s.rotation = rotation(s.unit);
+  s.scale = {exponential(raw.log_scale.x), exponential(raw.log_scale.y), exponential(raw.log_scale.z)};
+  s.axes_in_cam = view.rotation * axes_of(s.rotation, s.scale);
+  s.axes = project_axes(view.lens, s.point, s.axes_in_cam);
+  s.covariance = covariance_of(s.axes, low_pass);
+  s.determinant = determinant_of(s.axes, low_pass);
+  s.conic = conic_of(s.covariance, s.determinant);
+  return s;
+}
+template <class T>
+HOST_DEVICE RawShape<T> shape_of_vjp(const RawShape<T>& raw, const View<T>& view, const Shape<T>& s, const T& d_x,
+                                     const T& d_y, const Conic<T>& d_conic) {
+  const ProjectedAxes<T> d_axes = covariance_of_vjp(s.axes, conic_of_vjp(s.conic, d_conic));
+  const ProjectedAxesGradient<T> d = project_axes_vjp(view.lens, s.point, s.axes_in_cam, d_axes.u, d_axes.v);
+  const T inverse_z = T(1.0f) / s.point.z;
+  const T slope_x = d_x * view.lens.fx * inverse_z, slope_y = d_y * view.lens.fy * inverse_z;
+  const Vec3<T> d_point =
+      d.d_point + Vec3<T>{slope_x, slope_y, T(0.0f) - (slope_x * s.point.x + slope_y * s.point.y) * inverse_z};
+  const AxesGradient<T> d_world = axes_of_vjp(s.rotation, s.scale, transposed(view.rotation) * d.d_axes_in_cam);
+  return {transposed_times(view.rotation, d_point),
+          {d_world.d_scale.x * s.scale.x, d_world.d_scale.y * s.scale.y, d_world.d_scale.z * s.scale.z},
+          normalized_vjp(raw.quaternion, rotation_vjp(s.unit, d_world.d_rotation))};
+}
+
+// Colour of SH coefficients [K, 3] before it is clamped to zero from below.
+template <class T>
+HOST_DEVICE Vec3<T> color_of(int degree, const T basis[kMaxShCoefficients], const T* sh) {
+  Vec3<T> color = {T(0.5f), T(0.5f), T(0.5f)};
+  for (int k = 0; k < n_coefficients_of(degree); ++k) {
+    color = color + basis[k] * Vec3<T>{sh[3 * k], sh[3 * k + 1], sh[3 * k + 2]};
+  }
+  return color;
+}
+// Gradient by the basis; the coefficients are replaced by the gradient by them.
+template <class T>
+HOST_DEVICE void color_of_vjp(int degree, const T basis[kMaxShCoefficients], const Vec3<T>& d_color, T* sh,
+                              T d_basis[kMaxShCoefficients]) {
+  for (int k = 0; k < n_coefficients_of(degree); ++k) {
+    d_basis[k] = dot(Vec3<T>{sh[3 * k], sh[3 * k + 1], sh[3 * k + 2]}, d_color);
+    sh[3 * k] = basis[k] * d_color.x;
+    sh[3 * k + 1] = basis[k] * d_color.y;
+    sh[3 * k + 2] = basis[k] * d_color.z;
+  }
+}
+
+// Zero where x is finite, else NaN.
+template <class T>
+HOST_DEVICE T poison(const T& x) {
+  return x * T(0.0f);
+}
+// Zero where all that a splat is made of is finite, else NaN.
+template <class T>
+HOST_DEVICE T doubt_of(const Shape<T>& s, const Vec3<T>& color, const T& opacity, const T& logit) {
+  return poison(s.x) + poison(s.y) + poison(s.conic.a) + poison(s.conic.b) + poison(s.conic.c) +
+         poison(s.covariance.xx) + poison(s.covariance.yy) + poison(color.x) + poison(color.y) + poison(color.z) +
+         poison(opacity) + poison(logit);
 }
 
 }  // namespace spaceport::SPACEPORT_ISA

@@ -49,6 +49,19 @@ std::vector<int64_t> counting_sort(ThreadPool& pool, int64_t n, int64_t n_keys, 
   return first;
 }
 
+struct SplatDepth {
+  int32_t splat;
+  uint32_t depth_bits;
+};
+struct PlacedInstance {
+  int32_t tile;
+  Instance instance;
+};
+struct TileScratch {
+  SplatDepth *order, *reordered;  // [M] each
+  PlacedInstance* listed;         // [I]
+};
+
 // Splats from near to far; equal depths keep their order. Depths are positive, so that their bits sort like numbers.
 void sort_by_depth(ThreadPool& pool, const Projected& projected, TileScratch& scratch) {
   const int64_t n_pieces = n_pieces_of(projected.n, kItemsPerPiece);
@@ -111,7 +124,13 @@ bool list_instances(ThreadPool& pool, const Projected& projected, const Camera& 
 
 }  // namespace
 
-void tile(const Cpu& cpu, const Projected& projected, const Camera& camera, TileScratch scratch, const Tiles& out) {
+size_t tile_scratch(const Cpu&, int64_t n_splats, int64_t n_instances) {
+  return 2 * size_t(n_splats) * sizeof(SplatDepth) + size_t(n_instances) * sizeof(PlacedInstance);
+}
+
+void tile(const Cpu& cpu, const Projected& projected, const Camera& camera, void* memory, const Tiles& out) {
+  SplatDepth* order = static_cast<SplatDepth*>(memory);
+  TileScratch scratch = {order, order + projected.n, reinterpret_cast<PlacedInstance*>(order + 2 * projected.n)};
   sort_by_depth(*cpu.pool, projected, scratch);
   if (!list_instances(*cpu.pool, projected, camera, scratch)) {
     throw std::invalid_argument("projected: was not projected with this camera");

@@ -5,6 +5,7 @@ Photos end up upright, 8-bit and sRGB under `work/photos`. A photo that is so al
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import stat
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,12 +26,12 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from spaceport_gs.errors import InputError
 from spaceport_gs.files import replacing
 from spaceport_gs.progress import Listener, Progress, ignore
+from spaceport_gs.scene import MAX_PIXELS
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp"})
 HEIC_SUFFIXES = frozenset({".heic", ".heif"})
 MODEL_SUFFIXES = frozenset({".bin", ".txt", ".json"})
 MIN_PHOTOS = 3
-MAX_PIXELS = 500_000_000  # per photo: the largest cameras stay well below, a bomb does not
 MAX_ZIP_BYTES = 1 << 40
 MAX_ZIP_ENTRIES = 1_000_000
 
@@ -77,6 +79,9 @@ def open_capture(path: Path, work: Path, listen: Listener = ignore) -> Capture:
 
     InputError: nothing usable is there, or what is there must not be trusted.
     """
+    # Here, on the main thread, and not when the first photo needs it: see spaceport_gs.colmap.
+    import spaceport_gs.colmap  # noqa: F401
+
     path, work = Path(path), Path(work)
     if not path.exists():
         raise InputError(f"{path}: there is no such file or folder")
@@ -94,6 +99,30 @@ def open_capture(path: Path, work: Path, listen: Listener = ignore) -> Capture:
         unreadable = f" ({len(skipped)} could not be read: {skipped[0].name})" if skipped else ""
         raise InputError(f"{path}: {len(photos)} usable photos{unreadable}; at least {MIN_PHOTOS} are needed")
     return Capture(tuple(photos), tuple(skipped), reconstruction, work / "photos")
+
+
+def list_photos(path: Path) -> list[Path]:
+    """The photos of a capture, without looking into them; a .zip itself stands for what it holds."""
+    if path.is_file():
+        return [path]
+    root = _single_folder(path)
+    images = root / "images" if _model_in(root) is not None and (root / "images").is_dir() else root
+    return [images / name for name in _find_photos(images, images / "work")]
+
+
+def stamp_of(path: Path) -> dict[str, Any]:
+    """What tells a capture from another one: names, sizes and times of its photos, and of a model that came with them."""
+    files = list_photos(path)
+    if path.is_dir():
+        root = _single_folder(path)
+        model = _model_in(root) or root
+        files += sorted(p for p in model.iterdir() if p.suffix in MODEL_SUFFIXES and p.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        about = file.stat(follow_symlinks=False)
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        digest.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+    return {"files": len(files), "sha256": digest.hexdigest()}
 
 
 def _unzipped(archive: Path, folder: Path) -> Path:
@@ -115,7 +144,7 @@ def _unzipped(archive: Path, folder: Path) -> Path:
             for entry in entries:
                 if not entry.is_dir() and _is_wanted(entry.filename):
                     budget = _extract(archive, zipped, entry, folder, budget)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{archive}: not a readable zip file ({error}); zip the photos again") from error
     done.write_text(stamp)
     return folder
@@ -164,15 +193,22 @@ def _single_folder(path: Path) -> Path:
 
 def _find_project(root: Path, work: Path) -> tuple[Path | None, Path]:
     """(folder of the COLMAP model that is there, folder of the photos)."""
-    images = root / "images"
-    for model in (root / "sparse" / "0", root / "sparse"):
-        if any((model / f"cameras{suffix}").is_file() for suffix in (".bin", ".txt")):
-            if not images.is_dir():
-                raise InputError(f"{root}: a COLMAP project without its folder images")
-            return model, images
+    images, model = root / "images", _model_in(root)
+    if model is not None:
+        if not images.is_dir():
+            raise InputError(f"{root}: a COLMAP project without its folder images")
+        return model, images
     if (root / "transforms.json").is_file():
         return model_from_transforms(root / "transforms.json", work / "given"), root
     return None, root
+
+
+def _model_in(root: Path) -> Path | None:
+    """Folder of the COLMAP model of a project."""
+    for model in (root / "sparse" / "0", root / "sparse"):
+        if any((model / f"cameras{suffix}").is_file() for suffix in (".bin", ".txt")):
+            return model
+    return None
 
 
 def _find_photos(folder: Path, work: Path) -> list[str]:
@@ -224,57 +260,90 @@ def _prepare(
 
 def _targets(names: Iterable[str]) -> dict[str, str]:
     """Where each photo goes if it has to be converted: its own name, as .png; told apart where two would meet."""
-    return {name: name if name.lower().endswith(".png") else f"{name}.png" for name in names}
+    taken = set(names)
+    targets = {}
+    for name in names:
+        target = name
+        if not name.lower().endswith(".png"):
+            while target in taken:
+                target += ".png"
+            taken.add(target)
+        targets[name] = target
+    return targets
 
 
 def _prepare_photo(folder: Path, name: str, converted: Path, honour_rotation: bool) -> Photo | Skipped:
     source = folder / name
     if source.is_symlink() and not source.resolve().is_relative_to(folder.resolve()):
         return Skipped(name, "a link to outside the capture")
-    if source.stat().st_size == 0:
-        return Skipped(name, "empty file")
+    try:
+        with open(source, "rb") as file:
+            if not file.read(1):
+                return Skipped(name, "empty file")
+    except OSError as error:
+        return Skipped(name, f"cannot be opened ({error.strerror})")
     out = converted.parents[len(PurePosixPath(name).parts) - 1]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with _opened(source) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise InputError(
-                        f"{source}: {image.width}×{image.height} pixels is more than any camera makes; remove it"
-                    )
-                exif = image.getexif()
-                is_turned = exif.get(ExifTags.Base.Orientation, 1) != 1 and honour_rotation
+                about = _about(image)
+                is_turned = about.is_turned and honour_rotation
                 is_plain = image.mode == "RGB" and image.format in ("JPEG", "PNG") and not is_turned
                 if is_plain and not _is_deep(image) and _is_srgb(image):
                     image.load()
                     size, target = image.size, out / name
                     _link(source, target)
                 else:
-                    upright = ImageOps.exif_transpose(image) if honour_rotation else image
+                    upright = ImageOps.exif_transpose(image) if is_turned else image
                     plain = _to_srgb(upright)
                     size, target = plain.size, converted
                     with replacing(target) as temporary:
                         plain.save(temporary, "PNG", compress_level=1)
     except Image.DecompressionBombError:
         raise InputError(f"{source}: unpacks to more pixels than any camera makes; remove it") from None
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except UnidentifiedImageError:
+        return Skipped(name, "not an image")
+    except (OSError, ValueError, SyntaxError) as error:
         if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        return Skipped(name, f"cannot be read ({error})")
-    camera, focal_px = _lens_of(exif, size)
+        return Skipped(name, f"damaged ({error})".replace(str(source), name))
     return Photo(
         target.relative_to(out).as_posix(),
         name,
         target,
         size[0],
         size[1],
-        camera,
-        focal_px,
-        _position_of(exif),
+        about.camera,
+        None if about.focal_share is None else about.focal_share * max(size),
+        about.position,
     )
 
 
+@dataclass(frozen=True)
+class _About:
+    """What a photo's EXIF tells."""
+
+    is_turned: bool = False
+    camera: str = "|"
+    focal_share: float | None = None
+    """Focal length in longer sides of the photo."""
+    position: tuple[float, float, float] | None = None
+
+
+def _about(image: Image.Image) -> _About:
+    """What the EXIF tells; nothing where it is damaged, in whatever way."""
+    try:
+        exif = image.getexif()
+        camera, focal_share = _lens_of(exif, image.size)
+        is_turned = exif.get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return _About(is_turned, camera, focal_share, _position_of(exif))
+    except Exception:
+        return _About()
+
+
 def _opened(source: Path) -> Image.Image:
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses what is larger than twice this
     try:
         return Image.open(source)
     except UnidentifiedImageError:
@@ -357,25 +426,25 @@ def _number(value: object) -> float:
 
 
 def _lens_of(exif: Image.Exif, size: tuple[int, int]) -> tuple[str, float | None]:
-    """(what identifies the camera and its focal length, focal length in pixels)."""
+    """(what identifies the camera and its focal length, focal length in longer sides of the photo)."""
     details = exif.get_ifd(ExifTags.IFD.Exif)
     longer = max(size)
     focal_mm = _number(details.get(ExifTags.Base.FocalLength))
     focal_35 = _number(details.get(ExifTags.Base.FocalLengthIn35mmFilm))
     per_unit = _number(details.get(ExifTags.Base.FocalPlaneXResolution))
-    focal_px: float | None = None
+    focal_share: float | None = None
     if focal_35 > 0:
-        focal_px = focal_35 / 36.0 * longer
+        focal_share = focal_35 / 36.0
     elif focal_mm > 0 and per_unit > 0:
         millimetres = {2: 25.4, 3: 10.0, 4: 1.0}.get(
             int(_number(details.get(ExifTags.Base.FocalPlaneResolutionUnit))), 25.4
         )
         sensor_px = _number(details.get(ExifTags.Base.ExifImageWidth)) or longer
-        focal_px = focal_mm * per_unit / millimetres * longer / sensor_px
-    if focal_px is not None and not 0.2 * longer < focal_px < 20 * longer:
-        focal_px = None
+        focal_share = focal_mm * per_unit / millimetres / sensor_px
+    if focal_share is not None and not 0.2 < focal_share < 20:
+        focal_share = None
     make, model = (str(exif.get(tag, "")).strip("\0 ") for tag in (ExifTags.Base.Make, ExifTags.Base.Model))
-    return f"{make}|{model}|{focal_mm:g}|{focal_35:g}", focal_px
+    return f"{make}|{model}|{focal_mm:g}|{focal_35:g}", focal_share
 
 
 def _position_of(exif: Image.Exif) -> tuple[float, float, float] | None:
@@ -425,7 +494,7 @@ def model_from_transforms(path: Path, out: Path) -> Path:
             pose = pycolmap.Rigid3d(pycolmap.Rotation3d(rotation), -rotation @ world_from_cam[:, 3])
             image = pycolmap.Image(name=name, camera_id=cameras[key], image_id=i)
             model.add_image_with_trivial_frame(image, pose)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a transforms.json of images and poses ({error})") from error
     out.mkdir(parents=True, exist_ok=True)
     model.write_binary(str(out))
@@ -448,7 +517,7 @@ def _frame_name(folder: Path, file_path: str) -> str:
 def _frame_camera(values: dict[str, object], photo: Path) -> Any:
     from spaceport_gs.colmap import pycolmap
 
-    with Image.open(photo) as image:
+    with _opened(photo) as image:
         width, height = image.size
     scale_x = width / (_number(values.get("w")) or width)
     scale_y = height / (_number(values.get("h")) or height)

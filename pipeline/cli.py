@@ -34,7 +34,7 @@ app = typer.Typer(
 Input = Annotated[Path, typer.Argument(metavar="INPUT", show_default=False)]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where the result goes.", show_default=False)]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of everything random.")]
 Preset = Annotated[str, typer.Option("--preset", help="standard, or baseline (3DGS as published).")]
 Steps = Annotated[
     int,
@@ -154,7 +154,7 @@ def _work(
         raise InputError(f"{source}: there is no such file or folder")
     mode = Existing.RESUME if resume else Existing.OVERWRITE if overwrite else Existing.REFUSE
     config = {"version": __version__, "input": str(source), **config}
-    with open_workspace(output, mode, config) as workspace:
+    with open_workspace(output, source, mode, config) as workspace:
         with progress_of(output / "events.jsonl", "never" if quiet else "auto") as listen:
             yield workspace, listen
 
@@ -176,6 +176,12 @@ def _use_threads(threads: int) -> None:
         from spaceport_gs import ops
 
         ops.use_cpu(threads)
+
+
+def _unused(report: dict[str, Any]) -> str:
+    """A line for every photo that could not be read or placed."""
+    skipped = [f"{name}: {reason}" for name, reason in report["skipped"].items()]
+    return "".join(f"\nnot used: {line}" for line in [*skipped, *(f"{n}: not placed" for n in report["left_out"])])
 
 
 def _decibels(value: float | None) -> str:
@@ -217,7 +223,8 @@ def reconstruct_command(
         report = stages.reconstruct(photos, work[0], settings, work[1])
     _finish(report, json, quiet, lambda: (
         f"{report['registered']} of {report['photos']} photos placed, {report['gaussians']:,} Gaussians,"
-        f" {_decibels(report['psnr'])}\npage    {output / 'index.html'}\nreport  {output / 'report.html'}"
+        f" {_decibels(report['psnr'])}{_unused(report)}"
+        f"\npage    {output / 'index.html'}\nreport  {output / 'report.html'}"
     ))  # fmt: skip
 
 
@@ -227,21 +234,17 @@ def sfm_command(
     resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Photos to a COLMAP project: poses, points and undistorted photos."""
-    from spaceport_gs.pipeline.capture import open_capture
-    from spaceport_gs.pipeline.sfm import SfmSettings, finished_report, reconstruct_cameras
+    from spaceport_gs.pipeline import run as stages
 
     _check_device(device)
-    settings = SfmSettings(deterministic, seed)
-    with _work(photos, output, {"command": "sfm", **asdict(settings)}, (resume, overwrite), quiet or json) as (
-        _,
-        listen,
-    ):
-        report = finished_report(output) or reconstruct_cameras(
-            open_capture(photos, output, listen), output, settings, listen
-        )
-    _finish(asdict(report), json, quiet, lambda: (
-        f"{report.registered} of {report.photos} photos placed, {report.points:,} points,"
-        f" {report.reprojection_error_px:.2f} px" + "".join(f"\nnot placed: {name}" for name in report.left_out)
+    settings = stages.RunSettings("cpu", seed, sfm="deterministic" if deterministic else "fast")
+    config = {"command": "sfm", "seed": seed, "sfm": settings.sfm}
+    with _work(photos, output, config, (resume, overwrite), quiet or json) as (workspace, listen):
+        _tell(stages.estimate(photos, settings, output), quiet or json)
+        report = stages.sfm_alone(photos, workspace, settings, listen)
+    _finish(report, json, quiet, lambda: (
+        f"{report['registered']} of {report['photos']} photos placed, {report['points']:,} points,"
+        f" {report['reprojection_error_px']:.2f} px" + _unused(report)
     ))  # fmt: skip
 
 
@@ -289,9 +292,11 @@ def _is_finished(target: Path, resume: bool, overwrite: bool) -> bool:
 
 
 def _check_device(device: str) -> None:
+    """Refuses a device that is not there; `auto` is not looked for, since these commands work on the CPU."""
     from spaceport_gs.pipeline.run import device_of
 
-    device_of(device)
+    if device != "auto":
+        device_of(device)
 
 
 def _scene_file(source: Path, *suffixes: str) -> Path:
@@ -409,7 +414,7 @@ def render_command(
     _use_threads(threads)
     written = []
     for view in views:
-        target = output / Path(view.name).with_suffix(".png")
+        target = output / (view.name if view.name.lower().endswith(".png") else f"{view.name}.png")
         if not _is_finished(target, resume, overwrite):
             with replacing(target) as temporary:
                 Image.fromarray(render_8bit(gaussians, view.camera)).save(temporary, "PNG")
@@ -422,8 +427,10 @@ def evaluate_command(
     scene: Input,
     cameras: Annotated[Path | None, typer.Option("--cameras", help="COLMAP project with the photos; default: that of the OUT folder.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Also write the scores to this JSON file.")] = None,
-    device: DeviceOption = "auto", downscale: Downscale = 1, eval_every: EvalEvery = 8, threads: Threads = 0,
-    overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+    device: DeviceOption = "auto",
+    downscale: Annotated[float | None, typer.Option("--downscale", min=1, help="Default: as it was trained, or 1.")] = None,
+    eval_every: Annotated[int | None, typer.Option("--eval-every", min=0, help="Default: as it was trained, or 8.")] = None,
+    threads: Threads = 0, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """PSNR and SSIM of a .ply, a .sog or an OUT folder on its held-out photos (all photos with --eval-every 0)."""
     from spaceport_gs.evaluate import evaluate
@@ -431,6 +438,9 @@ def evaluate_command(
     from spaceport_gs.scene import load_scene, split
 
     _check_device(device)
+    trained = _settings_of(scene)
+    downscale = trained.get("downscale", 1.0) if downscale is None else downscale
+    eval_every = trained.get("eval_every", 8) if eval_every is None else eval_every
     training, held_out = split(load_scene(_project(scene, cameras), downscale), eval_every)
     target = None if output is None else _target(output, "evaluation.json")
     if target is not None:
@@ -442,6 +452,17 @@ def evaluate_command(
     _finish(asdict(result), json, quiet, lambda: "\n".join(
         [*(f"{s.name}  {s.psnr:.2f} dB  {s.ssim:.4f}" for s in result.views), f"mean  {result.psnr:.2f} dB  {result.ssim:.4f}"]
     ))  # fmt: skip
+
+
+def _settings_of(scene: Path) -> dict[str, Any]:
+    """What the scene of an OUT folder was trained with; nothing is known of other files."""
+    from spaceport_gs.pipeline.workspace import MARK
+
+    try:
+        config = json.loads((scene / MARK).read_text())
+        return {name: type(default)(config[name]) for name, default in (("downscale", 1.0), ("eval_every", 8))}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _project(scene: Path, cameras: Path | None) -> Path:
@@ -464,13 +485,12 @@ def synthesize_command(
 ) -> None:  # fmt: skip
     """A synthetic drone capture: photos with GPS, a flight log, and the truth about cameras and depth."""
     from spaceport_gs.pipeline.events import progress_of
-    from spaceport_gs.pipeline.synthesize import SynthesizeSettings, synthesize
+    from spaceport_gs.pipeline.synthesize import LOG, MARK, SynthesizeSettings, synthesize
 
-    if (output / "flight_log.csv").exists() and not overwrite:
-        if resume:
-            return
-        raise InputError(f"{output}: holds a capture; replace it with --overwrite")
-    output.mkdir(parents=True, exist_ok=True)
+    if _is_finished(output / LOG, resume, overwrite):
+        return
+    if output.exists() and not (output / MARK).exists() and any(output.iterdir()):
+        raise InputError(f"{output}: holds other files; give an empty or a new folder")
     with progress_of(Path("/dev/null"), "never" if quiet or json else "auto") as listen:
         figures = synthesize(output, SynthesizeSettings(photos, width, height, seed), listen)
     _finish(figures, json, quiet, lambda: f"{figures['photos']} photos in {output / 'photos'}")

@@ -10,9 +10,11 @@ import io
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,9 @@ def optimal_codebook(values: np.ndarray, n_bins: int = 1024) -> np.ndarray:
     squares = np.concatenate([[0.0], np.cumsum(centered**2)])[splits]
     counts = splits.astype(np.float64)
     n = len(splits) - 1
+    if n <= CODEBOOK_SIZE:
+        means = np.array([flat[a:b].mean() for a, b in pairwise(splits)])
+        return np.pad(means, (0, CODEBOOK_SIZE - n), mode="edge").astype(np.float32)
     # error[i, j]: squared error of bins i … j - 1 under their mean; impossible pairs cost infinity
     n_in = counts[None, :] - counts[:, None]
     total = sums[None, :] - sums[:, None]
@@ -358,7 +363,7 @@ def read_sog(path: Path) -> Gaussians:
     except InputError:
         raise
     except (
-        zipfile.BadZipFile, zipfile.LargeZipFile, KeyError, ValueError, TypeError, IndexError, EOFError,
+        zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, KeyError, ValueError, TypeError, IndexError, EOFError,
         NotImplementedError, SyntaxError, Image.DecompressionBombError, RuntimeError, RecursionError,
     ) as error:  # fmt: skip
         raise InputError(f"{path}: not a SOG file that can be read ({error})") from error
@@ -373,6 +378,8 @@ def _decode(path: Path, read: Callable[[str], bytes]) -> Gaussians:
     if len(text) > MAX_META_BYTES:
         raise ValueError("meta.json is too long")
     meta = json.loads(text)
+    if not isinstance(meta, dict):
+        raise ValueError("meta.json is not an object")
     if meta.get("version") != 2:
         raise InputError(f"{path}: SOG version {meta.get('version', 1)}; expected 2: convert it with splat-transform")
     n = meta["count"]

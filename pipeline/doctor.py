@@ -9,7 +9,21 @@ import sys
 from importlib import metadata
 from typing import Any
 
-MIN_DRIVER_FOR_CUDA_13 = 580
+
+def cuda_missing() -> str:
+    """Empty if training can run on a GPU here, else why not."""
+    from spaceport_gs import _engine
+
+    if "cuda" not in _engine.build_info()["backends"]:
+        return "this build has no CUDA backend"
+    status = _engine.cuda_status()
+    if status:
+        return status
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    return "" if torch.cuda.is_available() else "the installed torch has no CUDA"
 
 
 def examine() -> dict[str, Any]:
@@ -25,6 +39,7 @@ def examine() -> dict[str, Any]:
         "heic": _version("pillow-heif"),
         "npm": _output("npm", "--version"),
         "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
+        "cuda_missing": cuda_missing(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": memory,
         "disk_free_bytes": shutil.disk_usage(".").free,
@@ -36,27 +51,14 @@ def examine() -> dict[str, Any]:
 def advice(report: dict[str, Any]) -> list[str]:
     """What is missing, and how to get it; one line each."""
     lines = []
-    has_cuda = "cuda" in report["built"]["backends"]
-    if report["gpu"] is None:
-        lines.append("no NVIDIA GPU found: training runs on the CPU")
-    elif not has_cuda:
-        lines.append("a GPU is here, but this build has no CUDA backend: training runs on the CPU")
-    elif _driver(report["gpu"]) < MIN_DRIVER_FOR_CUDA_13:
-        lines.append(
-            f"the NVIDIA driver is too old for this build: training runs on the CPU; install driver {MIN_DRIVER_FOR_CUDA_13} or newer"
-        )
+    if report["cuda_missing"]:
+        remedy = "; install nvcc, and then this package again" if "cuda" not in report["built"]["backends"] else ""
+        lines.append(f"{report['cuda_missing']}: training runs on the CPU{remedy}")
     if report["npm"] is None:
         lines.append("npm not found: published pages load the viewer from a CDN; install Node.js to embed it")
     if report["heic"] is None:
         lines.append("HEIC photos cannot be read: pip install 'spaceport-gs[heic]'")
     return lines
-
-
-def _driver(gpu: str) -> int:
-    try:
-        return int(gpu.split(",")[1].strip().split(".")[0])
-    except (IndexError, ValueError):
-        return 0
 
 
 def as_text(report: dict[str, Any]) -> str:

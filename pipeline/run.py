@@ -7,8 +7,9 @@ and redoes what depends on a setting that changed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,18 @@ import numpy as np
 from spaceport_gs import __version__
 from spaceport_gs.errors import BackendError, InputError
 from spaceport_gs.files import replacing, write_json
-from spaceport_gs.pipeline.capture import Capture, open_capture
-from spaceport_gs.pipeline.compress import compress, read_sog
+from spaceport_gs.pipeline.capture import Capture, list_photos, open_capture, stamp_of
+from spaceport_gs.pipeline.compress import CompressSettings, compress, read_sog
+from spaceport_gs.pipeline.doctor import cuda_missing
 from spaceport_gs.pipeline.publish import opening_of, publish, up_of
 from spaceport_gs.pipeline.sfm import SfmSettings, reconstruct_cameras
-from spaceport_gs.pipeline.workspace import Workspace
+from spaceport_gs.pipeline.workspace import LOG, Workspace
 from spaceport_gs.ply import read_ply, write_ply
 from spaceport_gs.progress import Listener, Progress
 
 MAX_PICTURES = 6  # views shown side by side in the report
 PICTURE_SIDE = 960  # pixels
+BYTES_OF_A_PHOTO = 4_000_000  # in a .zip, about
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,12 @@ class RunSettings:
 
 def device_of(wanted: str) -> str:
     """The device to train on; BackendError if it is not there."""
-    from spaceport_gs import _engine
-
-    has_cuda = "cuda" in _engine.build_info()["backends"]
-    if wanted == "cuda" and not has_cuda:
-        raise BackendError("--device cuda: this build has no CUDA backend; use --device cpu (see `spaceport doctor`)")
     if wanted not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {wanted}: choose auto, cpu or cuda")
-    return "cuda" if has_cuda and wanted != "cpu" else "cpu"
+    missing = "" if wanted == "cpu" else cuda_missing()
+    if wanted == "cuda" and missing:
+        raise BackendError(f"--device cuda: {missing}; use --device cpu (see `spaceport doctor`)")
+    return "cpu" if wanted == "cpu" or missing else "cuda"
 
 
 def reconstruct(source: Path, workspace: Workspace, settings: RunSettings, listen: Listener) -> dict[str, Any]:
@@ -118,26 +119,16 @@ class _Cost:
 
 
 def estimate(source: Path, settings: RunSettings, out: Path) -> str:
-    """One line on what a run will need; InputError if the disk cannot hold it."""
+    """One line on what a run will need; it warns where the disk may be too small."""
     import os
 
-    from PIL import Image
-
-    from spaceport_gs.pipeline.capture import PHOTO_SUFFIXES
     from spaceport_gs.schedule import preset
 
     cost = _Cost()
-    if source.is_dir():
-        files = [p for p in source.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES]
-        n, megapixels = len(files), 1.0
-        for path in files[:1]:
-            try:
-                with Image.open(path) as image:
-                    megapixels = image.width * image.height / 1e6
-            except OSError:
-                pass
-    else:
-        n, megapixels = max(3, source.stat().st_size // 4_000_000), 12.0
+    files = list_photos(source)
+    n, megapixels = len(files), _megapixels(files)
+    if source.is_file():
+        n = max(3, source.stat().st_size // BYTES_OF_A_PHOTO)
     is_given = (source / "sparse").is_dir()
     trained = megapixels / settings.downscale**2
     recipe = preset(settings.preset, max(n, 1), round(trained * 1e6))
@@ -150,31 +141,61 @@ def estimate(source: Path, settings: RunSettings, out: Path) -> str:
     disk = cost.disk_fixed + cost.disk_per_megapixel * n * megapixels
     memory = cost.memory_fixed + cost.memory_per_megapixel * n * trained
     free = shutil.disk_usage(out).free
-    if disk > free:
-        raise InputError(f"{out}: needs about {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some space")
+    warning = f"; only {free / 1e9:.1f} GB are free" if disk > free else ""
     minutes = max(1, round((sfm + train) / 60))
     return (
         f"{n} photos of {megapixels:.1f} megapixels: about {minutes} min,"
-        f" {memory / 1e9:.1f} GB memory, {disk / 1e9:.1f} GB disk"
+        f" {memory / 1e9:.1f} GB memory, {disk / 1e9:.1f} GB disk{warning}{_fallback(settings.device)}"
     )
 
 
+def _fallback(device: str) -> str:
+    """A line on why a build that could use a GPU does not."""
+    from spaceport_gs import _engine
+
+    if device != "auto" or "cuda" not in _engine.build_info()["backends"] or device_of(device) == "cuda":
+        return ""
+    return f"\ntraining runs on the CPU: {cuda_missing()}"
+
+
+def _megapixels(files: Sequence[Path]) -> float:
+    """Of the first file that is a photo; those of a usual drone if there is none."""
+    from PIL import Image
+
+    for path in files[:10]:
+        try:
+            with Image.open(path) as image:
+                return image.width * image.height / 1e6
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue
+    return 12.0
+
+
 def _sfm_key(source: Path, settings: RunSettings) -> dict[str, Any]:
-    key: dict[str, Any] = {"source": str(source.resolve()), "sfm": settings.sfm}
+    key: dict[str, Any] = {"photos": stamp_of(source), "sfm": settings.sfm}
     return {**key, "seed": settings.seed} if settings.sfm == "deterministic" else key
 
 
+def sfm_alone(source: Path, workspace: Workspace, settings: RunSettings, listen: Listener) -> dict[str, Any]:
+    """SfM's result in the workspace itself; returns its report."""
+    work = partial(_reconstruct_cameras, source, workspace.folder, settings, listen)
+    return workspace.stage("sfm", _sfm_key(source, settings), work, outputs=("sparse/0", "images")).result
+
+
+def _reconstruct_cameras(source: Path, out: Path, settings: RunSettings, listen: Listener) -> dict[str, Any]:
+    capture = open_capture(source, out, listen)
+    for photo in capture.skipped:
+        LOG.warning("%s: not used: %s", photo.name, photo.reason)
+    report = reconstruct_cameras(capture, out, SfmSettings(settings.sfm == "deterministic", settings.seed), listen)
+    for name in report.left_out:
+        LOG.warning("%s: not placed", name)
+    _drop_copies(capture, out)
+    return asdict(report)
+
+
 def sfm_stage(source: Path, workspace: Workspace, settings: RunSettings, listen: Listener) -> None:
-    out = workspace.folder / "sfm"
-
-    def work() -> dict[str, Any]:
-        capture = open_capture(source, out, listen)
-        deterministic = settings.sfm == "deterministic"
-        report = reconstruct_cameras(capture, out, SfmSettings(deterministic, settings.seed), listen)
-        _drop_copies(capture, out)
-        return asdict(report)
-
-    workspace.stage("sfm", _sfm_key(source, settings), work, clean=("sfm",))
+    work = partial(_reconstruct_cameras, source, workspace.folder / "sfm", settings, listen)
+    workspace.stage("sfm", _sfm_key(source, settings), work, outputs=("sfm/sparse/0", "sfm/images"))
 
 
 def _drop_copies(capture: Capture, out: Path) -> None:
@@ -221,8 +242,8 @@ def train_stage(workspace: Workspace, settings: RunSettings, listen: Listener) -
             "device": chosen.device,
         }
 
-    key = {"before": before.fingerprint, "downscale": settings.downscale, **chosen.decisive()}
-    workspace.stage("train", key, work, clean=("checkpoints", "scene.ply", "pictures"))
+    key = {"sfm": before.fingerprint, "downscale": settings.downscale, **chosen.decisive()}
+    workspace.stage("train", key, work, outputs=("scene.ply", "pictures"))
 
 
 def compress_stage(workspace: Workspace, settings: RunSettings, listen: Listener) -> None:
@@ -234,12 +255,12 @@ def compress_stage(workspace: Workspace, settings: RunSettings, listen: Listener
         from spaceport_gs.evaluate import evaluate
         from spaceport_gs.scene import load_scene, split
 
-        figures = compress(read_ply(workspace.folder / "scene.ply"), sog, listen=listen)
+        figures = compress(read_ply(workspace.folder / "scene.ply"), sog, CompressSettings(seed=settings.seed), listen)
         _, held_out = split(load_scene(workspace.folder / "sfm", settings.downscale), settings.eval_every)
         score = evaluate(read_sog(sog), held_out)
         return {**figures, "psnr": score.psnr, "ssim": score.ssim}
 
-    workspace.stage("compress", {"before": before.fingerprint}, work)
+    workspace.stage("compress", {"train": before.fingerprint}, work, outputs=("scene.sog",))
 
 
 def publish_stage(workspace: Workspace, settings: RunSettings, listen: Listener) -> None:
@@ -253,7 +274,8 @@ def publish_stage(workspace: Workspace, settings: RunSettings, listen: Listener)
         listen(Progress("publish", 1, 1, "done"))
         return figures
 
-    workspace.stage("publish", {"before": before.fingerprint, "title": settings.title}, work)
+    key = {"compress": before.fingerprint, "title": settings.title}
+    workspace.stage("publish", key, work, outputs=("index.html",))
 
 
 def _save_pictures(workspace: Workspace, gaussians: Any, views: Any) -> None:

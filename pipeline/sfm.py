@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ MAX_WORDS, FEATURES_PER_WORD = 8192, 40  # of the vocabulary that finds them
 DISK_RESERVE = 1 << 24  # bytes; with less than this free, a failure of COLMAP is one of the disk
 BATCH = 8  # photos per call of the extraction: how often progress is told
 ENOUGH_REGISTERED = 0.9  # a smaller share is tried again with looser limits
-TWO_CALIBRATED_LENSES = 30  # photos of one camera from which its lens is modelled with four distortion terms
+WELL_SEEN_LENS = 30  # photos of one camera from which its lens is modelled with four distortion terms
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _report(capture: Capture, model: Any) -> SfmReport:
 
 def _reconstruct(capture: Capture, work: Path, settings: SfmSettings, listen: Listener) -> Any:
     database = work / "database.db"
-    _extract(capture, database, settings, listen)
+    _extract(_lenses(capture.photos), capture, database, settings, listen)
     _match(capture, database, settings, listen)
     model = None
     for attempt, is_loose in enumerate((False, True)):
@@ -146,7 +147,19 @@ def _seed(settings: SfmSettings) -> int:
     return settings.seed if settings.deterministic else -1
 
 
-def _extract(capture: Capture, database: Path, settings: SfmSettings, listen: Listener) -> None:
+@dataclass(frozen=True)
+class _Lens:
+    """Photos that share their intrinsics, and what is known of these in COLMAP's words."""
+
+    photos: list[Photo]
+    model: str
+    params: str
+    """Comma-separated; empty = nothing is known."""
+
+
+def _extract(
+    lenses: Sequence[_Lens], capture: Capture, database: Path, settings: SfmSettings, listen: Listener
+) -> None:
     from spaceport_gs.colmap import pycolmap
 
     options = pycolmap.FeatureExtractionOptions()
@@ -155,11 +168,12 @@ def _extract(capture: Capture, database: Path, settings: SfmSettings, listen: Li
     options.max_image_size = settings.max_image_size
     options.sift.max_num_features = settings.max_features
     n_done = 0
-    for photos in _same_camera(capture.photos):
+    for lens in lenses:
         camera_id = -1
-        for start in range(0, len(photos), BATCH):
-            batch = photos[start : start + BATCH]
-            reader = _reader_options(photos)
+        for start in range(0, len(lens.photos), BATCH):
+            batch = lens.photos[start : start + BATCH]
+            reader = pycolmap.ImageReaderOptions()
+            reader.camera_model, reader.camera_params = lens.model, lens.params
             reader.existing_camera_id = camera_id
             _call(
                 pycolmap.extract_features,
@@ -176,26 +190,22 @@ def _extract(capture: Capture, database: Path, settings: SfmSettings, listen: Li
             listen(Progress(STAGE, n_done, len(capture.photos), "finding features"))
 
 
-def _same_camera(photos: Sequence[Photo]) -> list[list[Photo]]:
+def _lenses(photos: Sequence[Photo]) -> list[_Lens]:
+    """Photos of one camera, size and focal length share a lens, whose focal length EXIF may tell."""
     groups: dict[tuple[str, int, int], list[Photo]] = {}
     for photo in photos:
         groups.setdefault((photo.camera, photo.width, photo.height), []).append(photo)
-    return list(groups.values())
+    return [_lens_of(group) for group in groups.values()]
 
 
-def _reader_options(photos: Sequence[Photo]) -> Any:
-    from spaceport_gs.colmap import pycolmap
-
-    options = pycolmap.ImageReaderOptions()
-    many = len(photos) >= TWO_CALIBRATED_LENSES
-    options.camera_model = "OPENCV" if many else "SIMPLE_RADIAL"
-    first = photos[0]
-    if first.focal_px is not None:
-        center = [first.width / 2, first.height / 2]
-        lens = [first.focal_px, first.focal_px, *center] if many else [first.focal_px, *center]
-        values = [*lens, *([0.0] * (4 if many else 1))]
-        options.camera_params = ",".join(repr(float(value)) for value in values)
-    return options
+def _lens_of(photos: list[Photo]) -> _Lens:
+    first, is_well_seen = photos[0], len(photos) >= WELL_SEEN_LENS
+    model, n_distortions = ("OPENCV", 4) if is_well_seen else ("SIMPLE_RADIAL", 1)
+    if first.focal_px is None:
+        return _Lens(photos, model, "")
+    focal = [first.focal_px] * (2 if is_well_seen else 1)
+    values = [*focal, first.width / 2, first.height / 2, *([0.0] * n_distortions)]
+    return _Lens(photos, model, ",".join(repr(float(value)) for value in values))
 
 
 def _camera_of(database: Path, name: str) -> int:
@@ -269,14 +279,16 @@ def _vocabulary(database: Path, settings: SfmSettings, listen: Listener) -> Path
 
 
 def _are_frames(photos: Sequence[Photo]) -> bool:
-    """Whether names count up like the frames of a video: one prefix, and numbers without large gaps."""
-    numbers = []
+    """Whether names count up like the frames of a video: one prefix, and numbers with even gaps."""
+    prefixes, numbers = set(), []
     for photo in photos:
-        digits = "".join(c for c in PurePosixPath(photo.original).stem if c.isdigit())
-        if not digits:
+        found = re.fullmatch(r"(.*?)(\d+)", str(PurePosixPath(photo.original).with_suffix("")), re.S)
+        if found is None:
             return False
-        numbers.append(int(digits))
-    return len(set(numbers)) == len(numbers) and max(numbers) - min(numbers) < 20 * len(numbers)
+        prefixes.add(found[1])
+        numbers.append(int(found[2]))
+    gaps = np.diff(np.sort(numbers))
+    return len(prefixes) == 1 and len(gaps) > 0 and gaps.min() > 0 and bool(gaps.max() <= 4 * np.median(gaps))
 
 
 def _map(
@@ -410,20 +422,38 @@ def _triangulate(capture: Capture, model: Any, work: Path, settings: SfmSettings
     """Points for given poses."""
     from spaceport_gs.colmap import pycolmap
 
-    database = work / "database.db"
-    _extract(capture, database, settings, listen)
+    database, photos = work / "database.db", {photo.name: photo for photo in capture.photos}
+    lenses = []
+    for camera_id, camera in model.cameras.items():
+        mine = [photos[i.name] for i in model.images.values() if i.camera_id == camera_id and i.has_pose]
+        lenses.append(_Lens(mine, camera.model_name, camera.params_to_string()))
+    _extract(lenses, capture, database, settings, listen)
     _match(capture, database, settings, listen)
     out = work / "triangulated"
     out.mkdir(exist_ok=True)
     listen(Progress(STAGE, 0, 1, "triangulating points"))
-    model.transcribe_image_ids_to_database(pycolmap.Database.open(database))
     return _call(
         pycolmap.triangulate_points,
-        reconstruction=model,
+        reconstruction=_numbered_as(database, model),
         database_path=database,
         image_path=capture.folder,
         output_path=out,
     )
+
+
+def _numbered_as(database: Path, model: Any) -> Any:
+    """The model's cameras and poses under the numbers that they have in the database."""
+    from spaceport_gs.colmap import pycolmap
+
+    by_name = {image.name: image for image in model.images.values() if image.has_pose}
+    renumbered = pycolmap.Reconstruction()
+    with pycolmap.Database.open(database) as opened:
+        for camera in opened.read_all_cameras():
+            renumbered.add_camera_with_trivial_rig(camera)
+        for row in opened.read_all_images():
+            image = pycolmap.Image(name=row.name, camera_id=row.camera_id, image_id=row.image_id)
+            renumbered.add_image_with_trivial_frame(image, by_name[row.name].cam_from_world())
+    return renumbered
 
 
 def _undistort(capture: Capture, model: Any, out: Path, settings: SfmSettings, listen: Listener) -> None:

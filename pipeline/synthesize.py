@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from spaceport_gs.errors import InputError
-from spaceport_gs.files import replacing
+from spaceport_gs.files import remove, replacing, write_text
 from spaceport_gs.progress import Listener, Progress, ignore
 from spaceport_gs.types import Camera
 
@@ -32,6 +32,8 @@ GROUND = (3.2, 1.8)  # metres, wavelengths of what lies on it
 SAMPLES = 2  # rays along each side of a pixel
 SUN = np.array([0.45, -0.35, 0.82]) / np.linalg.norm([0.45, -0.35, 0.82])
 N_POINTS = 6_000
+LOG = "flight_log.csv"
+MARK = ".synthetic"  # what makes a folder ours
 JPEG_QUALITY = 95
 
 
@@ -48,9 +50,15 @@ class SynthesizeSettings:
 def synthesize(
     out: Path, settings: SynthesizeSettings = SynthesizeSettings(), listen: Listener = ignore
 ) -> dict[str, Any]:
-    """Writes photos, flight_log.csv and truth (a COLMAP project with exact cameras, and depth maps) to `out`."""
+    """Writes photos, truth (a COLMAP project with exact cameras, and depth maps) and, last, flight_log.csv to `out`.
+
+    Those of an earlier call are replaced.
+    """
     if settings.n_photos < 3 or min(settings.width, settings.height) < 32:
         raise InputError("a capture needs at least 3 photos of 32×32 pixels")
+    for name in ("photos", "truth", LOG):
+        remove(out / name)
+    write_text(out / MARK, "A synthetic capture.\n")
     world = World(settings.seed)
     cameras = orbit(settings)
     names = [f"DJI_{i + 1:04d}.JPG" for i in range(len(cameras))]
@@ -68,8 +76,8 @@ def synthesize(
         ):
             np.save(file, depth)
         log.append(_log_line(name, camera, i))
-    _write_log(out / "flight_log.csv", log)
     _write_model(out / "truth", world, cameras, names)
+    _write_log(out / LOG, log)
     listen(Progress("synthesize", len(cameras), len(cameras), "done"))
     return {"photos": len(cameras), "width": settings.width, "height": settings.height}
 

@@ -1,4 +1,7 @@
-"""The C++ extension: the verbs on raw buffers (NumPy arrays or torch tensors). spaceport_gs.ops is the interface for users."""
+"""The C++ extension: the verbs on raw buffers (NumPy arrays or torch tensors). spaceport_gs.ops is the interface for users.
+
+`Cuda` and `cuda_status` are there in builds with the CUDA backend only.
+"""
 
 from typing import Any, Literal, TypedDict
 
@@ -27,10 +30,24 @@ class Cpu:
     @property
     def simd(self) -> str: ...
 
+class Cuda:
+    def __init__(self, stream: int) -> None: ...
+
+Backend = Cpu | Cuda
+
 def build_info() -> BuildInfo: ...
-def project(cpu: Cpu, gaussians: Gaussians, camera: Camera, settings: RasterSettings, out: Projected) -> int: ...
+def cuda_status() -> str: ...
+def project_scratch(backend: Backend, n: int) -> int: ...
+def project(
+    backend: Backend,
+    gaussians: Gaussians,
+    camera: Camera,
+    settings: RasterSettings,
+    scratch: Array,
+    out: Projected,
+) -> int: ...
 def project_vjp(
-    cpu: Cpu,
+    backend: Backend,
     gaussians: Gaussians,
     camera: Camera,
     settings: RasterSettings,
@@ -38,36 +55,41 @@ def project_vjp(
     d_splats: Array,
     d_gaussians: Gaussians,
 ) -> None: ...
-def tile(cpu: Cpu, projected: Projected, camera: Camera, scratch: Array, out: Tiles) -> None: ...
+def tile_scratch(backend: Backend, n_splats: int, n_instances: int) -> int: ...
+def tile(backend: Backend, projected: Projected, camera: Camera, scratch: Array, out: Tiles) -> None: ...
 def blend(
-    cpu: Cpu,
+    backend: Backend,
     projected: Projected,
     tiles: Tiles,
     camera: Camera,
     settings: RasterSettings,
     out: Image,
 ) -> None: ...
+def blend_vjp_scratch(backend: Backend, n_instances: int) -> int: ...
 def blend_vjp(
-    cpu: Cpu,
+    backend: Backend,
     projected: Projected,
     tiles: Tiles,
     camera: Camera,
     settings: RasterSettings,
     image: Image,
     d_image: Image,
-    records: Array,
+    scratch: Array,
     d_splats: Array,
 ) -> None: ...
-def loss(cpu: Cpu, color: Array, photo: Array, ssim_weight: float, d_color: Array) -> tuple[float, float]: ...
+def loss_scratch(backend: Backend, width: int, height: int) -> int: ...
+def loss(
+    backend: Backend, color: Array, photo: Array, ssim_weight: float, scratch: Array, d_color: Array
+) -> tuple[float, float]: ...
 def update(
-    cpu: Cpu,
+    backend: Backend,
     values: Gaussians,
     gradient: Gaussians,
     first: Gaussians,
     second: Gaussians,
     settings: Any,
 ) -> None: ...
-def density(cpu: Cpu, projected: Projected, d_splats: Array, camera: Camera, out: Any) -> None: ...
+def density(backend: Backend, projected: Projected, d_splats: Array, camera: Camera, out: Any) -> None: ...
 def cluster_assign(cpu: Cpu, points: Array, centroids: Array, labels: Array, distances: Array) -> None: ...
 def cluster_update(
     cpu: Cpu,

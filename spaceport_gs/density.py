@@ -10,40 +10,13 @@ import numpy as np
 
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.schedule import Recipe
-from spaceport_gs.types import Array, Camera, Projected
+from spaceport_gs.types import Array
 
 if TYPE_CHECKING:
     import torch
 
 N_CHILDREN = 2
 CHILD_SIZE = 1 / (0.8 * N_CHILDREN)  # of the parent's
-
-
-@dataclass
-class Statistics:
-    """What Gaussians went through since the last growth."""
-
-    gradient_sums: torch.Tensor  # [N] float32, of the norms of the gradients by the screen position
-    n_visible: torch.Tensor  # [N] float32, steps in which the Gaussian was visible
-
-    @staticmethod
-    def empty(n_gaussians: int, device: torch.device | str = "cpu") -> Statistics:
-        import torch
-
-        return Statistics(torch.zeros(n_gaussians, device=device), torch.zeros(n_gaussians, device=device))
-
-    def observe(self, projected: Projected, d_splats: Array, camera: Camera) -> None:
-        """Adds one step: `d_splats` [M, 9] is the gradient by the splats.
-
-        Norms are in units of half the image, so that thresholds hold at every resolution.
-        """
-        from spaceport_gs import ops
-
-        ops.density(projected, d_splats, camera, self)
-
-    def scores(self) -> torch.Tensor:
-        """[N], mean norm over the steps in which the Gaussian was visible; 0 if there was none."""
-        return self.gradient_sums / self.n_visible.clamp(min=1)
 
 
 @dataclass(frozen=True)

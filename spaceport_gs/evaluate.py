@@ -10,13 +10,9 @@ import numpy as np
 
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.scene import View
-from spaceport_gs.types import RasterSettings
+from spaceport_gs.types import SSIM_C1, SSIM_C2, SSIM_RADIUS, SSIM_SIGMA, RasterSettings
 
 MAX_PSNR = 100.0  # dB; what identical images score, so that means and JSON stay finite
-SSIM_RADIUS = 5  # window of 11 x 11
-SSIM_SIGMA = 1.5
-SSIM_C1 = 0.01**2
-SSIM_C2 = 0.03**2
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from spaceport_gs import _engine
-from spaceport_gs.density import Statistics
 from spaceport_gs.errors import BackendError
 from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Tiles
+from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Statistics, Tiles
 
 _cpu = _engine.Cpu()
 _kept = threading.local()
@@ -38,6 +37,10 @@ def _backend(tensor: torch.Tensor) -> Any:
     """The backend of a tensor's device."""
     if tensor.device.type == "cpu":
         return _cpu
+    if tensor.device.type == "cuda" and hasattr(_engine, "Cuda"):
+        if tensor.device.index != torch.cuda.current_device():
+            raise BackendError(f"tensors are on {tensor.device}: make it the current device with torch.cuda.device")
+        return _engine.Cuda(torch.cuda.current_stream().cuda_stream)
     raise BackendError(
         f"no {tensor.device.type} backend in this build: move the tensors to the CPU, or build with SPACEPORT_CUDA=ON"
     )
@@ -47,13 +50,15 @@ def _empty(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) 
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def _scratch(like: torch.Tensor, n: int) -> torch.Tensor:
-    """[n] 32-bit words that one verb uses and nobody keeps: one buffer per thread, because fresh pages cost more than the
-    work on them."""
+def _scratch(like: torch.Tensor, n_bytes: int) -> torch.Tensor:
+    """Bytes that one verb uses and nobody keeps. On the CPU one buffer per thread, because fresh pages cost more than the
+    work on them; on a GPU torch's own pool knows which stream is done with what."""
+    if like.device.type != "cpu":
+        return _empty(like, n_bytes, dtype=torch.uint8)
     buffer = getattr(_kept, "buffer", None)
-    if buffer is None or len(buffer) < n or buffer.device != like.device:
-        buffer = _kept.buffer = _empty(like, n + n // 4)
-    return buffer[:n]
+    if buffer is None or len(buffer) < n_bytes:
+        buffer = _kept.buffer = _empty(like, n_bytes + n_bytes // 4, dtype=torch.uint8)
+    return buffer[:n_bytes]
 
 
 def empty_like(gaussians: Gaussians) -> Gaussians:
@@ -74,7 +79,9 @@ def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> P
         gaussian_from_splat=_empty(like, n, dtype=torch.int32),
         instance_offsets=_empty(like, n + 1, dtype=torch.int64),
     )
-    n_splats = _engine.project(_backend(like), gaussians, camera, settings, out)
+    backend = _backend(like)
+    scratch = _scratch(like, _engine.project_scratch(backend, n))
+    n_splats = _engine.project(backend, gaussians, camera, settings, scratch, out)
     return Projected(
         out.splats[:n_splats],
         out.gaussian_from_splat[:n_splats],
@@ -108,9 +115,9 @@ def tile(projected: Projected, camera: Camera) -> Tiles:
         offsets=_empty(like, n_tiles(camera) + 1, dtype=torch.int64),
         instances=_empty(like, int(projected.instance_offsets[-1]), 2, dtype=torch.int32),
     )
-    n_words = 4 * len(projected.splats) + 3 * len(out.instances)
-    scratch = _scratch(like, n_words).view(torch.int32)
-    _engine.tile(_backend(like), projected, camera, scratch, out)
+    backend = _backend(like)
+    scratch = _scratch(like, _engine.tile_scratch(backend, len(projected.splats), len(out.instances)))
+    _engine.tile(backend, projected, camera, scratch, out)
     return out
 
 
@@ -135,10 +142,10 @@ def blend_vjp(
 ) -> torch.Tensor:  # [M, 9]
     """Gradient by the first nine columns of the splats."""
     like = projected.splats
-    stride = _engine.SPLAT_GRADIENT_STRIDE
-    records = _scratch(like, len(tiles.instances) * stride).view(-1, stride)
-    d_splats = _empty(like, len(projected.splats), stride)
-    _engine.blend_vjp(_backend(like), projected, tiles, camera, settings, image, d_image, records, d_splats)
+    backend = _backend(like)
+    scratch = _scratch(like, _engine.blend_vjp_scratch(backend, len(tiles.instances)))
+    d_splats = _empty(like, len(projected.splats), _engine.SPLAT_GRADIENT_STRIDE)
+    _engine.blend_vjp(backend, projected, tiles, camera, settings, image, d_image, scratch, d_splats)
     return d_splats
 
 
@@ -163,7 +170,9 @@ def loss(color: torch.Tensor, photo: torch.Tensor, settings: LossSettings) -> Lo
     SSIM: 11×11 Gaussian window of sigma 1.5, zero padding, mean over pixels and channels (Wang et al., 2004).
     """
     d_color = torch.empty_like(color)
-    l1, ssim = _engine.loss(_backend(color), color, photo, settings.ssim_weight, d_color)
+    backend, (height, width) = _backend(color), color.shape[:2]
+    scratch = _scratch(color, _engine.loss_scratch(backend, width, height))
+    l1, ssim = _engine.loss(backend, color, photo, settings.ssim_weight, scratch, d_color)
     value = (1 - settings.ssim_weight) * l1 + settings.ssim_weight * (1 - ssim)
     return Loss(value, l1, ssim, d_color)
 

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.types import Camera, Image, RasterSettings
+from spaceport_gs.types import SSIM_C1, SSIM_C2, SSIM_RADIUS, SSIM_SIGMA, Camera, Image, RasterSettings
 
 ALPHA_CUTOFF = 1 / 255
 TRANSMITTANCE_STOP = 1e-4
 JACOBIAN_MARGIN = 0.3
 MIN_QUATERNION_NORM_SQUARED = 1e-8
-SSIM_RADIUS, SSIM_SIGMA = 5, 1.5
-SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 
 
 @dataclass(frozen=True)

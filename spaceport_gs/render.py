@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -25,14 +24,6 @@ def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings | None
 def render_8bit(gaussians: Gaussians, camera: Camera, settings: RasterSettings | None = None) -> np.ndarray:
     """[H, W, 3] uint8, rounded to nearest: what a viewer would show and what is evaluated."""
     return to_8bit(render(gaussians, camera, settings))
-
-
-def render_all(
-    gaussians: Gaussians, cameras: Iterable[Camera], settings: RasterSettings | None = None
-) -> Iterator[np.ndarray]:
-    """[H, W, 3] uint8 of each camera in turn."""
-    for camera in cameras:
-        yield render_8bit(gaussians, camera, settings)
 
 
 def to_8bit(image: Image) -> np.ndarray:

@@ -18,6 +18,7 @@ from spaceport_gs.types import Camera
 EXTENT_MARGIN = 1.1  # recipe of 3D Gaussian Splatting: extent = 1.1 x largest distance of a camera
 MIN_VIEWS = 2  # a point must be seen by this many of the views in use
 MIN_POINTS = 10
+MAX_PIXELS = 500_000_000  # per photo: the largest cameras stay well below, a bomb does not
 MIN_SIDE = 16  # pixels; below it D-SSIM has no window left
 
 
@@ -261,6 +262,7 @@ def _opened(path: Path) -> Iterator[Any]:
     """The photo as a Pillow image whose pixels are not read yet."""
     from PIL import Image as Pillow
 
+    Pillow.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses what is larger than twice this
     try:
         file = Pillow.open(path)
     except Pillow.DecompressionBombError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -131,19 +131,12 @@ class TrainSettings:
         return replace(self, recipe=recipe, steps=self.steps or recipe.steps)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` reads back."""
+        """A JSON object of all fields."""
         return asdict(self)
 
     def decisive(self) -> dict[str, Any]:
         """The part of `to_json` that the result depends on."""
         return {name: value for name, value in self.to_json().items() if name != "checkpoint_every"}
-
-    @staticmethod
-    def from_json(value: Any) -> TrainSettings:
-        """InputError where a field is unknown or of another type."""
-        settings: TrainSettings = _from_json(TrainSettings, value, "train settings")
-        _check(settings)
-        return settings
 
 
 def preset(name: str, n_views: int, n_pixels: int) -> Recipe:
@@ -287,24 +280,3 @@ def _check(settings: TrainSettings) -> None:
         value = getattr(settings, name)
         if not (value >= least and math.isfinite(value)):
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-
-
-def _from_json(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected an object, not {value!r}")
-    known = {field.name: field for field in fields(kind)}
-    unknown = sorted(set(value) - set(known))
-    if unknown:
-        raise InputError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(known)}")
-    nested = {"recipe": Recipe, "plateau": PlateauRule}
-    converted = {}
-    for name, item in value.items():
-        default = known[name].default
-        if name in nested:
-            item = None if item is None else _from_json(nested[name], item, f"{where}, {name}")
-        elif isinstance(item, bool) or not isinstance(
-            item, (int, float) if isinstance(default, float) else type(default)
-        ):
-            raise InputError(f"{where}: {name} must be of type {type(default).__name__}, not {item!r}")
-        converted[name] = float(item) if isinstance(default, float) else item
-    return kind(**converted)

@@ -18,14 +18,14 @@ import numpy as np
 
 from spaceport_gs import checkpoint, schedule
 from spaceport_gs.checkpoint import Check, Phase, State, copied
-from spaceport_gs.density import Growth, Rows, Statistics, grow, logit, reset_opacities
+from spaceport_gs.density import Growth, Rows, grow, logit, reset_opacities
 from spaceport_gs.errors import InputError, Interrupted
 from spaceport_gs.evaluate import mean_psnr
 from spaceport_gs.gaussians import Gaussians, from_points
 from spaceport_gs.progress import Listener, Progress, ignore
 from spaceport_gs.scene import Scene, View, extent, farthest_views, split
 from spaceport_gs.schedule import Recipe, TrainSettings
-from spaceport_gs.types import Image, RasterSettings
+from spaceport_gs.types import Image, RasterSettings, Statistics
 
 if TYPE_CHECKING:
     import torch
@@ -144,6 +144,7 @@ def _fingerprint(scene: Scene, settings: TrainSettings) -> str:
     known = hashlib.sha256(json.dumps(settings.decisive(), sort_keys=True).encode())
     for view in scene.views:
         known.update(f"{view.name} {view.camera.width}x{view.camera.height}".encode())
+        known.update(np.array([view.camera.fx, view.camera.fy, view.camera.cx, view.camera.cy]).tobytes())
         known.update(view.camera.cam_from_world.tobytes())
     known.update(scene.points.tobytes())
     return known.hexdigest()
@@ -187,6 +188,7 @@ class _Stepper:
         self._run = run
         self._level = 0.0
         self._resized: dict[str, View] = {}
+        self._photos: dict[str, torch.Tensor] = {}
         self._gradient: Gaussians | None = None
         self._previous = 0.0  # moment of the step before
         self.last_loss = math.nan
@@ -206,7 +208,7 @@ class _Stepper:
         projected = ops.project(values, camera, settings)
         tiles = ops.tile(projected, camera)
         image = ops.blend(projected, tiles, camera, settings)
-        loss = ops.loss(image.color, _tensor(view.photo, image.color), ops.LossSettings(recipe.d_ssim_weight))
+        loss = ops.loss(image.color, self._photo(view), ops.LossSettings(recipe.d_ssim_weight))
         d_image = Image(loss.d_color, image.transmittance.new_zeros(image.transmittance.shape))
         d_splats = ops.blend_vjp(projected, tiles, camera, settings, image, d_image)
         gradient = ops.project_vjp(values, camera, settings, projected, d_splats, self._buffer(values))
@@ -214,7 +216,7 @@ class _Stepper:
         state.loss_sum += loss.value
 
         if state.phase.name == "main" and previous < recipe.growth_until:
-            state.statistics.observe(projected, d_splats, camera)
+            ops.density(projected, d_splats, camera, state.statistics)
         return gradient
 
     def update(self, state: State, gradient: Gaussians) -> None:
@@ -258,23 +260,25 @@ class _Stepper:
         shorter = min(view.camera.width, view.camera.height)
         level = schedule.resolution(run.recipe, moment, shorter)
         if level != self._level:
-            self._level, self._resized = level, {}
+            self._level, self._resized, self._photos = level, {}, {}
         if view.name not in self._resized:
             self._resized[view.name] = view.resized(
                 max(1, round(view.camera.width * level)), max(1, round(view.camera.height * level))
             )
         return self._resized[view.name]
 
+    def _photo(self, view: View) -> torch.Tensor:
+        """[H, W, 3] uint8, on the device of the training."""
+        import torch
+
+        if view.name not in self._photos:
+            self._photos[view.name] = torch.from_numpy(view.photo).to(self._run.settings.device)
+        return self._photos[view.name]
+
     def _buffer(self, values: Gaussians) -> Gaussians:
         if self._gradient is None or self._gradient.sh.shape != values.sh.shape:
             self._gradient = values.map(lambda array: array.new_empty(array.shape))
         return self._gradient
-
-
-def _tensor(photo: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(photo).to(like.device)
 
 
 def _pace(run: _Run, state: State) -> float:

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+SSIM_RADIUS, SSIM_SIGMA = 5, 1.5  # window of 11 x 11 pixels (Wang et al. 2004)
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
+
 Array = Any
 """A NumPy array or a torch tensor: C-contiguous, on the device of the verb that uses it."""
 
@@ -84,3 +87,21 @@ class Image:
 
     color: Array  # [H, W, 3] float32, background blended in
     transmittance: Array  # [H, W] float32, what is left of the light from behind
+
+
+@dataclass
+class Statistics:
+    """What Gaussians went through since the last growth."""
+
+    gradient_sums: Array  # [N] float32, norms of the gradients by the screen position, in units of half the image
+    n_visible: Array  # [N] float32, steps in which the Gaussian was visible
+
+    @staticmethod
+    def empty(n_gaussians: int, device: Any = "cpu") -> Statistics:
+        import torch
+
+        return Statistics(torch.zeros(n_gaussians, device=device), torch.zeros(n_gaussians, device=device))
+
+    def scores(self) -> Array:
+        """[N], mean norm over the steps in which the Gaussian was visible; 0 if there was none."""
+        return self.gradient_sums / self.n_visible.clip(min=1)

@@ -33,7 +33,7 @@ def camera(width: int = 64, height: int = 48, focal: float = 50.0) -> Camera:
 def assert_close(value: torch.Tensor, truth: torch.Tensor, flips: float = 0.0, size_of_flips: float = 0.0) -> None:
     """Every entry within 1e-4 of the largest; but a share `flips` of them, which a cut-off may have decided otherwise, only
     within `size_of_flips` of the largest."""
-    value, truth = value.detach().double(), truth.detach().double()
+    value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
     assert value.shape == truth.shape
     if truth.numel() == 0:
         return

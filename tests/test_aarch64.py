@@ -29,7 +29,7 @@ def run_step(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     configure = [
         "cmake", "-S", str(REPOSITORY), "-B", str(build), "-DCMAKE_SYSTEM_NAME=Linux",
         "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}",
-        "-DCMAKE_BUILD_TYPE=Release", "-DSPACEPORT_PYTHON=OFF", "-DSPACEPORT_NATIVE_TESTS=ON",
+        "-DCMAKE_BUILD_TYPE=Release", "-DSPACEPORT_PYTHON=OFF", "-DSPACEPORT_NATIVE_TESTS=ON", "-DSPACEPORT_CUDA=OFF",
     ]  # fmt: skip
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run(["cmake", "--build", str(build), "--target", "run_step"], check=True, capture_output=True)

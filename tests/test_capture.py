@@ -126,6 +126,41 @@ def test_bad_photos_are_skipped_and_named(tmp_path: Path) -> None:
     assert len(capture.photos) == 4
 
 
+def test_a_damaged_exif_is_no_exif(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "in")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Model] = "drone"
+    exif.get_ifd(ExifTags.IFD.GPSInfo).update({1: "N", 2: (5.0, 0.0, 0.0), 3: "E", 4: (5.0, 0.0, 0.0), 6: 1.0})
+    picture(3).save(folder / "whole.jpg", exif=exif)
+    data = bytearray((folder / "whole.jpg").read_bytes())
+    start = data.index(b"Exif")
+    draw = np.random.default_rng(0)
+    for i in range(60):
+        broken = bytearray(data)
+        for place in draw.integers(start + 6, start + 140, 4):
+            broken[place] = draw.integers(0, 256)
+        (folder / f"broken {i:02d}.jpg").write_bytes(broken)
+    capture = open_capture(folder, tmp_path / "work")
+    assert len(capture.photos) + len(capture.skipped) == 64 and len(capture.photos) > 40
+
+
+def test_names_that_would_meet_are_told_apart(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "in", 2)
+    picture(3).convert("CMYK").save(folder / "a.jpg")
+    picture(4).save(folder / "a.jpg.png")
+    capture = open_capture(folder, tmp_path / "work")
+    assert len({photo.path for photo in capture.photos}) == 4
+
+
+def test_heic(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    folder = folder_of(tmp_path / "in")
+    smooth = picture(5).resize((8, 6)).resize((64, 48), Image.Resampling.BICUBIC)
+    pillow_heif.from_pillow(smooth).save(str(folder / "photo.heic"), quality=95)
+    result = pixels_of(folder, tmp_path / "work", "photo.heic").astype(int)
+    assert np.abs(result - np.asarray(smooth).astype(int)).mean() < 6
+
+
 def refused(path: Path, work: Path, *words: str) -> None:
     with pytest.raises(InputError) as error:
         open_capture(path, work)
@@ -174,6 +209,12 @@ def test_zip_links_and_broken_zips_are_refused(tmp_path: Path) -> None:
     data = archive(tmp_path / "ok.zip", []).read_bytes()
     (tmp_path / "cut.zip").write_bytes(data[: len(data) // 2])
     refused(tmp_path / "cut.zip", tmp_path / "work", "cut.zip", "zip")
+    with zipfile.ZipFile(tmp_path / "deflated.zip", "w", zipfile.ZIP_DEFLATED) as bundle:
+        bundle.writestr("a.png", bytes(range(256)) * 40)
+    data = bytearray((tmp_path / "deflated.zip").read_bytes())
+    data[45:60] = b"\xff" * 15
+    (tmp_path / "deflated.zip").write_bytes(data)
+    refused(tmp_path / "deflated.zip", tmp_path / "work", "deflated.zip", "zip")
 
 
 def test_transforms_json_becomes_a_model(tmp_path: Path) -> None:

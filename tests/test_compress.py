@@ -107,13 +107,27 @@ def test_playcanvas_decodes_our_file(tmp_path: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=400))
+@given(
+    st.one_of(
+        st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=400),
+        st.lists(st.floats(-(2**-10), 2**-10, width=32), min_size=300, max_size=400).map(
+            lambda v: v + [0.0] * 900 + [1.0]
+        ),
+    )
+)
 def test_codebook_entries_are_near(values: list[float]) -> None:
     array = np.array(values, np.float32)
     codebook = optimal_codebook(array)
     assert codebook.shape == (256,) and bool((np.diff(codebook) >= 0).all())
     decoded = codebook[nearest(codebook, array)]
     assert np.abs(decoded - array).max() <= np.ptp(array) / 64 + 1e-5
+
+
+def test_codebook_of_many_equal_values_and_an_outlier() -> None:
+    draw = np.random.default_rng(0)
+    values = np.concatenate([np.zeros(70_000), draw.normal(0, 1e-3, 30_000), [1.0]])
+    codebook = optimal_codebook(values)
+    assert np.isfinite(codebook).all() and np.abs(codebook[nearest(codebook, values)] - values).max() < 0.01
 
 
 def test_codebook_beats_an_even_one() -> None:
@@ -158,6 +172,13 @@ def broken(tmp_path: Path, **meta: object) -> Path:
 def test_broken_meta_is_refused(tmp_path: Path, meta: dict[str, object]) -> None:
     with pytest.raises(InputError, match="broken.sog"):
         read_sog(broken(tmp_path, **meta))
+
+
+def test_meta_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "list.sog", "w") as bundle:
+        bundle.writestr("meta.json", "[]")
+    with pytest.raises(InputError, match="list.sog"):
+        read_sog(tmp_path / "list.sog")
 
 
 def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -13,30 +13,48 @@ from scenes import assert_close, camera, random_gaussians
 
 from spaceport_gs import _engine, ops, reference
 from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.pipeline.doctor import cuda_missing
 from spaceport_gs.types import Camera, Image, RasterSettings
 
 SETTINGS = RasterSettings(background=(0.2, 0.5, 0.7))
 
 
-@pytest.fixture(params=["portable", "avx2"])
-def simd(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set of the CPU backend in turn."""
+@pytest.fixture(params=["portable", "avx2", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where tensors go, for each backend and instruction set in turn."""
+    if request.param == "cuda":
+        if missing := cuda_missing():
+            pytest.skip(missing)
+        yield "cuda"
+        return
     if request.param not in _engine.build_info()["simd"] or (request.param == "avx2" and _engine.Cpu().simd != "avx2"):
         pytest.skip(f"{request.param} is not available on this machine")
     ops.use_cpu(2, request.param)
-    yield request.param
+    yield "cpu"
     ops.use_cpu()
 
 
-def leaves(gaussians: Gaussians, dtype: torch.dtype) -> Gaussians:
-    return gaussians.map(lambda array: array.detach().to(dtype).clone().requires_grad_())
+def leaves(gaussians: Gaussians, dtype: torch.dtype, device: str = "cpu") -> Gaussians:
+    return gaussians.map(lambda array: array.detach().to(device, dtype).clone().requires_grad_())
+
+
+def on(device: str, gaussians: Gaussians) -> Gaussians:
+    return gaussians.map(lambda array: array.to(device))
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
+    """To the bit; on a GPU, where sums are made in no fixed order, nearly."""
+    if a.device.type == "cpu":
+        assert torch.equal(a, b)
+    else:
+        assert_close(a, b)
 
 
 def weights_like(image: Image) -> Image:
     draw = torch.Generator().manual_seed(9)
     return Image(
-        torch.randn(image.color.shape, generator=draw),
-        torch.randn(image.transmittance.shape, generator=draw),
+        torch.randn(image.color.shape, generator=draw).to(image.color.device),
+        torch.randn(image.transmittance.shape, generator=draw).to(image.color.device),
     )
 
 
@@ -44,15 +62,16 @@ def weighted_sum(image: Image, weights: Image) -> torch.Tensor:
     return (image.color * weights.color).sum() + (image.transmittance * weights.transmittance).sum()
 
 
-def compare(gaussians: Gaussians, view: Camera, settings: RasterSettings = SETTINGS) -> None:
+def compare(device: str, gaussians: Gaussians, view: Camera, settings: RasterSettings = SETTINGS) -> None:
     """Image and all gradients of the engine equal those of the reference in double precision."""
-    ours, truth = leaves(gaussians, torch.float32), leaves(gaussians, torch.float64)
+    ours, truth = leaves(gaussians, torch.float32, device), leaves(gaussians, torch.float64)
     image = ops.rasterize(ours, view, settings)
     expected = reference.render(truth, view, settings)
     assert_close(image.color, expected.color, flips=0.002, size_of_flips=0.02)
     assert_close(image.transmittance, expected.transmittance, flips=0.002, size_of_flips=0.02)
     weights = weights_like(image)
     weighted_sum(image, weights).backward()
+    weights = Image(weights.color.cpu(), weights.transmittance.cpu())
     if truth.means.requires_grad and expected.color.requires_grad:
         weighted_sum(expected, weights).backward()
     for value, correct in zip(ours.arrays(), truth.arrays(), strict=True):
@@ -70,14 +89,14 @@ def compare(gaussians: Gaussians, view: Camera, settings: RasterSettings = SETTI
         (64, (257, 3), 0.1),
     ],
 )
-def test_random_scenes(simd: str, n: int, size: tuple[int, int], scale: float) -> None:
-    compare(random_gaussians(n, seed=n, scale=scale), camera(*size))
+def test_random_scenes(device: str, n: int, size: tuple[int, int], scale: float) -> None:
+    compare(device, random_gaussians(n, seed=n, scale=scale), camera(*size))
 
 
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])
-def test_sh_degrees(simd: str, degree: int) -> None:
-    compare(random_gaussians(60, sh_degree=degree), camera(32, 24, 30))
-    compare(random_gaussians(60), camera(32, 24, 30), replace(SETTINGS, sh_degree=degree))
+def test_sh_degrees(device: str, degree: int) -> None:
+    compare(device, random_gaussians(60, sh_degree=degree), camera(32, 24, 30))
+    compare(device, random_gaussians(60), camera(32, 24, 30), replace(SETTINGS, sh_degree=degree))
 
 
 def with_row(gaussians: Gaussians, row: int, **values: object) -> Gaussians:
@@ -104,8 +123,8 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("case", DEGENERATE)
-def test_degenerate_rows(simd: str, case: str) -> None:
-    compare(with_row(random_gaussians(20, seed=3), 7, **DEGENERATE[case]), camera(40, 30, 32))
+def test_degenerate_rows(device: str, case: str) -> None:
+    compare(device, with_row(random_gaussians(20, seed=3), 7, **DEGENERATE[case]), camera(40, 30, 32))
 
 
 BREAKABLE = ("means", "log_scales", "quaternions", "opacities", "sh")
@@ -113,78 +132,78 @@ INFINITE = ("means", "log_scales", "quaternions", "sh")  # an infinite logit is 
 
 
 @pytest.mark.parametrize(("name", "value"), [*((n, math.nan) for n in BREAKABLE), *((n, math.inf) for n in INFINITE)])
-def test_a_broken_row_leaves_the_others_alone(simd: str, name: str, value: float) -> None:
+def test_a_broken_row_leaves_the_others_alone(device: str, name: str, value: float) -> None:
     gaussians = random_gaussians(20, seed=4)
     rows = [i for i in range(20) if i != 7]
     broken = gaussians.map(lambda array: array.clone())
     getattr(broken, name).view(20, -1)[7, 0] = value
     view = camera(40, 30, 32)
-    ours = leaves(broken, torch.float32)
+    ours = leaves(broken, torch.float32, device)
     image = ops.rasterize(ours, view, SETTINGS)
-    without = leaves(gaussians.select(torch.tensor(rows)), torch.float32)
+    without = leaves(gaussians.select(torch.tensor(rows)), torch.float32, device)
     expected = ops.rasterize(without, view, SETTINGS)
     assert torch.equal(image.color, expected.color)
     weights = weights_like(image)
     weighted_sum(image, weights).backward()
     weighted_sum(expected, weights).backward()
     for with_broken, correct in zip(ours.arrays(), without.arrays(), strict=True):
-        assert torch.equal(with_broken.grad[rows], correct.grad)
+        assert_same(with_broken.grad[rows], correct.grad)
         assert not with_broken.grad[7].any()
 
 
-def test_nothing_to_see(simd: str) -> None:
+def test_nothing_to_see(device: str) -> None:
     view = camera(20, 10)
     for gaussians in (random_gaussians(0), with_row(random_gaussians(1), 0, means=[0, 0, -5])):
-        ours = leaves(gaussians, torch.float32)
+        ours = leaves(gaussians, torch.float32, device)
         image = ops.rasterize(ours, view, SETTINGS)
-        assert torch.equal(image.color, torch.tensor(SETTINGS.background).expand(10, 20, 3))
-        assert torch.equal(image.transmittance, torch.ones(10, 20))
+        assert torch.equal(image.color.cpu(), torch.tensor(SETTINGS.background).expand(10, 20, 3))
+        assert torch.equal(image.transmittance.cpu(), torch.ones(10, 20))
         weighted_sum(image, weights_like(image)).backward()
         assert all(not array.grad.any() for array in ours.arrays())
 
 
-def test_equal_depths_keep_the_order_of_rows(simd: str) -> None:
+def test_equal_depths_keep_the_order_of_rows(device: str) -> None:
     flat = random_gaussians(12, seed=5, scale=0.3)
     flat.means[:, 2] = 4.0
     straight = replace(camera(24, 18, 20), cam_from_world=np.eye(3, 4))
-    compare(flat, straight)
+    compare(device, flat, straight)
 
 
-def test_saturated_pixels_stop(simd: str) -> None:
+def test_saturated_pixels_stop(device: str) -> None:
     wall = random_gaussians(60, seed=6, scale=1.0)
     wall.opacities[:] = 6.0
-    compare(wall, camera(24, 18, 20))
+    compare(device, wall, camera(24, 18, 20))
 
 
 @pytest.mark.parametrize("alpha_max", [0.6, 0.999])
-def test_alpha_max(simd: str, alpha_max: float) -> None:
+def test_alpha_max(device: str, alpha_max: float) -> None:
     gaussians = random_gaussians(30, seed=7, scale=0.3)
     gaussians.opacities[:] += 3.0
-    compare(gaussians, camera(24, 18, 20), replace(SETTINGS, alpha_max=alpha_max))
+    compare(device, gaussians, camera(24, 18, 20), replace(SETTINGS, alpha_max=alpha_max))
 
 
 @pytest.mark.parametrize(("width", "height"), [(70, 45), (1, 1), (17, 5), (4097, 3), (3, 300)])
-def test_loss(simd: str, width: int, height: int) -> None:
+def test_loss(device: str, width: int, height: int) -> None:
     draw = torch.Generator().manual_seed(width)
     photo = torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8)
     color = torch.rand(height, width, 3, generator=draw)
     truth = color.double().requires_grad_()
     expected = reference.loss(truth, photo, 0.2)
     expected.backward()
-    result = ops.loss(color, photo, ops.LossSettings(0.2))
-    assert result.value == pytest.approx(float(expected), rel=1e-5)
-    assert_close(result.d_color, truth.grad)
+    result = ops.loss(color.to(device), photo.to(device), ops.LossSettings(0.2))
+    assert result.value == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert_close(result.d_color.cpu(), truth.grad)
 
 
-def test_loss_of_a_perfect_image(simd: str) -> None:
+def test_loss_of_a_perfect_image(device: str) -> None:
     photo = torch.randint(0, 256, (30, 40, 3), dtype=torch.uint8)
-    result = ops.loss(photo / 255.0, photo, ops.LossSettings(0.2))
+    result = ops.loss((photo / 255.0).to(device), photo.to(device), ops.LossSettings(0.2))
     assert result.value == pytest.approx(0.0, abs=1e-6)
     assert result.ssim == pytest.approx(1.0, abs=1e-6)
 
 
-def test_update_is_adam(simd: str) -> None:
-    values, truth = random_gaussians(37), random_gaussians(37)
+def test_update_is_adam(device: str) -> None:
+    values, truth = on(device, random_gaussians(37)), random_gaussians(37)
     first, second = ops.zeros_like(values), ops.zeros_like(values)
     rates = {"means": 1e-3, "log_scales": 2e-3, "quaternions": 3e-3, "opacities": 4e-3}
     moments = [reference.Moments(torch.zeros_like(a).double(), torch.zeros_like(a).double()) for a in truth.arrays()]
@@ -193,7 +212,7 @@ def test_update_is_adam(simd: str) -> None:
         gradient = random_gaussians(37, seed=100 + step)
         ops.update(
             values,
-            gradient,
+            on(device, gradient),
             first,
             second,
             ops.AdamSettings(**rates, sh_dc=5e-3, sh_rest=6e-3, step=step),
@@ -206,29 +225,29 @@ def test_update_is_adam(simd: str) -> None:
                 rate = rates[name]
             expected[k], moments[k] = reference.update(expected[k], array.double(), moments[k], rate, step)
     for value, correct in zip(values.arrays(), expected, strict=True):
-        torch.testing.assert_close(value.double(), correct, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value.cpu().double(), correct, rtol=1e-5, atol=1e-6)
 
 
-def test_density_statistics(simd: str) -> None:
-    from spaceport_gs.density import Statistics
+def test_density_statistics(device: str) -> None:
+    from spaceport_gs.types import Statistics
 
-    gaussians, view = random_gaussians(50), camera()
+    gaussians, view = on(device, random_gaussians(50)), camera()
     projected = ops.project(gaussians, view, SETTINGS)
-    d_splats = torch.randn(len(projected.splats), 9)
-    statistics = Statistics.empty(50)
+    d_splats = torch.randn(len(projected.splats), 9, device=device)
+    statistics = Statistics.empty(50, device)
     for _ in range(2):
         ops.density(projected, d_splats, view, statistics)
     norms = torch.hypot(d_splats[:, 0] * view.width / 2, d_splats[:, 1] * view.height / 2)
-    expected = torch.zeros(50)
+    expected = torch.zeros(50, device=device)
     expected[projected.gaussian_from_splat.long()] = 2 * norms
     torch.testing.assert_close(statistics.gradient_sums, expected)
-    visible = torch.zeros(50)
+    visible = torch.zeros(50, device=device)
     visible[projected.gaussian_from_splat.long()] = 2
     assert torch.equal(statistics.n_visible, visible)
 
 
-def test_tiles_hold_every_pixel_that_is_reached(simd: str) -> None:
-    gaussians, view = random_gaussians(200, seed=8, scale=0.15), camera(75, 43)
+def test_tiles_hold_every_pixel_that_is_reached(device: str) -> None:
+    gaussians, view = on(device, random_gaussians(200, seed=8, scale=0.15)), camera(75, 43)
     projected = ops.project(gaussians, view, SETTINGS)
     tiles = ops.tile(projected, view)
     offsets = tiles.offsets.tolist()
@@ -241,7 +260,7 @@ def test_tiles_hold_every_pixel_that_is_reached(simd: str) -> None:
     assert len(listed) == len(tiles.instances)
     assert sorted(tiles.instances[:, 1].tolist()) == list(range(len(tiles.instances)))
     y, x = np.mgrid[0:43, 0:75] + 0.5
-    for s, (mx, my, a, b, c, opacity) in enumerate(projected.splats[:, :6].double().numpy()):
+    for s, (mx, my, a, b, c, opacity) in enumerate(projected.splats[:, :6].double().cpu().numpy()):
         dx, dy = x - mx, y - my
         alpha = opacity * np.exp(-0.5 * (a * dx * dx + c * dy * dy) - b * dx * dy)
         rows, columns = np.nonzero(alpha >= 1 / 255)
@@ -269,21 +288,21 @@ def test_same_bytes_with_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(alone, one_step(n_threads), strict=True))
 
 
-def test_both_routes_give_the_same_gradient() -> None:
-    gaussians, view = random_gaussians(100), camera()
-    photo = torch.full((view.height, view.width, 3), 90, dtype=torch.uint8)
-    leaf = leaves(gaussians, torch.float32)
+def test_both_routes_give_the_same_gradient(device: str) -> None:
+    gaussians, view = on(device, random_gaussians(100)), camera()
+    photo = torch.full((view.height, view.width, 3), 90, dtype=torch.uint8, device=device)
+    leaf = leaves(gaussians, torch.float32, device)
     image = ops.rasterize(leaf, view, SETTINGS)
     loss = ops.loss(image.color.detach(), photo, ops.LossSettings())
     image.color.backward(loss.d_color)
     projected = ops.project(gaussians, view, SETTINGS)
     tiles = ops.tile(projected, view)
-    d_image = Image(loss.d_color, torch.zeros(view.height, view.width))
+    d_image = Image(loss.d_color, torch.zeros(view.height, view.width, device=device))
     plain = ops.blend(projected, tiles, view, SETTINGS)
     d_splats = ops.blend_vjp(projected, tiles, view, SETTINGS, plain, d_image)
     fused = ops.project_vjp(gaussians, view, SETTINGS, projected, d_splats)
     for a, b in zip(leaf.arrays(), fused.arrays(), strict=True):
-        assert torch.equal(a.grad, b)
+        assert_same(a.grad, b)
 
 
 def test_numpy_arrays_serve_as_well() -> None:
@@ -293,7 +312,9 @@ def test_numpy_arrays_serve_as_well() -> None:
     from spaceport_gs.types import Projected
 
     out = Projected(splats, np.empty(30, np.int32), np.empty(31, np.int64))
-    n = _engine.project(_engine.Cpu(), rows, view, SETTINGS, out)
+    cpu = _engine.Cpu()
+    scratch = np.empty(_engine.project_scratch(cpu, 30), np.uint8)
+    n = _engine.project(cpu, rows, view, SETTINGS, scratch, out)
     assert np.array_equal(splats[:n], ops.project(gaussians, view, SETTINGS).splats.numpy())
 
 

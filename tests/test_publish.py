@@ -103,8 +103,6 @@ def test_the_page_holds_the_scene_and_nothing_of_this_machine(sog: Path, tmp_pat
 def test_without_npm_the_page_loads_pinned_files(sog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv(publishing.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(publishing, "_cached_viewer", lambda: None)
-    monkeypatch.setattr(publishing, "viewer_files", lambda: None)
     assert publish(sog, tmp_path / "index.html")["viewer"] == "cdn"
     page = (tmp_path / "index.html").read_text()
     version = publishing.viewer_version()

@@ -21,6 +21,7 @@ from spaceport_gs.pipeline import cli
 from spaceport_gs.ply import read_ply, write_ply
 
 SPACEPORT = str(Path(sys.executable).parent / "spaceport")
+STAGES = ["sfm", "train", "compress", "publish"]
 QUICK = ("--steps", "200", "--quiet")
 
 
@@ -86,21 +87,110 @@ def test_resuming_a_finished_run_redoes_nothing(result: Path, orbit_capture: Pat
     assert changed == {"publish.json"} and "Another" in (out / "index.html").read_text()[:500]
 
 
+def test_resuming_with_other_settings_or_photos_is_refused(
+    result: Path, orbit_capture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(result, tmp_path / "out")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.suffix in (".ply", ".json", ".npz")}
+    photos = orbit_capture / "photos"
+    for change, name in (("--downscale 2", "downscale"), ("--steps 300", "steps"), ("--eval-every 4", "eval_every")):
+        command = ["reconstruct", str(photos), "-o", str(out), *QUICK, "--resume", *change.split()]
+        assert cli.run(command) == cli.EXIT_MISTAKE
+        printed = capsys.readouterr().err
+        assert name in printed and "--overwrite" in printed
+    other = photos_of(orbit_capture, tmp_path / "other", 15)
+    assert cli.run(["reconstruct", str(other), "-o", str(out), *QUICK, "--resume"]) == cli.EXIT_MISTAKE
+    assert "photos" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_what_is_gone_is_made_again(result: Path, orbit_capture: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(result, tmp_path / "out")
+    (out / "scene.sog").unlink()
+    command = ["reconstruct", str(orbit_capture / "photos"), "-o", str(out), *QUICK, "--title", "Pad <39>", "--resume"]
+    assert cli.run(command) == 0
+    assert (out / "scene.sog").read_bytes() == (result / "scene.sog").read_bytes()
+
+
+def test_inputs_are_never_removed(orbit_capture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(orbit_capture / "truth", project)
+    (project / "config.json").write_text('{"command": "train", "version": "0"}')
+    assert cli.run(["train", str(project), "-o", str(project), "--overwrite"]) == cli.EXIT_MISTAKE
+    inside = tmp_path / "out" / "sfm"
+    inside.parent.mkdir()
+    shutil.move(project, inside)
+    shutil.move(inside / "config.json", inside.parent)
+    assert cli.run(["train", str(inside), "-o", str(inside.parent), "--overwrite"]) == cli.EXIT_MISTAKE
+    assert "input" in capsys.readouterr().err
+    assert len(list((inside / "images").iterdir())) == 16 and (inside / "sparse" / "0" / "images.bin").exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"mine": 1}')
+    assert cli.run(["train", str(inside), "-o", str(foreign), "--overwrite"]) == cli.EXIT_MISTAKE
+    assert (foreign / "config.json").read_text() == '{"mine": 1}'
+    (foreign / "photos").mkdir()
+    assert cli.run(["synthesize", "-o", str(foreign), "--overwrite", "--photos", "3"]) == cli.EXIT_MISTAKE
+
+
+def test_a_kill_at_the_very_start_leaves_a_folder_that_can_be_used(orbit_capture: Path, tmp_path: Path) -> None:
+    (tmp_path / ".config.json.4711.partial").write_text("{")
+    assert cli.run(["sfm", str(orbit_capture / "truth"), "-o", str(tmp_path), "--quiet"]) == 0
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_failed_first_run_does_not_block_the_right_one(orbit_capture: Path, tmp_path: Path) -> None:
+    assert cli.run(["sfm", str(orbit_capture / "truth" / "depth"), "-o", str(tmp_path / "out")]) == cli.EXIT_MISTAKE
+    assert cli.run(["sfm", str(orbit_capture / "truth"), "-o", str(tmp_path / "out"), "--quiet"]) == 0
+
+
+def test_photos_that_are_not_used_are_named_everywhere(
+    orbit_capture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = photos_of(orbit_capture, tmp_path / "photos", 6)
+    (photos / "text.jpg").write_text("hello")
+    (photos / "cut.jpg").write_bytes((photos / "DJI_0001.JPG").read_bytes()[:3000])
+    assert cli.run(["reconstruct", str(photos), "-o", str(tmp_path / "out"), "--steps", "40"]) == 0
+    printed = capsys.readouterr().out
+    assert "not used: text.jpg: not an image" in printed and "not used: cut.jpg: damaged" in printed
+    for name in ("report.json", "report.html", "spaceport.log"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "text.jpg" in text and "cut.jpg" in text and str(tmp_path) not in text
+
+
 def test_reconstruct_killed_at_ten_random_moments_completes(orbit_capture: Path, tmp_path: Path) -> None:
-    command = [SPACEPORT, "reconstruct", str(orbit_capture / "photos"), "-o", str(tmp_path / "out"), *QUICK]
-    draw, n_events = random.Random(4), 0
-    for _ in range(10):
-        process = subprocess.Popen([*command, *(["--resume"] if n_events else [])], stderr=subprocess.DEVNULL)
-        events, goal = tmp_path / "out" / "events.jsonl", n_events + draw.randint(1, 4)
-        finished = stamps(tmp_path / "out")
-        while process.poll() is None and n_events < goal:
-            n_events = events.read_bytes().count(b"\n") if events.exists() else 0
+    """Each kill waits for a stage, and a share of it, that were drawn before; finished stages stay as they are."""
+    out = tmp_path / "out"
+    command = [
+        SPACEPORT,
+        "reconstruct",
+        str(orbit_capture / "photos"),
+        "-o",
+        str(out),
+        *QUICK,
+        "--checkpoint-every",
+        "20",
+    ]
+    draw = random.Random(4)
+    moments = sorted((STAGES.index(s), draw.random()) for s in ["sfm", *draw.choices(STAGES, [2, 4, 2, 1], k=9)])
+    n_lines, n_kept = 0, 0
+    for k, (stage, share) in enumerate(moments):
+        process = subprocess.Popen([*command, *(["--resume"] if k else [])], stderr=subprocess.DEVNULL)
+        finished = stamps(out)
+        while process.poll() is None:
+            lines = (out / "events.jsonl").read_text().splitlines()[n_lines:] if (out / "events.jsonl").exists() else []
+            events = [json.loads(line) for line in lines if line.endswith("}")]
+            told = [(STAGES.index(event["stage"]), event["fraction"]) for event in events]
+            if any(moment >= (stage, share) for moment in told):
+                break
         process.kill()
         process.wait()
-        after = stamps(tmp_path / "out")
-        assert all(after[name] == stamp for name, stamp in finished.items())
+        n_lines = len((out / "events.jsonl").read_text().splitlines())
+        assert all(stamps(out)[name] == stamp for name, stamp in finished.items())
+        n_kept = max(n_kept, len(finished))
+    assert n_kept >= 2
     subprocess.run([*command, "--resume"], check=True, timeout=300)
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["registered"] == 16
+    assert json.loads((out / "report.json").read_text())["registered"] == 16
 
 
 def test_stages_alone(result: Path, orbit_capture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +255,11 @@ def photos_of(orbit_capture: Path, folder: Path, n: int = 3) -> Path:
     return folder
 
 
+def bomb_in(folder: Path) -> Path:
+    Image.new("1", (40_000, 30_000)).save(folder / "0.png")
+    return folder
+
+
 def zip_with(path: Path, name: str) -> Path:
     with zipfile.ZipFile(path, "w") as bundle:
         bundle.writestr(name, b"x")
@@ -195,6 +290,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path, Path], list[object]], tuple[str,
     "two photos": (lambda t, c, r: ["reconstruct", photos_of(c, t / "two", 2), "-o", t / "o"], ("2 usable photos", "at least 3")),
     "not a folder": (lambda t, c, r: ["sfm", r / "scene.ply", "-o", t / "o"], ("scene.ply", "expected a folder")),
     "zip slip": (lambda t, c, r: ["reconstruct", zip_with(t / "a.zip", "../x.jpg"), "-o", t / "o"], ("a.zip", "outside")),
+    "bomb": (lambda t, c, r: ["reconstruct", bomb_in(photos_of(c, t / "bomb")), "-o", t / "o"], ("0.png", "pixels")),
     "not a zip": (lambda t, c, r: ["reconstruct", cut(t / "b.zip", r / "scene.ply"), "-o", t / "o"], ("b.zip", "zip")),
     "finished": (lambda t, c, r: ["reconstruct", c / "photos", "-o", r], ("--resume", "--overwrite")),
     "foreign folder": (lambda t, c, r: ["reconstruct", c / "photos", "-o", c], ("not a result",)),
@@ -232,14 +328,16 @@ def test_a_mistake_is_one_line(
     assert stamps(result) == before
 
 
-def test_cuda_that_is_not_there(orbit_capture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from spaceport_gs import _engine
+def test_cuda_that_is_not_there(
+    orbit_capture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spaceport_gs.pipeline import run
 
-    if "cuda" in _engine.build_info()["backends"]:
-        pytest.skip("this build has CUDA")
+    if not run.cuda_missing():
+        monkeypatch.setattr(run, "cuda_missing", lambda: "no NVIDIA driver")
     arguments = ["train", str(orbit_capture / "truth"), "-o", str(tmp_path / "out"), "--device", "cuda"]
     assert cli.run(arguments) == cli.EXIT_MISTAKE
-    assert "no CUDA backend" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "use --device cpu" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("most", [200_000, 2_000_000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pycolmap
 import pytest
 from conftest import ORBIT
-from PIL import Image
+from PIL import ExifTags, Image
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline import sfm
@@ -124,6 +125,56 @@ def _sampled(pixels: np.ndarray, column: np.ndarray, row: np.ndarray) -> np.ndar
 
     channels = [map_coordinates(pixels[..., c], [row, column], order=1, mode="nearest") for c in range(3)]
     return np.clip(np.stack(channels, axis=-1) + 0.5, 0, 255).astype(np.uint8)
+
+
+def test_poses_of_a_transforms_json_get_points(orbit_capture: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(orbit_capture / "photos", tmp_path / "in")
+    frames = []
+    for i, camera in enumerate(orbit(ORBIT)):
+        pose = np.eye(4)
+        pose[:3, :3] = camera.cam_from_world[:, :3].T * [1, -1, -1]
+        pose[:3, 3] = camera.center
+        frames.append({"file_path": f"DJI_{i + 1:04d}.JPG", "transform_matrix": pose.tolist()})
+    lens = {"fl_x": camera.fx, "fl_y": camera.fy, "cx": camera.cx, "cy": camera.cy, "w": 360, "h": 240}
+    (folder / "transforms.json").write_text(json.dumps({**lens, "frames": frames}))
+    report = reconstructed(folder, tmp_path / "out")
+    assert report.registered == 16 and report.points > 500 and report.reprojection_error_px < 1
+    for view, camera in zip(load_scene(tmp_path / "out").views, orbit(ORBIT), strict=True):
+        np.testing.assert_allclose(view.camera.cam_from_world, camera.cam_from_world, atol=1e-6)
+
+
+def test_sizes_and_orientations_may_differ(orbit_capture: Path, tmp_path: Path) -> None:
+    """Some photos are smaller, some lie on their side and say so in their EXIF."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, photo in enumerate(sorted((orbit_capture / "photos").iterdir())):
+        with Image.open(photo) as image:
+            exif = image.getexif()
+            changed = image.copy()
+        if i % 4 == 1:
+            changed = changed.resize((300, 200), Image.Resampling.LANCZOS)
+        if i % 4 == 3:
+            changed = changed.transpose(Image.Transpose.ROTATE_90)
+            exif[ExifTags.Base.Orientation] = 6
+        changed.save(photos / photo.name, quality=95, exif=exif)
+    report = reconstructed(photos, tmp_path / "out")
+    assert report.registered == 16
+    sizes = {(v.camera.width, v.camera.height) for v in load_scene(tmp_path / "out").views}
+    assert all(width > height for width, height in sizes) and len(sizes) >= 2
+    assert error_of(tmp_path / "out") <= 0.01
+
+
+def test_all_drone_photos_are_placed(data_folder: Path, tmp_path: Path) -> None:
+    """18 photos of a beach, nadir and oblique, at half their size."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for photo in (data_folder / "brighton_beach" / "images").iterdir():
+        with Image.open(photo) as image:
+            image.resize((image.width // 2, image.height // 2)).save(
+                photos / photo.name, quality=92, exif=image.getexif()
+            )
+    report = reconstructed(photos, tmp_path / "out")
+    assert report.registered == 18 and report.reprojection_error_px < 1
 
 
 def test_the_largest_model_wins() -> None:

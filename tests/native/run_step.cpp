@@ -76,26 +76,28 @@ int main(int argc, char** argv) {
   std::vector<int32_t> gaussian_from_splat(static_cast<size_t>(n));
   std::vector<int64_t> instance_offsets(static_cast<size_t>(n + 1));
   Projected projected = {splats.data(), gaussian_from_splat.data(), instance_offsets.data(), n};
-  projected.n = project(cpu, values.view(), camera, settings, projected);
+  std::vector<char> scratch(project_scratch(cpu, n));
+  projected.n = project(cpu, values.view(), camera, settings, scratch.data(), projected);
   const int64_t n_instances = instance_offsets[size_t(projected.n)];
 
-  std::vector<SplatDepth> order(static_cast<size_t>(n)), reordered(static_cast<size_t>(n));
-  std::vector<PlacedInstance> listed(static_cast<size_t>(n_instances));
   std::vector<int64_t> tile_offsets(static_cast<size_t>(camera.tiles_x() * camera.tiles_y() + 1));
   std::vector<Instance> instances(static_cast<size_t>(n_instances));
   const Tiles tiles = {tile_offsets.data(), instances.data(), n_instances};
-  tile(cpu, projected, camera, {order.data(), reordered.data(), listed.data()}, tiles);
+  scratch.resize(tile_scratch(cpu, projected.n, n_instances));
+  tile(cpu, projected, camera, scratch.data(), tiles);
 
   const size_t n_pixels = size_t(width) * size_t(height);
   std::vector<float> color(3 * n_pixels), transmittance(n_pixels), d_color(3 * n_pixels), d_transmittance(n_pixels);
   const Image image = {color.data(), transmittance.data()};
   blend(cpu, projected, tiles, camera, settings, image);
-  const LossValue value = loss(cpu, color.data(), photo.data(), width, height, {0.2f}, d_color.data());
+  scratch.resize(loss_scratch(cpu, width, height));
+  const LossValue value =
+      loss(cpu, {color.data(), photo.data(), width, height}, {0.2f}, scratch.data(), d_color.data());
 
-  std::vector<float> records(static_cast<size_t>(n_instances) * kSplatGradientStride);
+  scratch.resize(blend_vjp_scratch(cpu, n_instances));
   std::vector<float> d_splats(static_cast<size_t>(projected.n) * kSplatGradientStride);
-  blend_vjp(cpu, projected, tiles, camera, settings, image, {d_color.data(), d_transmittance.data()},
-            {records.data(), d_splats.data()});
+  blend_vjp(cpu, projected, tiles, camera, settings, image, {d_color.data(), d_transmittance.data()}, scratch.data(),
+            d_splats.data());
   Table gradient(n, k), first(n, k), second(n, k);
   project_vjp(cpu, values.view(), camera, settings, projected, d_splats.data(), gradient.view());
   const AdamSettings adam = {1e-3f, 2e-3f, 3e-3f, 4e-3f, 5e-3f, 6e-3f, 0.9f, 0.999f, 1e-15f, 1};

@@ -1,0 +1,116 @@
+"""The CUDA engine against the CPU engine, on scenes that are too large for the reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from scenes import assert_close, camera, random_gaussians
+
+from spaceport_gs import ops
+from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.pipeline.doctor import cuda_missing
+from spaceport_gs.types import Camera, Image, RasterSettings
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_missing()), reason=cuda_missing())]
+
+
+def step(gaussians: Gaussians, view: Camera, photo: torch.Tensor) -> tuple[Image, ops.Loss, Gaussians]:
+    settings = RasterSettings(background=(0.3, 0.2, 0.1))
+    projected = ops.project(gaussians, view, settings)
+    tiles = ops.tile(projected, view)
+    image = ops.blend(projected, tiles, view, settings)
+    loss = ops.loss(image.color, photo, ops.LossSettings())
+    d_image = Image(loss.d_color, torch.zeros_like(image.transmittance))
+    d_splats = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
+    return image, loss, ops.project_vjp(gaussians, view, settings, projected, d_splats)
+
+
+def photo_for(view: Camera, seed: int = 0) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (view.height, view.width, 3), generator=draw, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("n", "size", "scale"), [(200_000, (800, 533), 0.012), (1_000_000, (640, 427), 0.006)])
+def test_large_scenes(n: int, size: tuple[int, int], scale: float) -> None:
+    gaussians, view = random_gaussians(n, scale=scale), camera(*size, focal=0.75 * size[0])
+    photo = photo_for(view)
+    expected = step(gaussians, view, photo)
+    result = step(gaussians.map(lambda a: a.cuda()), view, photo.cuda())
+    assert_close(result[0].color, expected[0].color, flips=1e-3, size_of_flips=0.02)
+    assert result[1].value == pytest.approx(expected[1].value, rel=1e-5)
+    for a, b in zip(result[2].arrays(), expected[2].arrays(), strict=True):
+        relative = (a.cpu().double() - b.double()).norm() / b.double().norm()
+        assert relative < 2e-3
+
+
+@pytest.mark.parametrize("size", [(4097, 3), (1, 1), (17, 5)])
+def test_odd_images_and_principal_points(size: tuple[int, int]) -> None:
+    view = replace(camera(*size, focal=40.0), cx=-3.0, cy=9.0)
+    gaussians = random_gaussians(333, scale=0.2)
+    a = ops.render(gaussians, view, RasterSettings())
+    b = ops.render(gaussians.map(lambda x: x.cuda()), view, RasterSettings())
+    assert_close(b.color, a.color, flips=0.002, size_of_flips=0.02)
+
+
+def test_projection_is_stable_and_repeats() -> None:
+    gaussians, view = random_gaussians(300_001, scale=0.01).map(lambda a: a.cuda()), camera(640, 480, 500.0)
+    first = ops.project(gaussians, view, RasterSettings())
+    assert bool((first.gaussian_from_splat[1:] > first.gaussian_from_splat[:-1]).all())
+    counts = first.instance_offsets[1:] - first.instance_offsets[:-1]
+    assert bool((counts > 0).all())
+    tiles = ops.tile(first, view)
+    for _ in range(3):
+        again = ops.project(gaussians, view, RasterSettings())
+        assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in vars(first))
+        assert torch.equal(ops.tile(again, view).instances, tiles.instances)
+    assert torch.equal(tiles.instances[:, 1].sort().values.long(), torch.arange(len(tiles.instances), device="cuda"))
+
+
+def test_two_streams_at_once() -> None:
+    view, scenes = camera(320, 240, 260.0), [random_gaussians(50_000, seed=s).map(lambda a: a.cuda()) for s in (1, 2)]
+    photo = photo_for(view).cuda()
+    expected = [step(scene, view, photo)[0].color for scene in scenes]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        results = []
+        for scene, stream in zip(scenes, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(step(scene, view, photo)[0].color)
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_memory_that_does_not_suffice_leaves_a_usable_state() -> None:
+    gaussians, view = random_gaussians(1000).map(lambda a: a.cuda()), camera()
+    before = ops.render(gaussians, view, RasterSettings()).color
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        torch.empty(1 << 44, dtype=torch.uint8, device="cuda")
+    assert torch.equal(ops.render(gaussians, view, RasterSettings()).color, before)
+
+
+def test_wrong_places_are_named() -> None:
+    gaussians = random_gaussians(10)
+    mixed = replace(gaussians.map(lambda a: a.cuda()), sh=gaussians.sh)
+    with pytest.raises(ValueError, match="sh: expected a tensor on cuda"):
+        ops.render(mixed, camera(), RasterSettings())
+
+
+def test_training_on_the_gpu_is_as_good(orbit_capture: Path, tmp_path: Path) -> None:
+    from spaceport_gs.evaluate import evaluate
+    from spaceport_gs.scene import load_scene, split
+    from spaceport_gs.schedule import TrainSettings
+    from spaceport_gs.train import train
+
+    scene = load_scene(orbit_capture / "truth")
+    _, held_out = split(scene, 8)
+    scores = []
+    for device in ("cpu", "cuda"):
+        report = train(scene, TrainSettings(steps=600, device=device), tmp_path / device)
+        scores.append(evaluate(report.gaussians, held_out).psnr)
+    assert all(score is not None and math.isfinite(score) for score in scores)
+    assert scores[1] == pytest.approx(scores[0], abs=0.5)
