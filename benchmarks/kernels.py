@@ -294,7 +294,7 @@ def measure_cpu(cloud: Cloud) -> dict[str, object]:
 def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     """What to measure on a GPU, each for a view."""
     gaussians, settings, photo = random_cloud(cloud, "cuda"), RasterSettings(), photo_for(cloud, "cuda")
-    moments = ops.zeros_like(gaussians), ops.zeros_like(gaussians)
+    moments = ops.AdamMoments(ops.zeros_like(gaussians), ops.zeros_like(gaussians))
     d_gaussians, rates = ops.empty_like(gaussians), ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=1)
     statistics_of = Statistics.empty(cloud.n, "cuda")
     views = [camera(cloud, i) for i in range(N_VIEWS)]
@@ -321,8 +321,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         loss = ops.loss(image.color, photo, ops.LossSettings())
         d_image = Image(loss.d_color, torch.zeros_like(image.transmittance))
         d = ops.blend_vjp(p, t, views[i], settings, image, d_image)
-        ops.project_vjp(gaussians, views[i], settings, p, d, d_gaussians)
-        ops.update(gaussians, d_gaussians, *moments, rates)
+        ops.project_vjp_update(gaussians, views[i], settings, p, d, moments, rates)
 
     return {
         "project": lambda i: ops.project(gaussians, views[i], settings),
@@ -332,10 +331,50 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "loss and gradient": lambda i: ops.loss(images[i].color, photo, ops.LossSettings()),
         "blend'": blend_vjp,
         "project'": lambda i: ops.project_vjp(gaussians, views[i], settings, projected[i], d_splats[i], d_gaussians),
-        "update": lambda i: ops.update(gaussians, d_gaussians, *moments, rates),
+        "update": lambda i: ops.update(gaussians, d_gaussians, moments.first, moments.second, rates),
+        "project' and update in one": lambda i: ops.project_vjp_update(
+            gaussians, views[i], settings, projected[i], d_splats[i], moments, rates
+        ),
         "density": lambda i: ops.density(projected[i], d_splats[i], views[i], statistics_of),
         "whole step": step,
     }
+
+
+def gsplat_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
+    """The peer on the same Gaussians and views, with its own Python: forward, and a whole step with this engine's loss and
+    torch's fused Adam. Empty where gsplat is not installed."""
+    try:
+        from gsplat import rasterization
+    except ImportError:
+        return {}
+    gaussians, photo = random_cloud(cloud, "cuda"), photo_for(cloud, "cuda")
+    leaves = [array.requires_grad_() for array in gaussians.arrays()]
+    adam = torch.optim.Adam([{"params": [leaf], "lr": 0.0} for leaf in leaves], eps=1e-15, fused=True)
+    views = [camera(cloud, i) for i in range(N_VIEWS)]
+    poses = [torch.eye(4)[None] for _ in views]
+    for pose, view in zip(poses, views, strict=True):
+        pose[0, :3] = torch.as_tensor(view.cam_from_world)
+    on_gpu = [pose.cuda() for pose in poses]
+    lens = torch.tensor([[cloud.focal, 0, cloud.width / 2], [0, cloud.focal, cloud.height / 2], [0, 0, 1]])[None].cuda()
+
+    def forward(i: int) -> torch.Tensor:
+        color, _, _ = rasterization(
+            leaves[0], leaves[2], leaves[1].exp(), leaves[3].sigmoid(), leaves[4], on_gpu[i], lens, cloud.width,
+            cloud.height, near_plane=0.2, sh_degree=3, packed=False,
+        )  # fmt: skip
+        return color[0]
+
+    def forward_only(i: int) -> None:
+        with torch.no_grad():
+            forward(i)
+
+    def step(i: int) -> None:
+        color = forward(i)
+        color.backward(ops.loss(color.detach().contiguous(), photo, ops.LossSettings()).d_color)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+
+    return {"gsplat: forward": forward_only, "gsplat: whole step": step}
 
 
 def measure_cuda(cloud: Cloud) -> dict[str, object]:
@@ -343,7 +382,7 @@ def measure_cuda(cloud: Cloud) -> dict[str, object]:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {machine.commit()}")
     print(f"{cloud.n:,} Gaussians at {cloud.width}×{cloud.height}\n{'kernel':32}{'median':>10}{'10 %':>10}{'90 %':>10}")
     rows = []
-    for name, run in gpu_kernels(cloud).items():
+    for name, run in (gpu_kernels(cloud) | gsplat_kernels(cloud)).items():
         times = []
         for i in range(GPU_REPEATS + N_VIEWS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

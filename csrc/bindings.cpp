@@ -229,6 +229,17 @@ Cpu make_cpu(int n_threads, const std::string& simd) {
   return {std::make_shared<ThreadPool>(n_threads), chosen};
 }
 
+AdamSettings adam_settings_of(py::handle object) {
+  const auto number = [&](const char* name) { return object.attr(name).cast<float>(); };
+  const AdamSettings a = {number("means"),       number("log_scales"),
+                          number("quaternions"), number("opacities"),
+                          number("sh_dc"),       number("sh_rest"),
+                          number("beta1"),       number("beta2"),
+                          number("epsilon"),     object.attr("step").cast<int64_t>()};
+  if (a.step < 1) refuse("step", "1 or more", std::to_string(a.step));
+  return a;
+}
+
 using Unlocked = py::gil_scoped_release;
 
 // What only the CPU can look at before it starts.
@@ -351,16 +362,31 @@ void bind_verbs(py::module_& m) {
     const Gaussians v = read.gaussians(values);
     const Gaussians g = read.gaussians_like(gradient, v);
     const Gaussians m1 = read.gaussians_like(first, v), m2 = read.gaussians_like(second, v);
-    const auto number = [&](const char* name) { return settings.attr(name).cast<float>(); };
-    const AdamSettings a = {number("means"),       number("log_scales"),
-                            number("quaternions"), number("opacities"),
-                            number("sh_dc"),       number("sh_rest"),
-                            number("beta1"),       number("beta2"),
-                            number("epsilon"),     settings.attr("step").cast<int64_t>()};
-    if (a.step < 1) refuse("step", "1 or more", std::to_string(a.step));
+    const AdamSettings a = adam_settings_of(settings);
     Unlocked unlocked;
     update(backend, v, g, m1, m2, a);
   });
+
+  m.def("project_vjp_update_scratch", [](const Backend& backend, py::object values) {
+    return project_vjp_update_scratch(backend, reader_of(backend).gaussians(values));
+  });
+  m.def(
+      "project_vjp_update",
+      [](const Backend& backend, py::object values, py::object camera, py::object settings, py::object projected,
+         py::object d_splats, py::object first, py::object second, py::object adam, py::object scratch) {
+        const Reader read = reader_of(backend);
+        const Gaussians v = read.gaussians(values);
+        const Projected p = read.projected(projected);
+        const float* d = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
+        const AdamMoments moments = {read.gaussians_like(first, v), read.gaussians_like(second, v)};
+        const AdamSettings a = adam_settings_of(adam);
+        void* memory = read.scratch(scratch, project_vjp_update_scratch(backend, v));
+        const Camera c = camera_of(camera);
+        const RasterSettings s = raster_settings_of(settings, v.n_coefficients);
+        Unlocked unlocked;
+        project_vjp_update(backend, v, c, s, p, d, moments, a, memory);
+      },
+      "project_vjp and update in one.");
 
   m.def("density",
         [](const Backend& backend, py::object projected, py::object d_splats, py::object camera, py::object out) {

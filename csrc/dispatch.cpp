@@ -67,6 +67,29 @@ void update(const Cpu& cpu, const Gaussians& values, const Gaussians& gradient, 
   SPACEPORT_DISPATCH(update, values, gradient, first_moment, second_moment, settings);
 }
 
+size_t project_vjp_update_scratch(const Cpu&, const Gaussians& values) {
+  return size_t(values.n) * size_t(11 + 3 * values.n_coefficients) * sizeof(float);
+}
+
+void project_vjp_update(const Cpu& cpu, const Gaussians& values, const Camera& camera, const RasterSettings& settings,
+                        const Projected& projected, const float* d_splats, const AdamMoments& moments,
+                        const AdamSettings& adam, void* scratch) {
+  float* part = static_cast<float*>(scratch);
+  const auto take = [&](int64_t n_columns) {
+    float* taken = part;
+    part += values.n * n_columns;
+    return taken;
+  };
+  Gaussians gradient = values;
+  gradient.means = take(3);
+  gradient.log_scales = take(3);
+  gradient.quaternions = take(4);
+  gradient.opacities = take(1);
+  gradient.sh = take(3 * values.n_coefficients);
+  project_vjp(cpu, values, camera, settings, projected, d_splats, gradient);
+  update(cpu, values, gradient, moments.first, moments.second, adam);
+}
+
 void cluster_assign(const Cpu& cpu, const Points& points, const Points& centroids, int32_t* labels, float* distances) {
   SPACEPORT_DISPATCH(cluster_assign, points, centroids, labels, distances);
 }

@@ -1,5 +1,6 @@
-// loss: L1 + D-SSIM and its gradient. Two passes over tiles of the image: the local moments, SSIM and its derivatives;
-// then those derivatives filtered back onto the pixels. Windows are separable: across, then down.
+// loss: L1 + D-SSIM and its gradient. Two passes over blocks of the image: the local moments, SSIM and its derivatives;
+// then those derivatives filtered back onto the pixels. Windows are separable; a thread filters eight pixels of a row
+// at once, then four of a column, so that what it loads serves several of them.
 #define SPACEPORT_ISA cuda
 
 #include "launch.cuh"
@@ -11,10 +12,15 @@ namespace cuda {
 
 namespace {
 
-constexpr int kSide = 16;  // pixels along a block
-constexpr int kThreads = kSide * kSide;
+constexpr int kSide = 32;  // pixels along a block
+constexpr int kThreads = 256;
 constexpr int kHalo = kSide + 2 * kRadius;
+constexpr int kAcross = 8, kDown = 4;  // pixels that a thread filters at once
 constexpr int kDerivatives = 3;
+static_assert(kSide * kSide == kThreads * kDown, "one pass down covers the block");
+// Rows padded such that the lanes of a warp read and write different banks.
+using Plane = float[kHalo][kHalo + 1];
+using FilteredPlane = float[kHalo][kSide + 1];
 
 struct LossScratch {
   float* derivatives;  // [kDerivatives, kChannels, H, W]
@@ -45,53 +51,87 @@ __device__ double block_sum(double value) {
   return sum;
 }
 
-// Filters `kPlanes` values of the block with its halo, made by value(plane, x, y), across and down. The result is that
-// of the thread's own pixel.
+// Filters `kPlanes` quantities, made by value(row, column, values) for each pixel of the block with its halo, across.
 template <int kPlanes, class Value>
-__device__ void filtered(Value&& value, float (*across)[kHalo][kSide], float out[kPlanes]) {
-  const int column = int(threadIdx.x) % kSide;
-  for (int row = int(threadIdx.x) / kSide; row < kHalo; row += kSide) {
-    float sums[kPlanes] = {};
+__device__ void filter_across(Value&& value, FilteredPlane* across) {
+  for (int task = int(threadIdx.x); task < kHalo * (kSide / kAcross); task += kThreads) {
+    const int row = task / (kSide / kAcross), first = task % (kSide / kAcross) * kAcross;
+    float sums[kPlanes][kAcross] = {};
 #pragma unroll
-    for (int k = 0; k < kTaps; ++k) {
+    for (int i = 0; i < kAcross + kTaps - 1; ++i) {
       float values[kPlanes];
-      value(row, column + k, values);
+      value(row, first + i, values);
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane) sums[plane] = fmaf(kWindow[k], values[plane], sums[plane]);
+      for (int pixel = 0; pixel < kAcross; ++pixel) {
+        if (i - pixel < 0 || i - pixel >= kTaps) continue;
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) {
+          sums[plane][pixel] = fmaf(kWindow[i - pixel], values[plane], sums[plane][pixel]);
+        }
+      }
     }
 #pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) across[plane][row][column] = sums[plane];
-  }
-  __syncthreads();
-  const int own = int(threadIdx.x) / kSide;
+    for (int plane = 0; plane < kPlanes; ++plane) {
 #pragma unroll
-  for (int plane = 0; plane < kPlanes; ++plane) {
-    out[plane] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < kTaps; ++k) out[plane] = fmaf(kWindow[k], across[plane][own + k][column], out[plane]);
+      for (int pixel = 0; pixel < kAcross; ++pixel) across[plane][row][first + pixel] = sums[plane][pixel];
+    }
   }
 }
 
+// And down: out[plane][i] is that of the thread's pixel `column_of()`, `row_of(i)`.
+__device__ int column_of() {
+  return int(threadIdx.x) % kSide;
+}
+__device__ int row_of(int i) {
+  return int(threadIdx.x) / kSide * kDown + i;
+}
+template <int kPlanes>
+__device__ void filter_down(const FilteredPlane* across, float out[kPlanes][kDown]) {
+#pragma unroll
+  for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+    for (int pixel = 0; pixel < kDown; ++pixel) out[plane][pixel] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kDown + kTaps - 1; ++i) {
+      const float value = across[plane][row_of(i)][column_of()];
+#pragma unroll
+      for (int pixel = 0; pixel < kDown; ++pixel) {
+        if (i - pixel < 0 || i - pixel >= kTaps) continue;
+        out[plane][pixel] = fmaf(kWindow[i - pixel], value, out[plane][pixel]);
+      }
+    }
+  }
+}
+
+// Calls load(row, column of the block with its halo, place in the image, whether it lies inside) for every pixel of
+// these.
+template <class Load>
+__device__ void for_each_with_halo(int width, int height, Load&& load) {
+  const int left = int(blockIdx.x) * kSide - kRadius, top = int(blockIdx.y) * kSide - kRadius;
+  for (int i = int(threadIdx.x); i < kHalo * kHalo; i += kThreads) {
+    const int x = left + i % kHalo, y = top + i / kHalo;
+    load(i / kHalo, i % kHalo, int64_t(y) * width + x, x >= 0 && x < width && y >= 0 && y < height);
+  }
+}
+
+__device__ float shade_of(const LossImages& images, int64_t at) {
+  return float(images.photo[at]) * (1.0f / 255.0f);
+}
+
 __global__ __launch_bounds__(kThreads) void moments_kernel(LossImages images, LossScratch scratch) {
-  __shared__ float x[kHalo][kHalo], y[kHalo][kHalo];
-  __shared__ float across[5][kHalo][kSide];
-  const int left = int(blockIdx.x) * kSide, top = int(blockIdx.y) * kSide;
-  const int column = left + int(threadIdx.x) % kSide, row = top + int(threadIdx.x) / kSide;
-  const bool is_inside = column < images.width && row < images.height;
+  __shared__ Plane x, y;
+  __shared__ FilteredPlane across[5];
+  const int column = int(blockIdx.x) * kSide + column_of(), top = int(blockIdx.y) * kSide;
   const int64_t n_pixels = int64_t(images.width) * images.height;
-  double l1 = 0.0, ssim = 0.0;
+  float l1 = 0.0f, ssim = 0.0f;
   for (int channel = 0; channel < kChannels; ++channel) {
     __syncthreads();
-    for (int i = int(threadIdx.x); i < kHalo * kHalo; i += kThreads) {
-      const int from_x = left + i % kHalo - kRadius, from_y = top + i / kHalo - kRadius;
-      const bool exists = from_x >= 0 && from_x < images.width && from_y >= 0 && from_y < images.height;
-      const int64_t at = kChannels * (int64_t(from_y) * images.width + from_x) + channel;
-      x[i / kHalo][i % kHalo] = exists ? images.color[at] : 0.0f;
-      y[i / kHalo][i % kHalo] = exists ? float(images.photo[at]) * (1.0f / 255.0f) : 0.0f;
-    }
+    for_each_with_halo(images.width, images.height, [&](int r, int c, int64_t at, bool exists) {
+      x[r][c] = exists ? images.color[kChannels * at + channel] : 0.0f;
+      y[r][c] = exists ? shade_of(images, kChannels * at + channel) : 0.0f;
+    });
     __syncthreads();
-    float moments[5];
-    filtered<5>(
+    filter_across<5>(
         [&](int r, int c, float* values) {
           const float a = x[r][c], b = y[r][c];
           values[0] = a;
@@ -100,19 +140,25 @@ __global__ __launch_bounds__(kThreads) void moments_kernel(LossImages images, Lo
           values[3] = b * b;
           values[4] = a * b;
         },
-        across, moments);
-    if (is_inside) {
-      const SsimDerivatives<float> d = ssim_of(moments);
-      ssim += double(d.ssim);
-      l1 += double(fabsf(x[threadIdx.x / kSide + kRadius][threadIdx.x % kSide + kRadius] -
-                         y[threadIdx.x / kSide + kRadius][threadIdx.x % kSide + kRadius]));
+        across);
+    __syncthreads();
+    float moments[5][kDown];
+    filter_down<5>(across, moments);
+#pragma unroll
+    for (int i = 0; i < kDown; ++i) {
+      const int row = top + row_of(i);
+      if (column >= images.width || row >= images.height) continue;
+      const float own[5] = {moments[0][i], moments[1][i], moments[2][i], moments[3][i], moments[4][i]};
+      const SsimDerivatives<float> d = ssim_of(own);
+      ssim += d.ssim;
+      l1 += fabsf(x[row_of(i) + kRadius][column_of() + kRadius] - y[row_of(i) + kRadius][column_of() + kRadius]);
       float* to = scratch.derivatives + channel * n_pixels + int64_t(row) * images.width + column;
       to[0] = d.by_mean;
       to[kChannels * n_pixels] = d.by_square;
       to[2 * kChannels * n_pixels] = d.by_product;
     }
   }
-  const double l1_sum = block_sum(l1), ssim_sum = block_sum(ssim);
+  const double l1_sum = block_sum(double(l1)), ssim_sum = block_sum(double(ssim));
   if (threadIdx.x == 0) {
     scratch.sums[int64_t(blockIdx.y) * gridDim.x + blockIdx.x] = make_double2(l1_sum, ssim_sum);
   }
@@ -120,35 +166,35 @@ __global__ __launch_bounds__(kThreads) void moments_kernel(LossImages images, Lo
 
 __global__ __launch_bounds__(kThreads) void gradient_kernel(LossImages images, LossScratch scratch, float l1_factor,
                                                             float ssim_factor, float* d_color) {
-  __shared__ float maps[kDerivatives][kHalo][kHalo];
-  __shared__ float across[kDerivatives][kHalo][kSide];
-  const int left = int(blockIdx.x) * kSide, top = int(blockIdx.y) * kSide;
-  const int column = left + int(threadIdx.x) % kSide, row = top + int(threadIdx.x) / kSide;
+  __shared__ Plane maps[kDerivatives];
+  __shared__ FilteredPlane across[kDerivatives];
+  const int column = int(blockIdx.x) * kSide + column_of(), top = int(blockIdx.y) * kSide;
   const int64_t n_pixels = int64_t(images.width) * images.height;
   for (int channel = 0; channel < kChannels; ++channel) {
     __syncthreads();
-    for (int i = int(threadIdx.x); i < kHalo * kHalo; i += kThreads) {
-      const int from_x = left + i % kHalo - kRadius, from_y = top + i / kHalo - kRadius;
-      const bool exists = from_x >= 0 && from_x < images.width && from_y >= 0 && from_y < images.height;
-      const int64_t at = channel * n_pixels + int64_t(from_y) * images.width + from_x;
+    for_each_with_halo(images.width, images.height, [&](int r, int c, int64_t at, bool exists) {
+      const float* from = scratch.derivatives + channel * n_pixels + at;
 #pragma unroll
-      for (int map = 0; map < kDerivatives; ++map) {
-        maps[map][i / kHalo][i % kHalo] = exists ? scratch.derivatives[map * kChannels * n_pixels + at] : 0.0f;
-      }
-    }
+      for (int map = 0; map < kDerivatives; ++map) maps[map][r][c] = exists ? from[map * kChannels * n_pixels] : 0.0f;
+    });
     __syncthreads();
-    float d[kDerivatives];
-    filtered<kDerivatives>(
+    filter_across<kDerivatives>(
         [&](int r, int c, float* values) {
 #pragma unroll
           for (int map = 0; map < kDerivatives; ++map) values[map] = maps[map][r][c];
         },
-        across, d);
-    if (column < images.width && row < images.height) {
+        across);
+    __syncthreads();
+    float d[kDerivatives][kDown];
+    filter_down<kDerivatives>(across, d);
+#pragma unroll
+    for (int i = 0; i < kDown; ++i) {
+      const int row = top + row_of(i);
+      if (column >= images.width || row >= images.height) continue;
       const int64_t at = kChannels * (int64_t(row) * images.width + column) + channel;
-      const float x = images.color[at], y = float(images.photo[at]) * (1.0f / 255.0f);
+      const float x = images.color[at], y = shade_of(images, at);
       const float sign = x > y ? l1_factor : x < y ? -l1_factor : 0.0f;
-      d_color[at] = fmaf(ssim_factor, d[0] + 2.0f * x * d[1] + y * d[2], sign);
+      d_color[at] = fmaf(ssim_factor, d[0][i] + 2.0f * x * d[1][i] + y * d[2][i], sign);
     }
   }
 }

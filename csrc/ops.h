@@ -92,6 +92,18 @@ void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, cons
 void update(const Cuda&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
             const Gaussians& second_moment, const AdamSettings&);
 
+// project_vjp and update in one, without the gradient in between where the backend can do so. The moments' and values'
+// rows that are not visible take their step with a gradient of zero.
+struct AdamMoments {
+  Gaussians first, second;
+};
+size_t project_vjp_update_scratch(const Cpu&, const Gaussians&);
+size_t project_vjp_update_scratch(const Cuda&, const Gaussians&);
+void project_vjp_update(const Cpu&, const Gaussians& values, const Camera&, const RasterSettings&, const Projected&,
+                        const float* d_splats, const AdamMoments&, const AdamSettings&, void* scratch);
+void project_vjp_update(const Cuda&, const Gaussians& values, const Camera&, const RasterSettings&, const Projected&,
+                        const float* d_splats, const AdamMoments&, const AdamSettings&, void* scratch);
+
 // Adds what one step saw of each Gaussian: the norm of its gradient by the mean in normalised device coordinates (that
 // of pixels times half the image), and one step of being visible.
 struct DensityStatistics {

@@ -5,6 +5,7 @@
 // tile.cu is: both count the tiles of a splat, and must agree.
 #define SPACEPORT_ISA cuda
 
+#include "adam.cuh"
 #include "launch.cuh"
 #include "scalar.h"
 #include "splat_math.h"
@@ -253,6 +254,164 @@ __global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View
   d_g.opacities[row] = d[5] * opacity * (1.0f - opacity);
 }
 
+constexpr int kFusedThreads = 128;  // rows of a block of the fused backward pass
+
+// Row of the first splat whose Gaussian is not before `gaussian`.
+__device__ int64_t first_splat_from(const Projected& projected, int64_t gaussian) {
+  int64_t low = 0, high = projected.n;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (projected.gaussian_from_splat[middle] < gaussian) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Which splat each of the block's rows is, or -1 where it is not visible.
+__device__ int64_t splat_of_row(const Projected& projected, int64_t first_row) {
+  __shared__ int64_t splats[kFusedThreads];
+  __shared__ int64_t begin;
+  splats[threadIdx.x] = -1;
+  if (threadIdx.x == 0) begin = first_splat_from(projected, first_row);
+  __syncthreads();
+  const int64_t splat = begin + threadIdx.x;
+  if (splat < projected.n) {
+    const int64_t row = projected.gaussian_from_splat[splat] - first_row;
+    if (row < kFusedThreads) splats[row] = splat;
+  }
+  __syncthreads();
+  return splats[threadIdx.x];
+}
+
+// Gradient by the values of the basis: for each the product of its coefficients with the gradient by the colour.
+template <int kDegree>
+__device__ void basis_gradient(const float* sh, int stride, const float d_color[3], float d_basis[kMaxShCoefficients]) {
+  constexpr int kColumns = 3 * n_coefficients_of(kDegree);
+#pragma unroll
+  for (int k = 0; k < n_coefficients_of(kDegree); ++k) d_basis[k] = 0.0f;
+  const auto add = [&](int column, float value) {
+    d_basis[column / 3] = fmaf(value, d_color[column % 3], d_basis[column / 3]);
+  };
+  if (stride % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kColumns / 4; ++i) {
+      const float4 four = reinterpret_cast<const float4*>(sh)[i];
+      add(4 * i, four.x);
+      add(4 * i + 1, four.y);
+      add(4 * i + 2, four.z);
+      add(4 * i + 3, four.w);
+    }
+#pragma unroll
+    for (int i = kColumns / 4 * 4; i < kColumns; ++i) add(i, sh[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) add(i, sh[i]);
+  }
+}
+
+__device__ void adam3(float* values, float* first, float* second, int64_t row, const Vec3<float>& gradient, float rate,
+                      const AdamRates& rates) {
+  const float g[3] = {gradient.x, gradient.y, gradient.z};
+#pragma unroll
+  for (int i = 0; i < 3; ++i) adam(values[3 * row + i], g[i], first[3 * row + i], second[3 * row + i], rate, rates);
+}
+
+__device__ void adam4(float* values, float* first, float* second, int64_t at, const float4& gradient,
+                      const float4& rate, const AdamRates& rates) {
+  float4 value = reinterpret_cast<float4*>(values)[at];
+  float4 m = reinterpret_cast<float4*>(first)[at], v = reinterpret_cast<float4*>(second)[at];
+  adam(value.x, gradient.x, m.x, v.x, rate.x, rates);
+  adam(value.y, gradient.y, m.y, v.y, rate.y, rates);
+  adam(value.z, gradient.z, m.z, v.z, rate.z, rates);
+  adam(value.w, gradient.w, m.w, v.w, rate.w, rates);
+  reinterpret_cast<float4*>(values)[at] = value;
+  reinterpret_cast<float4*>(first)[at] = m;
+  reinterpret_cast<float4*>(second)[at] = v;
+}
+
+struct FusedUpdate {
+  AdamMoments moments;
+  AdamSettings settings;
+  AdamRates rates;
+};
+
+// A thread takes a row's place and shape; then all take the block's SH coefficients, which lie one behind the other,
+// four at a time: their gradient is the product of a basis value and of the gradient by a colour.
+template <int kDegree>
+__global__ __launch_bounds__(kFusedThreads) void project_vjp_update_kernel(Gaussians g, View<float> view,
+                                                                           RasterSettings settings, Projected projected,
+                                                                           const float* d_splats, FusedUpdate u) {
+  constexpr int kCoefficients = n_coefficients_of(kDegree);
+  __shared__ float bases[kCoefficients][kFusedThreads + 1];
+  __shared__ float d_colors[3][kFusedThreads + 1];
+  const int64_t first_row = int64_t(blockIdx.x) * kFusedThreads, row = first_row + threadIdx.x;
+  const int stride = 3 * g.n_coefficients;
+  const int64_t splat = splat_of_row(projected, first_row);
+  const Gaussians &first = u.moments.first, &second = u.moments.second;
+  float basis[kMaxShCoefficients] = {}, d_color[3] = {};
+  if (row < g.n) {
+    RawShape<float> d_raw = {};
+    float d_opacity = 0.0f;
+    if (splat >= 0) {
+      const float* d = d_splats + splat * kSplatGradientStride;
+      const Splat& seen = projected.splats[splat];
+      const RawShape<float> raw = raw_shape_of(g, row);
+      const Shape<float> s = shape_of(raw, view, settings.low_pass);
+      d_raw = shape_of_vjp(raw, view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
+      d_opacity = d[5] * seen.opacity * (1.0f - seen.opacity);
+      d_color[0] = seen.red > 0.0f ? d[6] : 0.0f;
+      d_color[1] = seen.green > 0.0f ? d[7] : 0.0f;
+      d_color[2] = seen.blue > 0.0f ? d[8] : 0.0f;
+      const Vec3<float> offset = raw.mean - view.center;
+      const Vec3<float> to_gaussian = direction(offset);
+      sh_basis(kDegree, to_gaussian, basis);
+      float d_basis[kMaxShCoefficients];
+      basis_gradient<kDegree>(g.sh + row * stride, stride, d_color, d_basis);
+      d_raw.mean = d_raw.mean + direction_vjp(offset, sh_basis_vjp(kDegree, to_gaussian, d_basis));
+    }
+    adam3(g.means, first.means, second.means, row, d_raw.mean, u.settings.means, u.rates);
+    adam3(g.log_scales, first.log_scales, second.log_scales, row, d_raw.log_scale, u.settings.log_scales, u.rates);
+    const Quaternion<float>& q = d_raw.quaternion;
+    const float rate = u.settings.quaternions;
+    adam4(g.quaternions, first.quaternions, second.quaternions, row, make_float4(q.w, q.x, q.y, q.z),
+          make_float4(rate, rate, rate, rate), u.rates);
+    adam(g.opacities[row], d_opacity, first.opacities[row], second.opacities[row], u.settings.opacities, u.rates);
+  }
+#pragma unroll
+  for (int k = 0; k < kCoefficients; ++k) bases[k][threadIdx.x] = basis[k];
+#pragma unroll
+  for (int c = 0; c < 3; ++c) d_colors[c][threadIdx.x] = d_color[c];
+  __syncthreads();
+
+  const int n_rows = int(g.n - first_row < kFusedThreads ? g.n - first_row : kFusedThreads);
+  float *sh = g.sh + first_row * stride, *sh_first = first.sh + first_row * stride,
+        *sh_second = second.sh + first_row * stride;
+  const auto gradient_of = [&](int of_row, int column) {
+    const int k = column / 3;
+    return k < kCoefficients ? bases[k][of_row] * d_colors[column - 3 * k][of_row] : 0.0f;
+  };
+  const auto rate_of = [&](int column) { return column < 3 ? u.settings.sh_dc : u.settings.sh_rest; };
+  if (stride % 4 == 0) {
+    for (int i = int(threadIdx.x); i < n_rows * stride / 4; i += kFusedThreads) {
+      const int of_row = 4 * i / stride, column = 4 * i - of_row * stride;
+      const float4 gradient = make_float4(gradient_of(of_row, column), gradient_of(of_row, column + 1),
+                                          gradient_of(of_row, column + 2), gradient_of(of_row, column + 3));
+      const float rest = u.settings.sh_rest;
+      const float4 rate =
+          column == 0 ? make_float4(rate_of(0), rate_of(1), rate_of(2), rest) : make_float4(rest, rest, rest, rest);
+      adam4(sh, sh_first, sh_second, i, gradient, rate, u.rates);
+    }
+  } else {
+    for (int i = int(threadIdx.x); i < n_rows * stride; i += kFusedThreads) {
+      const int of_row = i / stride, column = i - of_row * stride;
+      adam(sh[i], gradient_of(of_row, column), sh_first[i], sh_second[i], rate_of(column), u.rates);
+    }
+  }
+}
+
 // Calls launch(std::integral_constant of the degree).
 template <class Launch>
 void for_degree(int degree, Launch&& launch) {
@@ -329,6 +488,24 @@ void project_vjp(const Cuda& backend, const Gaussians& g, const Camera& camera, 
         g, view, settings, projected, d_splats, d_g);
   });
   check_launch("project'");
+}
+
+size_t project_vjp_update_scratch(const Cuda&, const Gaussians&) {
+  return 0;
+}
+
+void project_vjp_update(const Cuda& backend, const Gaussians& values, const Camera& camera,
+                        const RasterSettings& settings, const Projected& projected, const float* d_splats,
+                        const AdamMoments& moments, const AdamSettings& adam, void*) {
+  if (values.n == 0) return;
+  const cuda::View<float> view = cuda::view_of<float>(camera);
+  const cuda::FusedUpdate update = {moments, adam, cuda::AdamRates::of(adam)};
+  cuda::for_degree(settings.sh_degree, [&](auto degree) {
+    cuda::project_vjp_update_kernel<degree>
+        <<<n_blocks_of(values.n, cuda::kFusedThreads), cuda::kFusedThreads, 0, stream_of(backend)>>>(
+            values, view, settings, projected, d_splats, update);
+  });
+  check_launch("project' and update");
 }
 
 }  // namespace spaceport

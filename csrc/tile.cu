@@ -66,29 +66,64 @@ __global__ void counts_kernel(const int64_t* instance_offsets, const int32_t* by
   if (i < n) counts[i] = instance_offsets[by_depth[i] + 1] - instance_offsets[by_depth[i]];
 }
 
-// A splat that touches other tiles than were counted, because it was projected with another camera, lists no more than
-// its share, and fills what is left of it with a tile behind the last.
-__global__ void list_kernel(Projected projected, const int32_t* by_depth, const int64_t* places, int tiles_x,
-                            int tiles_y, int64_t n_instances, uint32_t* tiles, PackedInstance* listed) {
+// What a warp lists before it writes it out, so that neighbouring lanes write neighbouring places.
+constexpr int kStaged = 256;
+struct StagedInstances {
+  uint32_t tiles[kStaged];
+  PackedInstance listed[kStaged];
+};
+
+// A warp lists the instances of 32 splats, which follow each other in the order of depth. A splat that touches other
+// tiles than were counted, because it was projected with another camera, lists no more than its share, and fills what
+// is left of it with a tile behind the last.
+__global__ __launch_bounds__(kThreads) void list_kernel(Projected projected, const int32_t* by_depth,
+                                                        const int64_t* places, int tiles_x, int tiles_y,
+                                                        int64_t n_instances, uint32_t* tiles, PackedInstance* listed) {
+  __shared__ StagedInstances staged_by_warp[kThreads / 32];
+  StagedInstances& staged = staged_by_warp[threadIdx.x / 32];
+  const int lane = int(threadIdx.x % 32);
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= projected.n) return;
-  const int32_t splat = by_depth[i];
-  const int64_t first = projected.instance_offsets[splat], end = projected.instance_offsets[splat + 1];
+  const bool exists = i < projected.n;
+  const int32_t splat = exists ? by_depth[i] : 0;
+  const int64_t first = exists ? projected.instance_offsets[splat] : 0;
+  const int64_t end = exists ? projected.instance_offsets[splat + 1] : 0;
+  const int64_t place = exists ? places[i] : 0;
+  const int64_t warp_begin = __shfl_sync(0xffffffffu, place, 0);
+  int64_t warp_end = exists ? place + end - first : 0;
+  for (int step = 16; step > 0; step /= 2) {
+    const int64_t other = __shfl_xor_sync(0xffffffffu, warp_end, step);
+    warp_end = other > warp_end ? other : warp_end;
+  }
+  const int64_t n = warp_end - warp_begin;
+  const bool is_staged = n <= kStaged;
+
   int64_t number = first;
   const auto put = [&](uint32_t tile) {
-    const int64_t at = places[i] + number - first;
-    if (at < n_instances) {
+    const int64_t at = place + number - first;
+    const PackedInstance packed = PackedInstance(uint32_t(splat)) | PackedInstance(uint32_t(number)) << 32;
+    if (is_staged) {
+      staged.tiles[at - warp_begin] = tile;
+      staged.listed[at - warp_begin] = packed;
+    } else if (at < n_instances) {
       tiles[at] = tile;
-      listed[at] = PackedInstance(uint32_t(splat)) | PackedInstance(uint32_t(number)) << 32;
+      listed[at] = packed;
     }
     ++number;
   };
-  for_each_tile_row(projected.splats[splat], tiles_x, tiles_y, [&](int row, TileSpan columns) {
-    for (int column = columns.begin; column < columns.end && number < end; ++column) {
-      put(uint32_t(row * tiles_x + column));
-    }
-  });
-  while (number < end) put(uint32_t(tiles_x * tiles_y));
+  if (exists) {
+    for_each_tile_row(projected.splats[splat], tiles_x, tiles_y, [&](int row, TileSpan columns) {
+      for (int column = columns.begin; column < columns.end && number < end; ++column) {
+        put(uint32_t(row * tiles_x + column));
+      }
+    });
+    while (number < end) put(uint32_t(tiles_x * tiles_y));
+  }
+  if (!is_staged) return;
+  __syncwarp();
+  for (int64_t at = lane; at < n && warp_begin + at < n_instances; at += 32) {
+    tiles[warp_begin + at] = staged.tiles[at];
+    listed[warp_begin + at] = staged.listed[at];
+  }
 }
 
 // Where the tiles' lists begin, from the sorted tiles of all instances.

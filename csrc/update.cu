@@ -1,6 +1,5 @@
 // update: Adam over all rows, every moment at every step.
-#include <cmath>
-
+#include "adam.cuh"
 #include "launch.cuh"
 
 namespace spaceport {
@@ -22,21 +21,11 @@ struct Table {
   int n_leading, period;
 };
 
-struct Rates {
-  float beta1, beta2, epsilon;
-  float first_correction, second_correction;  // 1 / (1 - beta^step)
-};
-
-__global__ __launch_bounds__(kThreads) void update_kernel(Table t, Rates r) {
+__global__ __launch_bounds__(kThreads) void update_kernel(Table t, AdamRates rates) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= t.n) return;
-  const float g = t.gradient[i];
-  const float m = fmaf(r.beta1, t.first[i], (1.0f - r.beta1) * g);
-  const float v = fmaf(r.beta2, t.second[i], (1.0f - r.beta2) * g * g);
-  t.first[i] = m;
-  t.second[i] = v;
   const float rate = t.n_leading > 0 && i % t.period < t.n_leading ? t.leading_rate : t.rate;
-  t.values[i] -= rate * (m * r.first_correction) / (sqrtf(v * r.second_correction) + r.epsilon);
+  adam(t.values[i], t.gradient[i], t.first[i], t.second[i], rate, rates);
 }
 
 }  // namespace
@@ -44,9 +33,7 @@ __global__ __launch_bounds__(kThreads) void update_kernel(Table t, Rates r) {
 
 void update(const Cuda& backend, const Gaussians& values, const Gaussians& gradient, const Gaussians& first,
             const Gaussians& second, const AdamSettings& a) {
-  const double steps = double(a.step);
-  const cuda::Rates rates = {a.beta1, a.beta2, a.epsilon, float(1.0 / (1.0 - std::pow(double(a.beta1), steps))),
-                             float(1.0 / (1.0 - std::pow(double(a.beta2), steps)))};
+  const cuda::AdamRates rates = cuda::AdamRates::of(a);
   const int64_t n = values.n;
   const int sh = values.n_coefficients * 3;
   const cuda::Table tables[] = {

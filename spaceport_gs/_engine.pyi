@@ -89,6 +89,19 @@ def update(
     second: Gaussians,
     settings: Any,
 ) -> None: ...
+def project_vjp_update_scratch(backend: Backend, values: Gaussians) -> int: ...
+def project_vjp_update(
+    backend: Backend,
+    values: Gaussians,
+    camera: Camera,
+    settings: RasterSettings,
+    projected: Projected,
+    d_splats: Array,
+    first: Gaussians,
+    second: Gaussians,
+    adam: Any,
+    scratch: Array,
+) -> None: ...
 def density(backend: Backend, projected: Projected, d_splats: Array, camera: Camera, out: Any) -> None: ...
 def cluster_assign(cpu: Cpu, points: Array, centroids: Array, labels: Array, distances: Array) -> None: ...
 def cluster_update(

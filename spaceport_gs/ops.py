@@ -205,6 +205,31 @@ def update(
     _engine.update(_backend(values.means), values, gradient, first_moment, second_moment, settings)
 
 
+@dataclass(frozen=True)
+class AdamMoments:
+    """Adam's averages of the gradient and of its square; they start at zero."""
+
+    first: Gaussians
+    second: Gaussians
+
+
+def project_vjp_update(
+    values: Gaussians,
+    camera: Camera,
+    settings: RasterSettings,
+    projected: Projected,
+    d_splats: torch.Tensor,  # [M, 9]
+    moments: AdamMoments,
+    adam: AdamSettings,
+) -> None:
+    """`project_vjp` and `update` in one, in place: on a GPU the gradient never goes through memory."""
+    backend = _backend(d_splats)
+    scratch = _scratch(d_splats, _engine.project_vjp_update_scratch(backend, values))
+    _engine.project_vjp_update(
+        backend, values, camera, settings, projected, d_splats, moments.first, moments.second, adam, scratch
+    )
+
+
 def density(projected: Projected, d_splats: torch.Tensor, camera: Camera, statistics: Statistics) -> None:
     """Adds to the statistics, in place, what one step saw of each Gaussian."""
     _engine.density(_backend(d_splats), projected, d_splats, camera, statistics)

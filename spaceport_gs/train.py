@@ -25,7 +25,7 @@ from spaceport_gs.gaussians import Gaussians, from_points
 from spaceport_gs.progress import Listener, Progress, ignore
 from spaceport_gs.scene import Scene, View, extent, farthest_views, split
 from spaceport_gs.schedule import Recipe, TrainSettings
-from spaceport_gs.types import Image, RasterSettings, Statistics
+from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Statistics
 
 if TYPE_CHECKING:
     import torch
@@ -74,11 +74,11 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
     with _signals() as stop:
         while state.phase.name != "done":
             with _timed(state):
-                gradient = stepper.backpropagate(state)
+                seen = stepper.backpropagate(state)
             if _is_check_due(run, state):  # before growth, whose new rows need some steps to find their place
                 _check(run, state)
             with _timed(state):
-                stepper.update(state, gradient)
+                stepper.update(state, seen)
             _advance_phase(run, state)
             if state.step % TELL_EVERY == 0 or state.phase.name == "done":
                 listen(_progress(run, state, stepper.last_loss))
@@ -181,24 +181,34 @@ def _timed(state: State) -> Iterator[None]:
     state.seconds += time.monotonic() - started
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a step saw of its view."""
+
+    camera: Camera
+    settings: RasterSettings
+    projected: Projected
+    d_splats: torch.Tensor  # [M, 9]
+    moment: float
+    """Before the step."""
+
+
 class _Stepper:
-    """Does steps; holds the photos of the current resolution and buffers, nothing that the next step depends on."""
+    """Does steps; holds the photos of the current resolution, nothing that a result depends on."""
 
     def __init__(self, run: _Run) -> None:
         self._run = run
         self._level = 0.0
         self._resized: dict[str, View] = {}
         self._photos: dict[str, torch.Tensor] = {}
-        self._gradient: Gaussians | None = None
-        self._previous = 0.0  # moment of the step before
         self.last_loss = math.nan
 
-    def backpropagate(self, state: State) -> Gaussians:
-        """Begins the next step: its view forward and back. Returns the gradient by the rows."""
+    def backpropagate(self, state: State) -> _Seen:
+        """Begins the next step: its view forward, and back to the splats."""
         from spaceport_gs import ops
 
         run, recipe = self._run, self._run.recipe
-        previous = self._previous = state.moment
+        previous = state.moment
         state.step += 1
         state.moment = min(previous + _pace(run, state), recipe.steps)
         view = self._view(state, previous)
@@ -211,32 +221,34 @@ class _Stepper:
         loss = ops.loss(image.color, self._photo(view), ops.LossSettings(recipe.d_ssim_weight))
         d_image = Image(loss.d_color, image.transmittance.new_zeros(image.transmittance.shape))
         d_splats = ops.blend_vjp(projected, tiles, camera, settings, image, d_image)
-        gradient = ops.project_vjp(values, camera, settings, projected, d_splats, self._buffer(values))
         self.last_loss = loss.value
         state.loss_sum += loss.value
 
         if state.phase.name == "main" and previous < recipe.growth_until:
             ops.density(projected, d_splats, camera, state.statistics)
-        return gradient
+        return _Seen(camera, settings, projected, d_splats, previous)
 
-    def update(self, state: State, gradient: Gaussians) -> None:
+    def update(self, state: State, seen: _Seen) -> None:
         """Ends the step: growth where it is due, and Adam."""
         from spaceport_gs import ops
 
-        if state.phase.name == "main":
-            gradient = self._densify(state, gradient, self._previous)
-        first_moment, second_moment = state.rows.companions
-        ops.update(state.rows.values, gradient, first_moment, second_moment, _adam(self._run, state))
+        recipe, adam, values = self._run.recipe, _adam(self._run, state), state.rows.values
+        is_due = schedule.grows(recipe, seen.moment, state.moment) or schedule.resets_opacity(
+            recipe, seen.moment, state.moment
+        )
+        if state.phase.name == "main" and is_due:
+            gradient = ops.project_vjp(values, seen.camera, seen.settings, seen.projected, seen.d_splats)
+            gradient = self._densify(state, gradient, seen.moment)
+            ops.update(state.rows.values, gradient, *state.rows.companions, adam)
+        else:
+            moments = ops.AdamMoments(*state.rows.companions)
+            ops.project_vjp_update(values, seen.camera, seen.settings, seen.projected, seen.d_splats, moments, adam)
 
     def _densify(self, state: State, gradient: Gaussians, previous: float) -> Gaussians:
         """Growth, pruning and opacity resets that are due; new rows have no gradient, so this step leaves them alone."""
         recipe = self._run.recipe
-        growth_due = schedule.grows(recipe, previous, state.moment)
-        reset_due = schedule.resets_opacity(recipe, previous, state.moment)
-        if not growth_due and not reset_due:
-            return gradient
         rows = Rows(state.rows.values, (gradient, *state.rows.companions))
-        if growth_due:
+        if schedule.grows(recipe, previous, state.moment):
             key = (self._run.settings.seed, state.step)
             growth = Growth(recipe, self._run.extent, state.moment, key)
             rows = grow(rows, state.statistics.scores(), growth)
@@ -245,7 +257,7 @@ class _Stepper:
                     "training lost every Gaussian: the cameras or points cannot be right; check the SfM report"
                 )
             state.statistics = Statistics.empty(len(rows.values), self._run.settings.device)
-        if reset_due:
+        if schedule.resets_opacity(recipe, previous, state.moment):
             rows = reset_opacities(rows, recipe.reset_opacity)
         state.rows = Rows(rows.values, rows.companions[1:])
         return rows.companions[0]
@@ -274,11 +286,6 @@ class _Stepper:
         if view.name not in self._photos:
             self._photos[view.name] = torch.from_numpy(view.photo).to(self._run.settings.device)
         return self._photos[view.name]
-
-    def _buffer(self, values: Gaussians) -> Gaussians:
-        if self._gradient is None or self._gradient.sh.shape != values.sh.shape:
-            self._gradient = values.map(lambda array: array.new_empty(array.shape))
-        return self._gradient
 
 
 def _pace(run: _Run, state: State) -> float:

@@ -228,6 +228,33 @@ def test_update_is_adam(device: str) -> None:
         torch.testing.assert_close(value.cpu().double(), correct, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("n", "degree", "held"), [(300, 3, 3), (129, 1, 3), (128, 2, 2), (77, 0, 1), (5, 0, 0)])
+def test_fused_update_is_the_two_verbs(device: str, n: int, degree: int, held: int) -> None:
+    """Also of rows that are not visible: their moments decay, and their values go on."""
+    view, settings = camera(40, 30, 32), replace(SETTINGS, sh_degree=degree)
+    start = random_gaussians(n, seed=n, sh_degree=held)
+    start.means[::3, 2] = -5.0  # behind the camera
+    routes = []
+    for is_fused in (False, True):
+        values = on(device, start.map(lambda array: array.clone()))
+        moments = ops.AdamMoments(
+            on(device, random_gaussians(n, seed=1, sh_degree=held)),
+            on(device, random_gaussians(n, seed=2, sh_degree=held).map(lambda array: array.abs())),
+        )
+        adam = ops.AdamSettings(1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3, step=7)
+        projected = ops.project(values, view, settings)
+        draw = torch.Generator().manual_seed(3)
+        d_splats = torch.randn(len(projected.splats), 9, generator=draw).to(device)
+        if is_fused:
+            ops.project_vjp_update(values, view, settings, projected, d_splats, moments, adam)
+        else:
+            gradient = ops.project_vjp(values, view, settings, projected, d_splats)
+            ops.update(values, gradient, moments.first, moments.second, adam)
+        routes.append((*values.arrays(), *moments.first.arrays(), *moments.second.arrays()))
+    for a, b in zip(*routes, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+
+
 def test_density_statistics(device: str) -> None:
     from spaceport_gs.types import Statistics
 
