@@ -86,6 +86,10 @@ def run(arguments: list[str]) -> int:
         return _fail("interrupted; go on with --resume", EXIT_INTERRUPTED)
     except _Terminated:
         return _fail("terminated; go on with --resume", EXIT_TERMINATED)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return _fail("training and rendering need torch: pip install 'torch>=2.4'")
     except MemoryError as error:
         return _fail(f"not enough memory ({error}): take a larger --downscale, or fewer photos")
     except BrokenPipeError:

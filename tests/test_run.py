@@ -357,6 +357,18 @@ def test_a_full_disk_loses_nothing(orbit_capture: Path, tmp_path: Path, most: in
     assert (out / "scene.ply").exists()
 
 
+def test_the_demo_reaches_its_quality(tmp_path: Path) -> None:
+    """What `make demo` does, with default settings."""
+    assert cli.run(["synthesize", "-o", str(tmp_path / "capture"), "--quiet"]) == 0
+    arguments = ["reconstruct", str(tmp_path / "capture" / "photos"), "-o", str(tmp_path / "out"), "--quiet"]
+    assert cli.run([*arguments, "--device", "cpu"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["registered"] == 30 and report["psnr"] >= 28
+    assert report["psnr_after_compression"] >= report["psnr"] - 0.3 and report["ply_bytes"] >= 8 * report["sog_bytes"]
+    curve = [check["psnr_held_out"] for check in report["history"]]
+    assert curve[-1] >= max(curve) - 0.1
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--version"]) == 0
     assert re.match(r"spaceport-gs \d+\.\d+", capsys.readouterr().out)
