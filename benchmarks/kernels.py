@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import machine
 import numpy as np
@@ -42,7 +43,7 @@ CLOUDS = {
 }
 N_POINTS, N_CENTROIDS = 20_000, 4_096  # of the palette for SH coefficients
 REPEATS = 9
-N_VIEWS, GPU_REPEATS = 8, 48
+N_VIEWS, GPU_WARM_UP, GPU_REPEATS = 8, 24, 64
 
 
 @dataclass(frozen=True)
@@ -383,15 +384,13 @@ def measure_cuda(cloud: Cloud) -> dict[str, object]:
     print(f"{cloud.n:,} Gaussians at {cloud.width}×{cloud.height}\n{'kernel':32}{'median':>10}{'10 %':>10}{'90 %':>10}")
     rows = []
     for name, run in (gpu_kernels(cloud) | gsplat_kernels(cloud)).items():
-        times = []
-        for i in range(GPU_REPEATS + N_VIEWS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(GPU_WARM_UP + GPU_REPEATS + 1)]
+        for i, mark in enumerate(marks):  # one behind the other, as in training: nobody waits in between
+            mark.record()
             run(i % N_VIEWS)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        fast, median, slow = np.quantile(times[N_VIEWS:], [0.1, 0.5, 0.9])
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) for a, b in pairwise(marks[GPU_WARM_UP:])]
+        fast, median, slow = np.quantile(times, [0.1, 0.5, 0.9])
         print(f"{name:32}{median:7.3f} ms{fast:7.3f} ms{slow:7.3f} ms")
         rows.append({"kernel": name, "milliseconds": median, "milliseconds_10": fast, "milliseconds_90": slow})
     return {"gpu": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated(), "rows": rows}

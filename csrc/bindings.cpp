@@ -24,6 +24,10 @@ struct Format<float> {
   static constexpr const char* name = "float32";
 };
 template <>
+struct Format<double> {
+  static constexpr const char* name = "float64";
+};
+template <>
 struct Format<int32_t> {
   static constexpr const char* name = "int32";
 };
@@ -271,10 +275,14 @@ void bind_verbs(py::module_& m) {
         void* memory = read.scratch(scratch, project_scratch(backend, g.n));
         const Camera c = camera_of(camera);
         const RasterSettings s = raster_settings_of(settings, g.n_coefficients);
-        Unlocked unlocked;
-        return project(backend, g, c, s, memory, projected);
+        ProjectedCounts counts;
+        {
+          Unlocked unlocked;
+          counts = project(backend, g, c, s, memory, projected);
+        }
+        return py::make_tuple(counts.n_splats, counts.n_instances);
       },
-      "Fills `out` (N rows) with the visible Gaussians; returns how many.");
+      "Fills `out` (N rows) with the visible Gaussians; returns how many there are, and their number of instances.");
 
   m.def("project_vjp", [](const Backend& backend, py::object gaussians, py::object camera, py::object settings,
                           py::object projected, py::object d_splats, py::object d_gaussians) {
@@ -340,21 +348,18 @@ void bind_verbs(py::module_& m) {
   m.def(
       "loss",
       [](const Backend& backend, py::object color, py::object photo, float ssim_weight, py::object scratch,
-         py::object d_color) {
+         py::object means, py::object d_color) {
         const Reader read = reader_of(backend);
         const Array<float> x = read.array<float>(color, "color", {-1, -1, 3});
         const LossImages images = {x.data, read.array<uint8_t>(photo, "photo", x.shape).data, int(x.shape[1]),
                                    int(x.shape[0])};
         void* memory = read.scratch(scratch, loss_scratch(backend, images.width, images.height));
-        float* d = read.array<float>(d_color, "d_color", x.shape).data;
-        LossValue value;
-        {
-          Unlocked unlocked;
-          value = loss(backend, images, {ssim_weight}, memory, d);
-        }
-        return py::make_tuple(value.l1, value.ssim);
+        const LossOutput out = {read.array<double>(means, "means", {2}).data,
+                                read.array<float>(d_color, "d_color", x.shape).data};
+        Unlocked unlocked;
+        loss(backend, images, {ssim_weight}, memory, out);
       },
-      "Mean L1 and mean SSIM; d_color becomes the gradient of (1 - w) L1 + w (1 - SSIM).");
+      "Means of L1 and of SSIM; d_color becomes the gradient of (1 - w) L1 + w (1 - SSIM).");
 
   m.def("update", [](const Backend& backend, py::object values, py::object gradient, py::object first,
                      py::object second, py::object settings) {

@@ -29,8 +29,8 @@ size_t project_scratch(const Cpu&, int64_t n_gaussians) {
   return size_t(n_pieces_of(n_gaussians, kProjectRowsPerPiece)) * sizeof(int64_t);
 }
 
-int64_t project(const Cpu& cpu, const Gaussians& gaussians, const Camera& camera, const RasterSettings& settings,
-                void* scratch, const Projected& out) {
+ProjectedCounts project(const Cpu& cpu, const Gaussians& gaussians, const Camera& camera,
+                        const RasterSettings& settings, void* scratch, const Projected& out) {
   SPACEPORT_DISPATCH(project, gaussians, camera, settings, scratch, out);
 }
 
@@ -55,11 +55,12 @@ void blend_vjp(const Cpu& cpu, const Projected& projected, const Tiles& tiles, c
 }
 
 size_t loss_scratch(const Cpu&, int width, int height) {
-  return size_t(n_pieces_of(width, kLossBlockWidth) * n_pieces_of(height, kLossBlockHeight)) * sizeof(LossValue);
+  return size_t(n_pieces_of(width, kLossBlockWidth) * n_pieces_of(height, kLossBlockHeight)) * 2 * sizeof(double);
 }
 
-LossValue loss(const Cpu& cpu, const LossImages& images, const LossSettings& settings, void* scratch, float* d_color) {
-  SPACEPORT_DISPATCH(loss, images, settings, scratch, d_color);
+void loss(const Cpu& cpu, const LossImages& images, const LossSettings& settings, void* scratch,
+          const LossOutput& out) {
+  SPACEPORT_DISPATCH(loss, images, settings, scratch, out);
 }
 
 void update(const Cpu& cpu, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,

@@ -14,14 +14,14 @@ constexpr int kLossBlockWidth = 192, kLossBlockHeight = 128;  // pixels: what a 
 
 namespace spaceport::SPACEPORT_ISA {
 
-int64_t project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
-                const Projected& out);
+ProjectedCounts project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
+                        const Projected& out);
 void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
                  const float* d_splats, const Gaussians& d_gaussians);
 void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 void blend_vjp(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
                const Image& d_image, void* scratch, float* d_splats);
-LossValue loss(const Cpu&, const LossImages&, const LossSettings&, void* scratch, float* d_color);
+void loss(const Cpu&, const LossImages&, const LossSettings&, void* scratch, const LossOutput& out);
 void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
             const Gaussians& second_moment, const AdamSettings&);
 void cluster_assign(const Cpu&, const Points& points, const Points& centroids, int32_t* labels, float* distances);

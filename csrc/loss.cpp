@@ -44,6 +44,11 @@ class RowRing {
   int stride_;
 };
 
+// Of absolute differences and of SSIM.
+struct LossSums {
+  double l1, ssim;
+};
+
 // One block: its pixels [x0, x1) x [y0, y1), with halos of one and of two window radii around them.
 class Block {
  public:
@@ -73,7 +78,7 @@ class Block {
   Block& operator=(const Block&) = delete;
 
   // Sums over the block's own pixels.
-  LossValue run() {
+  LossSums run() {
     for (int row = y0_ - 2 * kRadius; row < y1_ + 2 * kRadius; ++row) {
       filter_images_across(row);
       if (row - kRadius >= y0_ - kRadius) differentiate(row - kRadius);
@@ -206,20 +211,21 @@ class Block {
 
 }  // namespace
 
-LossValue loss(const Cpu& cpu, const LossImages& image, const LossSettings& settings, void* scratch, float* d_color) {
+void loss(const Cpu& cpu, const LossImages& image, const LossSettings& settings, void* scratch, const LossOutput& out) {
   const int64_t columns = n_pieces_of(image.width, kLossBlockWidth), rows = n_pieces_of(image.height, kLossBlockHeight);
-  LossValue* sums = static_cast<LossValue*>(scratch);  // [columns * rows]
+  LossSums* sums = static_cast<LossSums*>(scratch);  // [columns * rows]
   parallel_for(*cpu.pool, columns * rows, [&](int64_t block) {
     const int x0 = int(block % columns) * kLossBlockWidth, y0 = int(block / columns) * kLossBlockHeight;
-    sums[block] = Block(image, x0, y0, settings.ssim_weight, d_color).run();
+    sums[block] = Block(image, x0, y0, settings.ssim_weight, out.d_color).run();
   });
-  LossValue total = {0.0, 0.0};
+  LossSums total = {0.0, 0.0};
   for (int64_t block = 0; block < columns * rows; ++block) {
     total.l1 += sums[block].l1;
     total.ssim += sums[block].ssim;
   }
   const double n_values = double(image.width) * double(image.height) * kChannels;
-  return {total.l1 / n_values, total.ssim / n_values};
+  out.means[0] = total.l1 / n_values;
+  out.means[1] = total.ssim / n_values;
 }
 
 }  // namespace spaceport::SPACEPORT_ISA

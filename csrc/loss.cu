@@ -25,11 +25,9 @@ using FilteredPlane = float[kHalo][kSide + 1];
 struct LossScratch {
   float* derivatives;  // [kDerivatives, kChannels, H, W]
   double2* sums;       // [n_blocks] of |difference| and of SSIM
-  double2* total;
 
   static LossScratch of(Arena& arena, int width, int height, int64_t n_blocks) {
-    return {arena.take<float>(int64_t(kDerivatives) * kChannels * width * height), arena.take<double2>(n_blocks),
-            arena.take<double2>(1)};
+    return {arena.take<float>(int64_t(kDerivatives) * kChannels * width * height), arena.take<double2>(n_blocks)};
   }
 };
 
@@ -200,14 +198,18 @@ __global__ __launch_bounds__(kThreads) void gradient_kernel(LossImages images, L
 }
 
 // One block: the blocks' sums, always in the same order.
-__global__ __launch_bounds__(kThreads) void total_kernel(const double2* sums, int64_t n, double2* total) {
+__global__ __launch_bounds__(kThreads) void means_kernel(const double2* sums, int64_t n, double n_values,
+                                                         double* means) {
   double l1 = 0.0, ssim = 0.0;
   for (int64_t i = threadIdx.x; i < n; i += kThreads) {
     l1 += sums[i].x;
     ssim += sums[i].y;
   }
   const double l1_sum = block_sum(l1), ssim_sum = block_sum(ssim);
-  if (threadIdx.x == 0) *total = make_double2(l1_sum, ssim_sum);
+  if (threadIdx.x == 0) {
+    means[0] = l1_sum / n_values;
+    means[1] = ssim_sum / n_values;
+  }
 }
 
 }  // namespace
@@ -220,8 +222,8 @@ size_t loss_scratch(const Cuda&, int width, int height) {
   return arena.used();
 }
 
-LossValue loss(const Cuda& backend, const LossImages& images, const LossSettings& settings, void* memory,
-               float* d_color) {
+void loss(const Cuda& backend, const LossImages& images, const LossSettings& settings, void* memory,
+          const LossOutput& out) {
   const cudaStream_t stream = stream_of(backend);
   const dim3 grid = cuda::grid_of(images.width, images.height);
   const int64_t n_blocks = int64_t(grid.x) * grid.y;
@@ -229,15 +231,11 @@ LossValue loss(const Cuda& backend, const LossImages& images, const LossSettings
   const cuda::LossScratch scratch = cuda::LossScratch::of(arena, images.width, images.height, n_blocks);
   const double n_values = double(images.width) * double(images.height) * cuda::kChannels;
   cuda::moments_kernel<<<grid, cuda::kThreads, 0, stream>>>(images, scratch);
-  cuda::gradient_kernel<<<grid, cuda::kThreads, 0, stream>>>(images, scratch,
-                                                             float((1.0 - double(settings.ssim_weight)) / n_values),
-                                                             float(-double(settings.ssim_weight) / n_values), d_color);
-  cuda::total_kernel<<<1, cuda::kThreads, 0, stream>>>(scratch.sums, n_blocks, scratch.total);
+  cuda::gradient_kernel<<<grid, cuda::kThreads, 0, stream>>>(
+      images, scratch, float((1.0 - double(settings.ssim_weight)) / n_values),
+      float(-double(settings.ssim_weight) / n_values), out.d_color);
+  cuda::means_kernel<<<1, cuda::kThreads, 0, stream>>>(scratch.sums, n_blocks, n_values, out.means);
   check_launch("loss");
-  double2 total;
-  check(cudaMemcpyAsync(&total, scratch.total, sizeof(total), cudaMemcpyDeviceToHost, stream), "loss");
-  check(cudaStreamSynchronize(stream), "loss");
-  return {total.x / n_values, total.y / n_values};
 }
 
 }  // namespace spaceport

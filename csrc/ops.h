@@ -30,15 +30,18 @@ struct Cuda {
   void* stream;
 };
 
-// Projects the visible Gaussians; returns their number M. `out` holds N rows (and N + 1 offsets).
-// A row is culled when it lies nearer than `near`, is fainter than the cut-off, touches no tile, has no direction
-// (quaternion near zero) or is not finite.
+// Projects the visible Gaussians; returns how many there are, and how many tiles they touch. `out` holds N rows (and N
+// + 1 offsets). A row is culled when it lies nearer than `near`, is fainter than the cut-off, touches no tile, has no
+// direction (quaternion near zero) or is not finite.
+struct ProjectedCounts {
+  int64_t n_splats, n_instances;  // M, I
+};
 size_t project_scratch(const Cpu&, int64_t n_gaussians);
 size_t project_scratch(const Cuda&, int64_t n_gaussians);
-int64_t project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
-                const Projected& out);
-int64_t project(const Cuda&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
-                const Projected& out);
+ProjectedCounts project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
+                        const Projected& out);
+ProjectedCounts project(const Cuda&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
+                        const Projected& out);
 
 // d_splats [M, 9]; writes every row of d_gaussians, zeros where nothing is visible.
 void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
@@ -68,8 +71,9 @@ void blend_vjp(const Cuda&, const Projected&, const Tiles&, const Camera&, const
 struct LossSettings {
   float ssim_weight;
 };
-struct LossValue {
-  double l1, ssim;  // means over pixels and channels
+struct LossOutput {
+  double* means;   // [2] L1 and SSIM over pixels and channels
+  float* d_color;  // [H, W, 3]
 };
 struct LossImages {
   const float* color;    // [H, W, 3]
@@ -78,8 +82,8 @@ struct LossImages {
 };
 size_t loss_scratch(const Cpu&, int width, int height);
 size_t loss_scratch(const Cuda&, int width, int height);
-LossValue loss(const Cpu&, const LossImages&, const LossSettings&, void* scratch, float* d_color);
-LossValue loss(const Cuda&, const LossImages&, const LossSettings&, void* scratch, float* d_color);
+void loss(const Cpu&, const LossImages&, const LossSettings&, void* scratch, const LossOutput& out);
+void loss(const Cuda&, const LossImages&, const LossSettings&, void* scratch, const LossOutput& out);
 
 // Adam (Kingma and Ba, 2015) over every row; learning rates per field.
 struct AdamSettings {

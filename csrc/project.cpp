@@ -139,8 +139,8 @@ void project_rows(const Gaussians& g, const Rows& rows, const View<Float8>& view
 
 }  // namespace
 
-int64_t project(const Cpu& cpu, const Gaussians& g, const Camera& camera, const RasterSettings& settings, void* scratch,
-                const Projected& out) {
+ProjectedCounts project(const Cpu& cpu, const Gaussians& g, const Camera& camera, const RasterSettings& settings,
+                        void* scratch, const Projected& out) {
   const View<Float8> view = view_of<Float8>(camera);
   const int64_t n_pieces = n_pieces_of(g.n, kProjectRowsPerPiece);
   int64_t* n_visible = static_cast<int64_t*>(scratch);  // [n_pieces]
@@ -171,7 +171,7 @@ int64_t project(const Cpu& cpu, const Gaussians& g, const Camera& camera, const 
     n_instances += n_tiles;
   }
   out.instance_offsets[n] = n_instances;
-  return n;
+  return {n, n_instances};
 }
 
 namespace {

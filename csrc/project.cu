@@ -191,7 +191,7 @@ __device__ uint64_t project_row(const Gaussians& g, int64_t row, const View<floa
 template <int kDegree>
 __global__ __launch_bounds__(kThreads) void project_kernel(Gaussians g, View<float> view, RasterSettings settings,
                                                            Grid grid, LookBack look_back, Projected out,
-                                                           int64_t* n_splats) {
+                                                           ProjectedCounts* counts) {
   __shared__ int64_t block, first_splat, first_instance;
   if (threadIdx.x == 0) block = atomicAdd(look_back.ticket, 1u);
   __syncthreads();
@@ -206,8 +206,8 @@ __global__ __launch_bounds__(kThreads) void project_kernel(Gaussians g, View<flo
       first_splat = int64_t(before);
       first_instance = int64_t(instances_before);
       if (block == gridDim.x - 1) {
-        *n_splats = first_splat + sums.n_splats;
-        out.instance_offsets[*n_splats] = first_instance + int64_t(sums.n_instances);
+        *counts = {first_splat + sums.n_splats, first_instance + int64_t(sums.n_instances)};
+        out.instance_offsets[counts->n_splats] = counts->n_instances;
       }
     }
   }
@@ -429,10 +429,10 @@ void for_degree(int degree, Launch&& launch) {
 
 struct ProjectScratch {
   LookBack look_back;
-  int64_t* n_splats;
+  ProjectedCounts* counts;
 
   static ProjectScratch of(Arena& arena, int64_t n_gaussians) {
-    return {LookBack::of(arena, n_blocks_of(n_gaussians, kThreads)), arena.take<int64_t>(1)};
+    return {LookBack::of(arena, n_blocks_of(n_gaussians, kThreads)), arena.take<ProjectedCounts>(1)};
   }
 };
 
@@ -445,26 +445,26 @@ size_t project_scratch(const Cuda&, int64_t n_gaussians) {
   return arena.used();
 }
 
-int64_t project(const Cuda& backend, const Gaussians& g, const Camera& camera, const RasterSettings& settings,
-                void* memory, const Projected& out) {
+ProjectedCounts project(const Cuda& backend, const Gaussians& g, const Camera& camera, const RasterSettings& settings,
+                        void* memory, const Projected& out) {
   const cudaStream_t stream = stream_of(backend);
   Arena arena(memory);
   const cuda::ProjectScratch scratch = cuda::ProjectScratch::of(arena, g.n);
   if (g.n == 0) {
     check(cudaMemsetAsync(out.instance_offsets, 0, sizeof(int64_t), stream), "project");
-    return 0;
+    return {0, 0};
   }
   check(cudaMemsetAsync(memory, 0, arena.used(), stream), "project");
   const cuda::View<float> view = cuda::view_of<float>(camera);
   cuda::for_degree(settings.sh_degree, [&](auto degree) {
     cuda::project_kernel<degree><<<n_blocks_of(g.n, cuda::kThreads), cuda::kThreads, 0, stream>>>(
-        g, view, settings, {camera.tiles_x(), camera.tiles_y()}, scratch.look_back, out, scratch.n_splats);
+        g, view, settings, {camera.tiles_x(), camera.tiles_y()}, scratch.look_back, out, scratch.counts);
   });
   check_launch("project");
-  int64_t n_splats = 0;
-  check(cudaMemcpyAsync(&n_splats, scratch.n_splats, sizeof(n_splats), cudaMemcpyDeviceToHost, stream), "project");
+  ProjectedCounts counts;
+  check(cudaMemcpyAsync(&counts, scratch.counts, sizeof(counts), cudaMemcpyDeviceToHost, stream), "project");
   check(cudaStreamSynchronize(stream), "project");
-  return n_splats;
+  return counts;
 }
 
 void project_vjp(const Cuda& backend, const Gaussians& g, const Camera& camera, const RasterSettings& settings,

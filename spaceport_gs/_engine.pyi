@@ -45,7 +45,7 @@ def project(
     settings: RasterSettings,
     scratch: Array,
     out: Projected,
-) -> int: ...
+) -> tuple[int, int]: ...
 def project_vjp(
     backend: Backend,
     gaussians: Gaussians,
@@ -79,8 +79,8 @@ def blend_vjp(
 ) -> None: ...
 def loss_scratch(backend: Backend, width: int, height: int) -> int: ...
 def loss(
-    backend: Backend, color: Array, photo: Array, ssim_weight: float, scratch: Array, d_color: Array
-) -> tuple[float, float]: ...
+    backend: Backend, color: Array, photo: Array, ssim_weight: float, scratch: Array, means: Array, d_color: Array
+) -> None: ...
 def update(
     backend: Backend,
     values: Gaussians,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,11 +82,12 @@ def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> P
     )
     backend = _backend(like)
     scratch = _scratch(like, _engine.project_scratch(backend, n))
-    n_splats = _engine.project(backend, gaussians, camera, settings, scratch, out)
+    n_splats, n_instances = _engine.project(backend, gaussians, camera, settings, scratch, out)
     return Projected(
         out.splats[:n_splats],
         out.gaussian_from_splat[:n_splats],
         out.instance_offsets[: n_splats + 1],
+        n_instances,
     )
 
 
@@ -113,7 +115,7 @@ def tile(projected: Projected, camera: Camera) -> Tiles:
     like = projected.splats
     out = Tiles(
         offsets=_empty(like, n_tiles(camera) + 1, dtype=torch.int64),
-        instances=_empty(like, int(projected.instance_offsets[-1]), 2, dtype=torch.int32),
+        instances=_empty(like, projected.n_instances, 2, dtype=torch.int32),
     )
     backend = _backend(like)
     scratch = _scratch(like, _engine.tile_scratch(backend, len(projected.splats), len(out.instances)))
@@ -158,10 +160,28 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class Loss:
-    value: float
-    l1: float
-    ssim: float
+    """A loss and its gradient. Its figures stay on the device until somebody asks for them."""
+
+    settings: LossSettings
+    means: torch.Tensor  # [2] float64, of L1 and of SSIM
     d_color: torch.Tensor  # [H, W, 3]
+
+    @property
+    def value(self) -> float:
+        return values_of([self])[0]
+
+    @property
+    def ssim(self) -> float:
+        return float(self.means[1])
+
+
+def values_of(losses: Sequence[Loss]) -> list[float]:
+    """The losses' values, read from the device at once."""
+    if not losses:
+        return []
+    weight = losses[0].settings.ssim_weight
+    pairs = torch.stack([loss.means for loss in losses]).tolist()
+    return [(1 - weight) * l1 + weight * (1 - ssim) for l1, ssim in pairs]
 
 
 def loss(color: torch.Tensor, photo: torch.Tensor, settings: LossSettings) -> Loss:
@@ -172,9 +192,9 @@ def loss(color: torch.Tensor, photo: torch.Tensor, settings: LossSettings) -> Lo
     d_color = torch.empty_like(color)
     backend, (height, width) = _backend(color), color.shape[:2]
     scratch = _scratch(color, _engine.loss_scratch(backend, width, height))
-    l1, ssim = _engine.loss(backend, color, photo, settings.ssim_weight, scratch, d_color)
-    value = (1 - settings.ssim_weight) * l1 + settings.ssim_weight * (1 - ssim)
-    return Loss(value, l1, ssim, d_color)
+    means = _empty(color, 2, dtype=torch.float64)
+    _engine.loss(backend, color, photo, settings.ssim_weight, scratch, means, d_color)
+    return Loss(settings, means, d_color)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Statist
 if TYPE_CHECKING:
     import torch
 
+    from spaceport_gs import ops
     from spaceport_gs.ops import AdamSettings
 
 STAGE = "train"
@@ -76,9 +77,12 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
             with _timed(state):
                 seen = stepper.backpropagate(state)
             if _is_check_due(run, state):  # before growth, whose new rows need some steps to find their place
+                stepper.settle(state)
                 _check(run, state)
             with _timed(state):
                 stepper.update(state, seen)
+            if state.step % TELL_EVERY == 0 or stop or state.phase.name == "finish":  # which ends with a check
+                stepper.settle(state)
             _advance_phase(run, state)
             if state.step % TELL_EVERY == 0 or state.phase.name == "done":
                 listen(_progress(run, state, stepper.last_loss))
@@ -86,6 +90,7 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
                 checkpoint.save(folder, state, fingerprint)
                 raise Interrupted(f"stopped by {stop[0].name} at step {state.step}; go on with --resume")
             if state.step - saved_at >= settings.checkpoint_every or state.phase.name == "done":
+                stepper.settle(state)
                 checkpoint.save(folder, state, fingerprint)
                 saved_at = state.step
     values = state.rows.values
@@ -201,6 +206,7 @@ class _Stepper:
         self._level = 0.0
         self._resized: dict[str, View] = {}
         self._photos: dict[str, torch.Tensor] = {}
+        self._losses: list[ops.Loss] = []
         self.last_loss = math.nan
 
     def backpropagate(self, state: State) -> _Seen:
@@ -221,12 +227,20 @@ class _Stepper:
         loss = ops.loss(image.color, self._photo(view), ops.LossSettings(recipe.d_ssim_weight))
         d_image = Image(loss.d_color, image.transmittance.new_zeros(image.transmittance.shape))
         d_splats = ops.blend_vjp(projected, tiles, camera, settings, image, d_image)
-        self.last_loss = loss.value
-        state.loss_sum += loss.value
+        self._losses.append(loss)
 
         if state.phase.name == "main" and previous < recipe.growth_until:
             ops.density(projected, d_splats, camera, state.statistics)
         return _Seen(camera, settings, projected, d_splats, previous)
+
+    def settle(self, state: State) -> None:
+        """Adds the losses since the last call to the state; a GPU is waited for here, and not at every step."""
+        from spaceport_gs import ops
+
+        for value in ops.values_of(self._losses):
+            state.loss_sum += value
+            self.last_loss = value
+        self._losses = []
 
     def update(self, state: State, seen: _Seen) -> None:
         """Ends the step: growth where it is due, and Adam."""
@@ -239,7 +253,8 @@ class _Stepper:
         if state.phase.name == "main" and is_due:
             gradient = ops.project_vjp(values, seen.camera, seen.settings, seen.projected, seen.d_splats)
             gradient = self._densify(state, gradient, seen.moment)
-            ops.update(state.rows.values, gradient, *state.rows.companions, adam)
+            first_moment, second_moment = state.rows.companions
+            ops.update(state.rows.values, gradient, first_moment, second_moment, adam)
         else:
             moments = ops.AdamMoments(*state.rows.companions)
             ops.project_vjp_update(values, seen.camera, seen.settings, seen.projected, seen.d_splats, moments, adam)

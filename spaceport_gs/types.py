@@ -71,6 +71,8 @@ class Projected:
     splats: Array  # [M, 12] float32
     gaussian_from_splat: Array  # [M] int32
     instance_offsets: Array  # [M + 1] int64: splat m owns the instances [m], [m] + 1, … [m + 1] - 1
+    n_instances: int = 0
+    """The last of the offsets."""
 
 
 @dataclass

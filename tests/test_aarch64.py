@@ -64,7 +64,7 @@ def step_here(gaussians: Gaussians, camera: Camera, photo: torch.Tensor) -> list
     ops.update(values, gradient, ops.zeros_like(values), ops.zeros_like(values), rates)
     return [
         np.array([len(projected.splats), len(tiles.instances)]),
-        np.array([loss.l1, loss.ssim]),
+        loss.means.numpy(),
         *(a.numpy() for a in (image.color, image.transmittance)),
         *(a.numpy() for a in (*gradient.arrays(), *values.arrays())),
     ]

@@ -341,7 +341,7 @@ def test_numpy_arrays_serve_as_well() -> None:
     out = Projected(splats, np.empty(30, np.int32), np.empty(31, np.int64))
     cpu = _engine.Cpu()
     scratch = np.empty(_engine.project_scratch(cpu, 30), np.uint8)
-    n = _engine.project(cpu, rows, view, SETTINGS, scratch, out)
+    n, _ = _engine.project(cpu, rows, view, SETTINGS, scratch, out)
     assert np.array_equal(splats[:n], ops.project(gaussians, view, SETTINGS).splats.numpy())
 
 

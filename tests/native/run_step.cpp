@@ -77,8 +77,9 @@ int main(int argc, char** argv) {
   std::vector<int64_t> instance_offsets(static_cast<size_t>(n + 1));
   Projected projected = {splats.data(), gaussian_from_splat.data(), instance_offsets.data(), n};
   std::vector<char> scratch(project_scratch(cpu, n));
-  projected.n = project(cpu, values.view(), camera, settings, scratch.data(), projected);
-  const int64_t n_instances = instance_offsets[size_t(projected.n)];
+  const ProjectedCounts counts = project(cpu, values.view(), camera, settings, scratch.data(), projected);
+  projected.n = counts.n_splats;
+  const int64_t n_instances = counts.n_instances;
 
   std::vector<int64_t> tile_offsets(static_cast<size_t>(camera.tiles_x() * camera.tiles_y() + 1));
   std::vector<Instance> instances(static_cast<size_t>(n_instances));
@@ -91,8 +92,8 @@ int main(int argc, char** argv) {
   const Image image = {color.data(), transmittance.data()};
   blend(cpu, projected, tiles, camera, settings, image);
   scratch.resize(loss_scratch(cpu, width, height));
-  const LossValue value =
-      loss(cpu, {color.data(), photo.data(), width, height}, {0.2f}, scratch.data(), d_color.data());
+  std::vector<double> means(2);
+  loss(cpu, {color.data(), photo.data(), width, height}, {0.2f}, scratch.data(), {means.data(), d_color.data()});
 
   scratch.resize(blend_vjp_scratch(cpu, n_instances));
   std::vector<float> d_splats(static_cast<size_t>(projected.n) * kSplatGradientStride);
@@ -106,7 +107,7 @@ int main(int argc, char** argv) {
   FILE* output = fopen(argv[2], "wb");
   if (!output) return 1;
   write(output, std::vector<int64_t>{projected.n, n_instances});
-  write(output, std::vector<double>{value.l1, value.ssim});
+  write(output, means);
   write(output, color);
   write(output, transmittance);
   for (const std::vector<float>* array : gradient.arrays) write(output, *array);
