@@ -1,5 +1,6 @@
-// Python's view of the engine. Arrays are anything that is C-contiguous in host memory: NumPy arrays, other buffers, or
-// torch tensors, which are read through data_ptr() so that torch is not needed to build or to import this module.
+// Python's view of the engine. Arrays are anything that is C-contiguous in the backend's memory: NumPy arrays and other
+// buffers, or torch tensors, which are read through data_ptr() so that torch is not needed to build or to import this
+// module.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -60,7 +61,8 @@ struct Array {
 // Reads arrays and nouns whose arrays lie in the memory of one device.
 class Reader {
  public:
-  explicit Reader(const char* device) : device_(device) {}
+  // `index` of the device, where there may be several; else -1.
+  explicit Reader(const char* device, int index = -1) : device_(device), index_(index) {}
 
   // `shape` holds the expected sizes; -1 stands for any.
   template <class T>
@@ -71,6 +73,9 @@ class Reader {
     if (py::hasattr(object, "data_ptr")) {
       const std::string device = object.attr("device").attr("type").cast<std::string>();
       if (device != device_) refuse(name, std::string("a tensor on ") + device_, device);
+      const py::object index = object.attr("device").attr("index");
+      if (index_ >= 0 && index.cast<int>() != index_)
+        refuse(name, "a tensor on the current device, " + std::to_string(index_), py::str(index));
       format = py::str(object.attr("dtype")).cast<std::string>().substr(6);  // behind "torch."
       contiguous = object.attr("is_contiguous")().cast<bool>();
       for (py::handle size : object.attr("shape")) array.shape.push_back(size.cast<int64_t>());
@@ -115,9 +120,9 @@ class Reader {
     if (k != 1 && k != 4 && k != 9 && k != 16) refuse("sh", "1, 4, 9 or 16 coefficients", std::to_string(k));
     return {means.data,
             field<float>(object, "log_scales", {n, 3}).data,
-            field<float>(object, "quaternions", {n, 4}).data,
+            aligned(field<float>(object, "quaternions", {n, 4}), "quaternions").data,
             field<float>(object, "opacities", {n}).data,
-            sh.data,
+            aligned(sh, "sh").data,
             n,
             int(k)};
   }
@@ -136,7 +141,8 @@ class Reader {
   Projected projected(py::handle object, int64_t n = -1) const {
     const Array<float> splats = field<float>(object, "splats", {n, kSplatStride});
     n = splats.shape[0];
-    return {reinterpret_cast<Splat*>(splats.data), field<int32_t>(object, "gaussian_from_splat", {n}).data,
+    return {reinterpret_cast<Splat*>(aligned(splats, "splats").data),
+            field<int32_t>(object, "gaussian_from_splat", {n}).data,
             field<int64_t>(object, "instance_offsets", {n + 1}).data, n};
   }
 
@@ -158,7 +164,16 @@ class Reader {
   }
 
  private:
+  // Kernels read and write these rows sixteen bytes at a time.
+  const Array<float>& aligned(const Array<float>& rows, const char* name) const {
+    const bool is_wide = rows.shape.size() > 1 && rows.shape[1] * (rows.shape.size() > 2 ? rows.shape[2] : 1) % 4 == 0;
+    if (index_ >= 0 && is_wide && reinterpret_cast<uintptr_t>(rows.data) % 16 != 0)
+      refuse(name, "memory that begins at a multiple of 16 bytes", "a view into other memory: clone it");
+    return rows;
+  }
+
   const char* device_;
+  int index_;
 };
 
 Reader reader_of(const Cpu&) {
@@ -166,7 +181,7 @@ Reader reader_of(const Cpu&) {
 }
 #ifdef SPACEPORT_BUILD_CUDA
 Reader reader_of(const Cuda&) {
-  return Reader("cuda");
+  return Reader("cuda", current_cuda_device());
 }
 #endif
 
@@ -252,14 +267,21 @@ void check_instances(const Cpu&, const Projected& p, const Tiles& t) {
     refuse("instances", std::to_string(p.instance_offsets[p.n]) + " rows, as projected", std::to_string(t.n_instances));
   }
 }
-void check_rows(const Cpu&, const Projected& p, int64_t n_gaussians) {
-  if (p.n > 0 && p.gaussian_from_splat[p.n - 1] >= n_gaussians)
-    refuse("gradient_sums", "a row per Gaussian", std::to_string(n_gaussians) + " rows");
+bool names_rows_behind(const Cpu&, const Projected& p, int64_t n_gaussians) {
+  return p.n > 0 && p.gaussian_from_splat[p.n - 1] >= n_gaussians;
 }
 #ifdef SPACEPORT_BUILD_CUDA
 void check_instances(const Cuda&, const Projected&, const Tiles&) {}
-void check_rows(const Cuda&, const Projected&, int64_t) {}
+bool names_rows_behind(const Cuda&, const Projected&, int64_t) {
+  return false;
+}
 #endif
+
+template <class Backend>
+void check_rows(const Backend& backend, const Projected& p, int64_t n_gaussians) {
+  if (p.n > n_gaussians || names_rows_behind(backend, p, n_gaussians))
+    refuse("projected", "splats of " + std::to_string(n_gaussians) + " Gaussians", "those of more");
+}
 
 // The verbs of one backend.
 template <class Backend>
@@ -291,6 +313,7 @@ void bind_verbs(py::module_& m) {
     const Projected p = read.projected(projected);
     const float* d = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
     const Gaussians d_g = read.gaussians_like(d_gaussians, g);
+    check_rows(backend, p, g.n);
     const Camera c = camera_of(camera);
     const RasterSettings s = raster_settings_of(settings, g.n_coefficients);
     Unlocked unlocked;
@@ -385,6 +408,7 @@ void bind_verbs(py::module_& m) {
         const float* d = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
         const AdamMoments moments = {read.gaussians_like(first, v), read.gaussians_like(second, v)};
         const AdamSettings a = adam_settings_of(adam);
+        check_rows(backend, p, v.n);
         void* memory = read.scratch(scratch, project_vjp_update_scratch(backend, v));
         const Camera c = camera_of(camera);
         const RasterSettings s = raster_settings_of(settings, v.n_coefficients);

@@ -13,8 +13,6 @@ constexpr int kLanes = 8;
 constexpr int kVectorsPerRow = kTileSize / kLanes;
 constexpr int kVectors = kTileSize * kVectorsPerRow;
 constexpr int kSplatsBetweenStopChecks = 8;
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLog2Cutoff = -7.99435344f;  // log2(kAlphaCutoff)
 
 // One value for every pixel of a tile.
 struct TilePlane {
@@ -179,7 +177,7 @@ static_assert(kMomentCount == kSplatGradientStride, "an instance's record holds 
 // Gradient of the loss by a tile's pixels, and by what they would show behind everything.
 struct TileGradient {
   TilePlane red, green, blue;
-  TilePlane total;   // gradient . final colour - gradient by T: what prefix will reach
+  TilePlane total;   // gradient . what is seen: colour, and T by its own gradient
   TilePlane prefix;  // gradient . colour blended so far
 
   TileGradient(const TilePlace& place, const Camera& camera, const Image& image, const Image& d_image) {

@@ -13,8 +13,6 @@ namespace cuda {
 namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLog2Cutoff = -7.99435344f;  // log2(kAlphaCutoff)
 
 // A splat as pixels see it: the exponent of alpha in base 2 is (a dx + b dy) dx + c dy^2 + log2(opacity).
 struct StagedSplat {
@@ -72,7 +70,6 @@ struct Pixel {
 };
 
 // Stages the block's share of the list from `begin` on: one splat a thread.
-template <int kBatch>
 __device__ void stage(const Splat* splats, const Instance* instances, int64_t begin, int64_t end, StagedSplat* staged) {
   const int64_t i = begin + threadIdx.x;
   if (i < end) {
@@ -97,7 +94,7 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
   const int64_t begin = tiles.offsets[blockIdx.x], end = tiles.offsets[blockIdx.x + 1];
   for (int64_t batch = begin; batch < end; batch += kForwardThreads) {
     if (__syncthreads_or(pixel.goes_on()) == 0) break;
-    stage<kForwardThreads>(splats, tiles.instances, batch, end, staged);
+    stage(splats, tiles.instances, batch, end, staged);
     __syncthreads();
     const int n = int(end - batch < kForwardThreads ? end - batch : kForwardThreads);
     for (int first = 0; first < n; first += 32) {
@@ -131,7 +128,7 @@ constexpr int kPixelsPerThread = 2;
 struct PixelGradient {
   Pixel pixel;
   float red, green, blue;
-  float total;   // gradient . final colour - gradient by T: what prefix will reach
+  float total;   // gradient . what is seen: colour, and T by its own gradient
   float prefix;  // gradient . colour blended so far
 
   __device__ static PixelGradient of(int column, int row, int width, int height, const Image& image,
@@ -212,7 +209,7 @@ __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat
   const int64_t begin = tiles.offsets[blockIdx.x], end = tiles.offsets[blockIdx.x + 1];
   for (int64_t batch = begin; batch < end; batch += kBackwardThreads) {
     if (__syncthreads_or(goes_on()) == 0) break;
-    stage<kBackwardThreads>(splats, tiles.instances, batch, end, staged);
+    stage(splats, tiles.instances, batch, end, staged);
     __syncthreads();
     const int n = int(end - batch < kBackwardThreads ? end - batch : kBackwardThreads);
     for (int first = 0; first < n; first += 32) {

@@ -20,4 +20,10 @@ std::string cuda_status() {
   return error == cudaSuccess || error == cudaErrorNoDevice ? "no NVIDIA GPU" : cudaGetErrorString(error);
 }
 
+int current_cuda_device() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return device;
+}
+
 }  // namespace spaceport

@@ -2,7 +2,7 @@
 //
 // Buffers are the caller's and C-contiguous, in the backend's memory. What a verb writes, it writes wholly: nothing
 // needs to be zeroed before. A verb that needs memory of its own says how many bytes (`..._scratch`); they hold nothing
-// that anybody reads later. Scratch begins at an address that is a multiple of 256.
+// that anybody reads later. On a GPU they begin at a multiple of 256.
 #pragma once
 
 #include <cstddef>

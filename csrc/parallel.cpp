@@ -2,6 +2,8 @@
 
 #include <sched.h>
 #include <unistd.h>
+#include <exception>
+#include <utility>
 
 #include <atomic>
 #include <condition_variable>
@@ -37,8 +39,17 @@ struct ThreadPool::State {
   void (*function)(void*, int64_t) = nullptr;
   void* context = nullptr;
 
+  std::exception_ptr failure;  // the first of a run, for its caller
+
   void work() {
-    for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < n_pieces;) function(context, piece);
+    for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < n_pieces;) {
+      try {
+        function(context, piece);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (!failure) failure = std::current_exception();
+      }
+    }
   }
 
   void serve() {
@@ -99,7 +110,9 @@ void ThreadPool::run(int64_t n_pieces, void (*function)(void*, int64_t), void* c
     std::unique_lock<std::mutex> lock(s.mutex);
     s.done.wait(lock, [&] { return s.n_working == 0; });
   }
+  const std::exception_ptr failure = std::exchange(s.failure, nullptr);
   s.entrance.unlock();
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace spaceport

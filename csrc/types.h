@@ -7,8 +7,10 @@
 namespace spaceport {
 
 // The only copy of the constants of the method.
-constexpr int kTileSize = 16;                       // pixels along each side of a tile
-constexpr float kAlphaCutoff = 1.0f / 255.0f;       // fainter contributions are skipped
+constexpr int kTileSize = 16;                  // pixels along each side of a tile
+constexpr float kAlphaCutoff = 1.0f / 255.0f;  // fainter contributions are skipped
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLog2Cutoff = -7.99435344f;         // log2(kAlphaCutoff)
 constexpr float kTransmittanceStop = 1e-4f;         // a pixel stops before it falls below this
 constexpr float kJacobianMargin = 0.3f;             // x/z in the Jacobian may leave the image by this times tan fov
 constexpr float kMinQuaternionNormSquared = 1e-8f;  // a shorter quaternion has no direction

@@ -92,6 +92,10 @@ def run(arguments: list[str]) -> int:
         return _fail("training and rendering need torch: pip install 'torch>=2.4'")
     except MemoryError as error:
         return _fail(f"not enough memory ({error}): take a larger --downscale, or fewer photos")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be there
+            raise
+        return _fail("not enough memory on the GPU: take a larger --downscale, or --device cpu")
     except BrokenPipeError:
         return 0
     except OSError as error:

@@ -168,20 +168,19 @@ class Loss:
 
     @property
     def value(self) -> float:
-        return values_of([self])[0]
+        return values_of([self.means], self.settings)[0]
 
     @property
     def ssim(self) -> float:
         return float(self.means[1])
 
 
-def values_of(losses: Sequence[Loss]) -> list[float]:
-    """The losses' values, read from the device at once."""
-    if not losses:
+def values_of(means: Sequence[torch.Tensor], settings: LossSettings) -> list[float]:
+    """The values of losses with these means, read from the device at once."""
+    if not means:
         return []
-    weight = losses[0].settings.ssim_weight
-    pairs = torch.stack([loss.means for loss in losses]).tolist()
-    return [(1 - weight) * l1 + weight * (1 - ssim) for l1, ssim in pairs]
+    weight = settings.ssim_weight
+    return [(1 - weight) * l1 + weight * (1 - ssim) for l1, ssim in torch.stack(list(means)).tolist()]
 
 
 def loss(color: torch.Tensor, photo: torch.Tensor, settings: LossSettings) -> Loss:

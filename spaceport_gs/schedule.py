@@ -135,8 +135,8 @@ class TrainSettings:
         return asdict(self)
 
     def decisive(self) -> dict[str, Any]:
-        """The part of `to_json` that the result depends on."""
-        return {name: value for name, value in self.to_json().items() if name != "checkpoint_every"}
+        """The part of `to_json` that a resumed run must agree with; it may go on on another device."""
+        return {name: value for name, value in self.to_json().items() if name not in ("checkpoint_every", "device")}
 
 
 def preset(name: str, n_views: int, n_pixels: int) -> Recipe:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spaceport_gs import checkpoint, schedule
+from spaceport_gs import _engine, checkpoint, schedule
 from spaceport_gs.checkpoint import Check, Phase, State, copied
 from spaceport_gs.density import Growth, Rows, grow, logit, reset_opacities
 from spaceport_gs.errors import InputError, Interrupted
@@ -30,12 +30,10 @@ from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Statist
 if TYPE_CHECKING:
     import torch
 
-    from spaceport_gs import ops
     from spaceport_gs.ops import AdamSettings
 
 STAGE = "train"
 TELL_EVERY = 25  # steps
-FINAL_OPACITY = 1 / 255  # fainter Gaussians are never drawn
 
 
 @dataclass(frozen=True)
@@ -76,17 +74,18 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
         while state.phase.name != "done":
             with _timed(state):
                 seen = stepper.backpropagate(state)
-            if _is_check_due(run, state):  # before growth, whose new rows need some steps to find their place
+            if _is_check_due(run, state, seen.moment):  # before growth, whose new rows need steps to find their place
                 stepper.settle(state)
                 _check(run, state)
             with _timed(state):
                 stepper.update(state, seen)
-            if state.step % TELL_EVERY == 0 or stop or state.phase.name == "finish":  # which ends with a check
+            if state.step % TELL_EVERY == 0 or state.phase.name == "finish":  # which ends with a check
                 stepper.settle(state)
             _advance_phase(run, state)
             if state.step % TELL_EVERY == 0 or state.phase.name == "done":
                 listen(_progress(run, state, stepper.last_loss))
             if stop:
+                stepper.settle(state)
                 checkpoint.save(folder, state, fingerprint)
                 raise Interrupted(f"stopped by {stop[0].name} at step {state.step}; go on with --resume")
             if state.step - saved_at >= settings.checkpoint_every or state.phase.name == "done":
@@ -95,7 +94,7 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
                 saved_at = state.step
     values = state.rows.values
     return TrainReport(
-        values.select(values.opacities >= logit(FINAL_OPACITY)),
+        values.select(values.opacities >= logit(_engine.ALPHA_CUTOFF)),
         state.step,
         state.seconds,
         state.phase.reason,
@@ -206,7 +205,7 @@ class _Stepper:
         self._level = 0.0
         self._resized: dict[str, View] = {}
         self._photos: dict[str, torch.Tensor] = {}
-        self._losses: list[ops.Loss] = []
+        self._losses: list[torch.Tensor] = []
         self.last_loss = math.nan
 
     def backpropagate(self, state: State) -> _Seen:
@@ -227,7 +226,7 @@ class _Stepper:
         loss = ops.loss(image.color, self._photo(view), ops.LossSettings(recipe.d_ssim_weight))
         d_image = Image(loss.d_color, image.transmittance.new_zeros(image.transmittance.shape))
         d_splats = ops.blend_vjp(projected, tiles, camera, settings, image, d_image)
-        self._losses.append(loss)
+        self._losses.append(loss.means)
 
         if state.phase.name == "main" and previous < recipe.growth_until:
             ops.density(projected, d_splats, camera, state.statistics)
@@ -237,7 +236,9 @@ class _Stepper:
         """Adds the losses since the last call to the state; a GPU is waited for here, and not at every step."""
         from spaceport_gs import ops
 
-        for value in ops.values_of(self._losses):
+        with _timed(state):
+            values = ops.values_of(self._losses, ops.LossSettings(self._run.recipe.d_ssim_weight))
+        for value in values:
             state.loss_sum += value
             self.last_loss = value
         self._losses = []
@@ -336,13 +337,10 @@ def _adam(run: _Run, state: State) -> AdamSettings:
     )
 
 
-def _is_check_due(run: _Run, state: State) -> bool:
+def _is_check_due(run: _Run, state: State, previous: float) -> bool:
     """Checks fall on multiples of their distance, and on the last step."""
     every = run.recipe.plateau.check_every if run.recipe.plateau else run.recipe.evaluate_every
-    if state.history and state.history[-1].step == state.step:
-        return False
-    before = state.moment - run.pace * (1 - 1e-9)
-    return schedule.passes(before, state.moment, every) is not None or state.moment >= run.recipe.steps
+    return schedule.passes(previous, state.moment, every) is not None or state.moment >= run.recipe.steps
 
 
 def _check(run: _Run, state: State) -> None:
@@ -363,19 +361,18 @@ def _check(run: _Run, state: State) -> None:
         )
     )
     state.loss_sum = 0.0
-    armed = _armed_probes(run, state)
+    armed = _armed_probes(run, state, until=state.step)
     if in_main and armed and armed[-1] >= max(armed):
         state.best = copied(state.rows)
 
 
-def _armed_probes(run: _Run, state: State) -> list[float]:
-    """PSNR of the probes at the main phase's checks that count."""
+def _armed_probes(run: _Run, state: State, until: int) -> list[float]:
+    """PSNR of the probes at the checks that count, up to step `until`: of these the best snapshot is taken."""
     rule = run.recipe.plateau
-    if rule is None or state.phase.name != "main":
+    if rule is None:
         return []
-    return [
-        check.psnr_probes for check in state.history if check.psnr_probes is not None and check.moment >= rule.arm_at
-    ]
+    armed = [check for check in state.history if check.moment >= rule.arm_at and check.step <= until]
+    return [check.psnr_probes for check in armed if check.psnr_probes is not None]
 
 
 def _advance_phase(run: _Run, state: State) -> None:
@@ -391,7 +388,7 @@ def _advance_phase(run: _Run, state: State) -> None:
             if is_over:
                 enter("done", _limit(run, state))
             return
-        armed = _armed_probes(run, state)
+        armed = _armed_probes(run, state, until=state.step)
         checked_now = bool(state.history) and state.history[-1].step == state.step
         reason = schedule.plateau(rule, armed) if checked_now and armed else None
         if reason is not None:
@@ -403,7 +400,7 @@ def _advance_phase(run: _Run, state: State) -> None:
             enter("cool", reason)
     elif rule is not None and phase.name == "cool":
         if is_over or state.moment - phase.moment >= schedule.cool_down_length(rule, phase.moment):
-            before = [c.psnr_probes for c in state.history if c.psnr_probes is not None]
+            before = _armed_probes(run, state, until=phase.step)
             cooled = mean_psnr(state.rows.values, run.probes) if state.best is not None else None
             if before and cooled is not None:
                 _restore_better(state, max(before), cooled, rule.max_loss)
@@ -411,7 +408,7 @@ def _advance_phase(run: _Run, state: State) -> None:
             enter("finish" if run.probes and not is_over else "done", phase.reason)
     elif rule is not None and phase.name == "finish":
         if is_over or state.moment - phase.moment >= rule.cool_down:
-            if state.history[-1].step != state.step:
+            if not state.history or state.history[-1].step != state.step:
                 _check(run, state)
             enter("done", phase.reason)
 

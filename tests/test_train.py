@@ -157,6 +157,9 @@ def test_a_time_budget_is_kept_and_the_schedule_completes(project: Path, tmp_pat
     assert report.seconds < 4
     assert "time budget" in report.stop_reason
     assert report.history[-1].moment == pytest.approx(STEPS, rel=0.3)
+    hasty = train(scene, settings(max_seconds=0.15), tmp_path / "hasty")
+    moments = [check.moment // 20 for check in hasty.history]
+    assert hasty.history and len(set(moments)) == len(moments) and hasty.stop_reason
 
 
 def test_baseline_schedule() -> None:
