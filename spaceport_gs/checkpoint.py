@@ -20,7 +20,6 @@ from spaceport_gs.types import Statistics
 
 FORMAT = "spaceport-gs checkpoint 1"
 N_KEPT = 2
-ZIP_HEADER_BYTES = 1 << 16  # more than any array's header takes
 
 
 @dataclass(frozen=True)
