@@ -134,7 +134,7 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             n_instances,
             "instances",
             20,
-            "cache misses of scattered writes",
+            "latency: a logarithm and roots a splat, scattered writes",
         ),
         Kernel(
             "blend",

@@ -3,6 +3,7 @@
 // Forward and backward share `visit_pixels`, so that the backward replays exactly what the forward did. The colour
 // behind a splat is the final colour less the prefix up to it; hence no per-pixel lists and no division to recover T.
 #include "kernels.h"
+#include "prefetch.h"
 #include "simd.h"
 
 namespace spaceport::SPACEPORT_ISA {
@@ -13,6 +14,7 @@ constexpr int kLanes = 8;
 constexpr int kVectorsPerRow = kTileSize / kLanes;
 constexpr int kVectors = kTileSize * kVectorsPerRow;
 constexpr int kSplatsBetweenStopChecks = 8;
+constexpr int kPrefetchDistance = 8;
 
 // One value for every pixel of a tile.
 struct TilePlane {
@@ -134,7 +136,7 @@ void blend_tile(const Splat* splats, const Instance* instances, int64_t n, const
   for (int64_t i = 0; i < n; ++i) {
     if (i % kSplatsBetweenStopChecks == 0 && transmittance.all_stopped()) break;
     const Splat& splat = splats[instances[i].splat];
-    if (i + 4 < n) __builtin_prefetch(&splats[instances[i + 4].splat]);
+    if (i + kPrefetchDistance < n) prefetch(splats[instances[i + kPrefetchDistance].splat]);
     const Float8 red(splat.red), green(splat.green), blue(splat.blue);
     visit_pixels(
         TileSplat(splat, place), alpha_max, transmittance, [] {},
@@ -203,7 +205,7 @@ void blend_tile_vjp(const Splat* splats, const Instance* instances, int64_t n, c
   for (; i < n; ++i) {
     if (i % kSplatsBetweenStopChecks == 0 && transmittance.all_stopped()) break;
     const Splat& splat = splats[instances[i].splat];
-    if (i + 4 < n) __builtin_prefetch(&splats[instances[i + 4].splat]);
+    if (i + kPrefetchDistance < n) prefetch(splats[instances[i + kPrefetchDistance].splat]);
     const Float8 red(splat.red), green(splat.green), blue(splat.blue);
     const TileSplat tile_splat(splat, place);
     Moments sum = {zero, zero, zero, zero, zero, zero, zero, zero, zero};

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "prefetch.h"
 #include "tile_spans.h"
 
 namespace spaceport {
@@ -87,6 +88,7 @@ void sort_by_depth(ThreadPool& pool, const Projected& projected, TileScratch& sc
 // The instances of all splats, in the order of scratch.order; false if their number is not what projecting counted.
 bool list_instances(ThreadPool& pool, const Projected& projected, const Camera& camera, const TileScratch& scratch) {
   constexpr int64_t kSplatsPerPiece = 1 << 13;
+  constexpr int64_t kPrefetchDistance = 16;
   const int64_t n_pieces = n_pieces_of(projected.n, kSplatsPerPiece);
   std::vector<int64_t> starts(static_cast<size_t>(n_pieces + 1));
   parallel_for(pool, n_pieces, [&](int64_t piece) {
@@ -107,6 +109,11 @@ bool list_instances(ThreadPool& pool, const Projected& projected, const Camera& 
     PlacedInstance* next = scratch.listed + starts[size_t(piece)];
     for (int64_t i = range.begin; i < range.end; ++i) {
       const int32_t splat = scratch.order[i].splat;
+      if (i + kPrefetchDistance < range.end) {
+        const int32_t later = scratch.order[i + kPrefetchDistance].splat;
+        prefetch(projected.splats[later]);
+        __builtin_prefetch(&projected.instance_offsets[later]);
+      }
       int64_t number = projected.instance_offsets[splat];
       const int64_t end = projected.instance_offsets[splat + 1];
       int64_t n_tiles = 0;
