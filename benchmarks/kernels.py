@@ -20,6 +20,7 @@ import torch
 
 from spaceport_gs import _engine, ops
 from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.step import StepInputs, TrainingStep
 from spaceport_gs.types import Camera, Image, RasterSettings, Statistics
 
 
@@ -117,7 +118,7 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     labels, distances = torch.empty(N_POINTS, dtype=torch.int32), torch.empty(N_POINTS)
 
     n, n_pixels, n_values = cloud.n, cloud.width * cloud.height, cloud.n * 59
-    n_instances = len(tiles.instances)
+    n_instances = len(tiles.splat_from_instance)
     n_dimensions = points.shape[1]
     rows = [
         Kernel(
@@ -317,12 +318,10 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         t = ops.tile(p, views[i])
         return p, t, ops.blend(p, t, views[i], settings)
 
+    recorded = TrainingStep(gaussians, moments)
+
     def step(i: int) -> None:
-        p, t, image = forward(i)
-        loss = ops.loss(image.color, photo, ops.LossSettings())
-        d_image = Image(loss.d_color, torch.zeros_like(image.transmittance))
-        d = ops.blend_vjp(p, t, views[i], settings, image, d_image)
-        ops.project_vjp_update(gaussians, views[i], settings, p, d, moments, rates)
+        recorded.run(StepInputs(views[i], photo, settings, ops.LossSettings(), rates))
 
     return {
         "project": lambda i: ops.project(gaussians, views[i], settings),

@@ -12,6 +12,7 @@
 #include "cuda_status.h"
 #include "diagnose.h"
 #include "ops.h"
+#include "step.h"
 
 namespace py = pybind11;
 
@@ -141,21 +142,37 @@ class Reader {
   Projected projected(py::handle object, int64_t n = -1) const {
     const Array<float> splats = field<float>(object, "splats", {n, kSplatStride});
     n = splats.shape[0];
-    return {reinterpret_cast<Splat*>(aligned(splats, "splats").data),
-            field<int32_t>(object, "gaussian_from_splat", {n}).data,
-            field<int64_t>(object, "instance_offsets", {n + 1}).data, n};
+    Projected p = {reinterpret_cast<Splat*>(aligned(splats, "splats").data),
+                   field<int32_t>(object, "gaussian_from_splat", {n}).data,
+                   field<int64_t>(object, "instance_offsets", {n + 1}).data,
+                   n,
+                   nullptr,
+                   nullptr};
+    if (is_gpu()) {
+      const Array<int32_t> touched = field<int32_t>(object, "touched", {n, sizeof(TileSet) / sizeof(int32_t)});
+      p.touched = reinterpret_cast<TileSet*>(aligned(touched, "touched").data);
+      p.depths = field<float>(object, "depths", {n}).data;
+    }
+    return p;
   }
 
   Tiles tiles(py::handle object, const Camera& camera) const {
     const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
-    const Array<int32_t> instances = field<int32_t>(object, "instances", {-1, 2});
-    return {field<int64_t>(object, "offsets", {n_tiles + 1}).data, reinterpret_cast<Instance*>(instances.data),
-            instances.shape[0]};
+    const Array<int32_t> splats = field<int32_t>(object, "splat_from_instance", {-1});
+    Tiles t = {field<int64_t>(object, "offsets", {n_tiles + 1}).data, splats.data, nullptr, splats.shape[0]};
+    if (!is_gpu()) t.number_from_instance = field<int32_t>(object, "number_from_instance", {t.n_instances}).data;
+    return t;
   }
 
   Image image(py::handle object, const Camera& camera) const {
     return {field<float>(object, "color", {camera.height, camera.width, 3}).data,
-            field<float>(object, "transmittance", {camera.height, camera.width}).data};
+            field<float>(object, "transmittance", {camera.height, camera.width}).data, nullptr};
+  }
+  // With room for what blend keeps for its backward pass, unless it is None.
+  Image image(py::handle object, const Camera& camera, int64_t hits_size) const {
+    Image i = image(object, camera);
+    if (!object.attr("hits").is_none()) i.hits = field<int32_t>(object, "hits", {hits_size}).data;
+    return i;
   }
 
   Points points(py::handle object, const char* name, int64_t n_dimensions) const {
@@ -164,10 +181,13 @@ class Reader {
   }
 
  private:
+  bool is_gpu() const { return index_ >= 0; }
+
   // Kernels read and write these rows sixteen bytes at a time.
-  const Array<float>& aligned(const Array<float>& rows, const char* name) const {
+  template <class T>
+  const Array<T>& aligned(const Array<T>& rows, const char* name) const {
     const bool is_wide = rows.shape.size() > 1 && rows.shape[1] * (rows.shape.size() > 2 ? rows.shape[2] : 1) % 4 == 0;
-    if (index_ >= 0 && is_wide && reinterpret_cast<uintptr_t>(rows.data) % 16 != 0)
+    if (is_gpu() && is_wide && reinterpret_cast<uintptr_t>(rows.data) % 16 != 0)
       refuse(name, "memory that begins at a multiple of 16 bytes", "a view into other memory: clone it");
     return rows;
   }
@@ -320,8 +340,8 @@ void bind_verbs(py::module_& m) {
     project_vjp(backend, g, c, s, p, d, d_g);
   });
 
-  m.def("tile_scratch", [](const Backend& backend, int64_t n_splats, int64_t n_instances) {
-    return tile_scratch(backend, n_splats, n_instances);
+  m.def("tile_scratch", [](const Backend& backend, int64_t n_splats, int64_t n_instances, py::object camera) {
+    return tile_scratch(backend, n_splats, n_instances, camera_of(camera));
   });
   m.def("tile",
         [](const Backend& backend, py::object projected, py::object camera, py::object scratch, py::object out) {
@@ -330,7 +350,7 @@ void bind_verbs(py::module_& m) {
           const Camera c = camera_of(camera);
           const Tiles t = read.tiles(out, c);
           check_instances(backend, p, t);
-          void* memory = read.scratch(scratch, tile_scratch(backend, p.n, t.n_instances));
+          void* memory = read.scratch(scratch, tile_scratch(backend, p.n, t.n_instances, c));
           Unlocked unlocked;
           tile(backend, p, c, memory, t);
         });
@@ -343,10 +363,16 @@ void bind_verbs(py::module_& m) {
     const Tiles t = read.tiles(tiles, c);
     check_instances(backend, p, t);
     const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
-    const Image image = read.image(out, c);
+    const Image image = read.image(out, c, hits_size(backend, t.n_instances, c));
     Unlocked unlocked;
     blend(backend, p, t, c, s, image);
   });
+  m.def(
+      "hits_size",
+      [](const Backend& backend, int64_t n_instances, py::object camera) {
+        return hits_size(backend, n_instances, camera_of(camera));
+      },
+      "How many numbers an image's `hits` holds, so that blend_vjp can follow.");
 
   m.def("blend_vjp_scratch",
         [](const Backend& backend, int64_t n_instances) { return blend_vjp_scratch(backend, n_instances); });
@@ -359,7 +385,9 @@ void bind_verbs(py::module_& m) {
           const Tiles t = read.tiles(tiles, c);
           check_instances(backend, p, t);
           const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
-          const Image i = read.image(image, c), d_i = read.image(d_image, c);
+          const int64_t n_hits = hits_size(backend, t.n_instances, c);
+          const Image i = read.image(image, c, n_hits), d_i = read.image(d_image, c);
+          if (n_hits > 0 && i.hits == nullptr) refuse("image", "what blend returned, with its hits", "none");
           void* memory = read.scratch(scratch, blend_vjp_scratch(backend, t.n_instances));
           float* d_s = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
           Unlocked unlocked;
@@ -430,6 +458,52 @@ void bind_verbs(py::module_& m) {
           density(backend, p, d, c, statistics);
         });
 }
+
+#ifdef SPACEPORT_BUILD_CUDA
+void bind_step(py::module_& m) {
+  m.attr("STEP_PROGRESS_SIZE") = sizeof(StepProgress);
+  m.def(
+      "step_scratch",
+      [](const Cuda& cuda, int64_t n, int n_coefficients, int64_t n_instances, int width, int height) {
+        return step_scratch(cuda, {n, n_coefficients, n_instances, width, height});
+      },
+      "Bytes of scratch that a step needs.");
+  py::class_<StepGraph>(m, "StepGraph", "A training step for images of one size, recorded.")
+      .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object sums,
+                       py::object scratch, int64_t n_instances, int width, int height, py::object settings,
+                       float ssim_weight, py::object progress, py::object progress_on_host) {
+        const Reader read = reader_of(cuda);
+        const Gaussians v = read.gaussians(values);
+        if (v.n < 1) refuse("values", "at least one Gaussian", "none");
+        if (width < 1 || height < 1) refuse("width, height", "a positive size", shape_text({width, height}));
+        if (n_instances < 1 || n_instances > INT32_MAX)
+          refuse("n_instances", "1 to 2^31 - 1", std::to_string(n_instances));
+        const StepSize size = {v.n, v.n_coefficients, n_instances, width, height};
+        const StepBuffers buffers = {v,
+                                     {read.gaussians_like(first, v), read.gaussians_like(second, v)},
+                                     read.array<float>(sums, "sums", {v.n, kSplatGradientStride}).data,
+                                     read.scratch(scratch, step_scratch(cuda, size))};
+        const int64_t n_bytes = sizeof(StepProgress);
+        const StepBook book = {
+            reinterpret_cast<StepProgress*>(read.array<uint8_t>(progress, "progress", {n_bytes}).data),
+            reinterpret_cast<StepProgress*>(
+                Reader("cpu").array<uint8_t>(progress_on_host, "progress_on_host", {n_bytes}).data)};
+        return new StepGraph(buffers, size, raster_settings_of(settings, v.n_coefficients), {ssim_weight}, book);
+      }))
+      .def("launch", [](const StepGraph& graph, const Cuda& cuda, py::object camera, py::object photo, py::object adam,
+                        py::object statistics) {
+        const Reader read = reader_of(cuda);
+        StepInputs inputs = {camera_of(camera), nullptr, adam_settings_of(adam), {}};
+        inputs.photo = read.array<uint8_t>(photo, "photo", {inputs.camera.height, inputs.camera.width, 3}).data;
+        if (!statistics.is_none()) {
+          inputs.statistics = {read.field<float>(statistics, "gradient_sums", {graph.n_gaussians()}).data,
+                               read.field<float>(statistics, "n_visible", {graph.n_gaussians()}).data};
+        }
+        Unlocked unlocked;
+        graph.launch(cuda, inputs);
+      });
+}
+#endif
 
 void bind_cluster(py::module_& m) {
   m.def(
@@ -519,6 +593,7 @@ PYBIND11_MODULE(_engine, m) {
   m.attr("TILE_SIZE") = kTileSize;
   m.attr("ALPHA_CUTOFF") = kAlphaCutoff;
   m.attr("SPLAT_STRIDE") = kSplatStride;
+  m.attr("TILE_SET_STRIDE") = sizeof(TileSet) / sizeof(int32_t);
   m.attr("SPLAT_GRADIENT_STRIDE") = kSplatGradientStride;
   m.attr("VERSION") = SPACEPORT_VERSION;
   m.def("build_info", &build_info,
@@ -536,6 +611,7 @@ PYBIND11_MODULE(_engine, m) {
   py::class_<Cuda>(m, "Cuda", "The CUDA backend: a stream of the current device.")
       .def(py::init([](uintptr_t stream) { return Cuda{reinterpret_cast<void*>(stream)}; }), py::arg("stream"));
   bind_verbs<Cuda>(m);
+  bind_step(m);
   m.def("cuda_status", &cuda_status,
         "Empty if a GPU can be used, else why not: no driver, a driver too old for this build, no device.");
 #endif

@@ -126,7 +126,7 @@ HOST_DEVICE void visit_pixels(const TileSplat& s, Float8 alpha_max, Transmittanc
   }
 }
 
-void blend_tile(const Splat* splats, const Instance* instances, int64_t n, const TilePlace& place, int image_width,
+void blend_tile(const Splat* splats, const int32_t* instances, int64_t n, const TilePlace& place, int image_width,
                 const RasterSettings& settings, const Image& out) {
   Transmittance transmittance(place);
   TilePlane color[3];
@@ -135,8 +135,8 @@ void blend_tile(const Splat* splats, const Instance* instances, int64_t n, const
 
   for (int64_t i = 0; i < n; ++i) {
     if (i % kSplatsBetweenStopChecks == 0 && transmittance.all_stopped()) break;
-    const Splat& splat = splats[instances[i].splat];
-    if (i + kPrefetchDistance < n) prefetch(splats[instances[i + kPrefetchDistance].splat]);
+    const Splat& splat = splats[instances[i]];
+    if (i + kPrefetchDistance < n) prefetch(splats[instances[i + kPrefetchDistance]]);
     const Float8 red(splat.red), green(splat.green), blue(splat.blue);
     visit_pixels(
         TileSplat(splat, place), alpha_max, transmittance, [] {},
@@ -161,8 +161,8 @@ void blend(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const
            const RasterSettings& settings, const Image& out) {
   parallel_for(*cpu.pool, int64_t(camera.tiles_x()) * camera.tiles_y(), [&](int64_t tile) {
     const int64_t begin = tiles.offsets[tile];
-    blend_tile(projected.splats, tiles.instances + begin, tiles.offsets[tile + 1] - begin, TilePlace::of(tile, camera),
-               camera.width, settings, out);
+    blend_tile(projected.splats, tiles.splat_from_instance + begin, tiles.offsets[tile + 1] - begin,
+               TilePlace::of(tile, camera), camera.width, settings, out);
   });
 }
 
@@ -196,16 +196,24 @@ struct TileGradient {
   }
 };
 
-void blend_tile_vjp(const Splat* splats, const Instance* instances, int64_t n, const TilePlace& place,
-                    const RasterSettings& settings, TileGradient& gradient, float* records) {
+// What one tile's list holds, and where the moments of each of its instances go.
+struct TileList {
+  const int32_t *splats, *numbers;
+  int64_t n;
+};
+
+void blend_tile_vjp(const Splat* splats, const TileList& list, const TilePlace& place, const RasterSettings& settings,
+                    TileGradient& gradient, float* records) {
+  const int32_t* instances = list.splats;
+  const int64_t n = list.n;
   Transmittance transmittance(place);
   const Float8 zero(0.0f), one(1.0f), alpha_max(settings.alpha_max);
 
   int64_t i = 0;
   for (; i < n; ++i) {
     if (i % kSplatsBetweenStopChecks == 0 && transmittance.all_stopped()) break;
-    const Splat& splat = splats[instances[i].splat];
-    if (i + kPrefetchDistance < n) prefetch(splats[instances[i + kPrefetchDistance].splat]);
+    const Splat& splat = splats[instances[i]];
+    if (i + kPrefetchDistance < n) prefetch(splats[instances[i + kPrefetchDistance]]);
     const Float8 red(splat.red), green(splat.green), blue(splat.blue);
     const TileSplat tile_splat(splat, place);
     Moments sum = {zero, zero, zero, zero, zero, zero, zero, zero, zero};
@@ -239,13 +247,13 @@ void blend_tile_vjp(const Splat* splats, const Instance* instances, int64_t n, c
           sum.d_dxdy = multiply_add(row_dx, Float8(dy), sum.d_dxdy);
           sum.d_dydy = multiply_add(d_dy, Float8(dy), sum.d_dydy);
         });
-    float* record = records + int64_t(instances[i].number) * kMomentCount;
+    float* record = records + int64_t(list.numbers[i]) * kMomentCount;
     const Float8 sums[kMomentCount] = {sum.d,      sum.d_dx, sum.d_dy,  sum.d_dxdx, sum.d_dxdy,
                                        sum.d_dydy, sum.red,  sum.green, sum.blue};
     for (int k = 0; k < kMomentCount; ++k) record[k] = spaceport::SPACEPORT_ISA::sum(sums[k]);
   }
   for (; i < n; ++i) {
-    std::memset(records + int64_t(instances[i].number) * kMomentCount, 0, kMomentCount * sizeof(float));
+    std::memset(records + int64_t(list.numbers[i]) * kMomentCount, 0, kMomentCount * sizeof(float));
   }
 }
 
@@ -276,8 +284,9 @@ void blend_vjp(const Cpu& cpu, const Projected& projected, const Tiles& tiles, c
     const TilePlace place = TilePlace::of(tile, camera);
     TileGradient gradient(place, camera, image, d_image);
     const int64_t begin = tiles.offsets[tile];
-    blend_tile_vjp(projected.splats, tiles.instances + begin, tiles.offsets[tile + 1] - begin, place, settings,
-                   gradient, records);
+    const TileList list = {tiles.splat_from_instance + begin, tiles.number_from_instance + begin,
+                           tiles.offsets[tile + 1] - begin};
+    blend_tile_vjp(projected.splats, list, place, settings, gradient, records);
   });
   constexpr int64_t kSplatsPerPiece = 4096;
   parallel_for(*cpu.pool, n_pieces_of(projected.n, kSplatsPerPiece), [&](int64_t piece) {

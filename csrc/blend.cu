@@ -1,33 +1,35 @@
-// blend: a block a tile. Forward one thread a pixel, in warps of 8x4; backward one warp for 8x8 pixels, two a thread.
+// blend: four warps a tile, each with a quarter of it, 8x8 pixels, two a thread. Backward the same, warps on their own.
 //
-// Both walk the tile's list from front to back: 32 splats at a time are tested against the warp's pixels, one a lane,
-// and only those that can reach them are looked at by all lanes together. So a sum over the lanes belongs to one splat,
-// and needs no knowledge of who takes part. Forward and backward share `Pixel::blend`, so that the backward replays
-// exactly what the forward did; the colour behind a splat is the final colour less the prefix up to it, without a
-// division to recover T.
-#include "launch.cuh"
+// Both walk the tile's list from front to back, all lanes of a warp on one splat: so a sum over the lanes belongs to
+// one splat, and needs no knowledge of who takes part. When a splat is staged, one thread finds out which quarters it
+// can reach. Forward notes which it did reach, 32 splats a word (`hits`); backward visits no others. Both share
+// `PixelPair::blend`, so that the backward replays exactly what the forward did; the colour behind a splat is the final
+// colour less the prefix up to it, without a division to recover T.
+#define SPACEPORT_ISA cuda
+
+#include "look_back.cuh"
+#include "queued.cuh"
 
 namespace spaceport {
 namespace cuda {
 
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kQuarter = kTileSize / 2;  // pixels along it
+constexpr int kQuarters = 4;
+constexpr int kPixels = 2;         // of a thread, one above the other
+constexpr int kPixelDistance = 4;  // rows between them
 
 // A splat as pixels see it: the exponent of alpha in base 2 is (a dx + b dy) dx + c dy^2 + log2(opacity).
-struct StagedSplat {
-  float x, y, a, b, c, log2_opacity, red, green, blue;
-  float extent_x, extent_y;
+struct __align__(16) StagedSplat {
+  float x, y, a, b;
+  float c, log2_opacity, red, green;
+  float blue;
   int32_t number;  // row of the splat
 
   __device__ static StagedSplat of(const Splat& s, int32_t number) {
-    return {
-        s.x,    s.y,        -0.5f * kLog2E * s.a, -kLog2E * s.b, -0.5f * kLog2E * s.c, log2f(s.opacity), s.red, s.green,
-        s.blue, s.extent_x, s.extent_y,           number};
-  }
-  // Whether pixel centres between the two corners may lie within its reach.
-  __device__ bool reaches(float left, float top, float right, float bottom) const {
-    return x + extent_x >= left && x - extent_x <= right && y + extent_y >= top && y - extent_y <= bottom;
+    return {s.x,    s.y,   -0.5f * kLog2E * s.a, -kLog2E * s.b, -0.5f * kLog2E * s.c, log2f(s.opacity), s.red, s.green,
+            s.blue, number};
   }
 };
 
@@ -37,135 +39,232 @@ __device__ Splat load_splat(const Splat* from) {
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w};
 }
 
-// What blending one splat into a pixel does.
+// The quarters of the tile at (left, top) with pixel centres in the ellipse alpha >= kAlphaCutoff, one bit each: for
+// the two rows of quarters the reach of the ellipse to both sides, as in tile_spans.h. A little wide, never narrow.
+__device__ unsigned quarters_reached(const Splat& s, float log2_opacity, float left, float top) {
+  constexpr float kMargin = 0.01f;  // pixels
+  const float level = 2.0f / kLog2E * (log2_opacity - kLog2Cutoff) + 1e-4f;
+  const float half_width = sqrtf(__fdividef(level, s.a));
+  const float slant = -__fdividef(s.b, s.a), rightmost_dy = -__fdividef(s.b, s.c) * s.extent_x;
+  const float per_extent = __fdividef(1.0f, s.extent_y);
+  unsigned reached = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float first = top + float(half * kQuarter) + 0.5f - s.y, last = first + float(kQuarter - 1);
+    const float upper = fmaxf(first, -s.extent_y), lower = fminf(last, s.extent_y);
+    const float dy_right = fminf(fmaxf(rightmost_dy, upper), lower), up_right = dy_right * per_extent;
+    const float dy_left = fminf(fmaxf(-rightmost_dy, upper), lower), up_left = dy_left * per_extent;
+    const float right = slant * dy_right + half_width * sqrtf(fmaxf(1.0f - up_right * up_right, 0.0f));
+    const float leftmost = slant * dy_left - half_width * sqrtf(fmaxf(1.0f - up_left * up_left, 0.0f));
+    const float x_first = s.x + fmaxf(leftmost, -s.extent_x) - kMargin - left;
+    const float x_last = s.x + fminf(right, s.extent_x) + kMargin - left;
+    const bool is_high_enough = first <= s.extent_y + kMargin && last >= -s.extent_y - kMargin;
+    if (is_high_enough && x_first <= float(kQuarter) - 0.5f && x_last >= 0.5f) reached |= 1u << (2 * half);
+    if (is_high_enough && x_first <= float(kTileSize) - 0.5f && x_last >= float(kQuarter) + 0.5f)
+      reached |= 2u << (2 * half);
+  }
+  return reached;
+}
+
+// 2^x to 2 units in the last place; x is never so small that it matters what becomes of a denormal.
+__device__ float power_of_two(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// What blending one splat into a thread's pixels does.
 struct Contribution {
-  float dx, dy;
-  float alpha;
-  float weight;    // alpha * T, zero where the pixel does not take part
-  float t_before;  // T in front of the splat
-  bool takes_part;
+  float dx;
+  float dy[kPixels];
+  float alpha[kPixels];
+  float weight[kPixels];    // alpha * T, zero where the pixel does not take part
+  float t_before[kPixels];  // T in front of the splat
+  bool takes_part[kPixels];
+  bool reached;  // some pixel, if only to stop it
 };
 
-struct Pixel {
-  float x, y;  // of its centre
-  float t;     // transmittance; carries a minus sign once the pixel has stopped, or if it lies outside the image
+struct PixelPair {
+  float x, y;        // centre of the upper one
+  float t[kPixels];  // transmittance; carries a minus sign once the pixel has stopped, or if it lies outside the image
 
-  __device__ bool goes_on() const { return t > 0.0f; }
+  __device__ static PixelPair at(int column, int row, int width, int height) {
+    PixelPair pair = {float(column) + 0.5f, float(row) + 0.5f, {}};
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+      pair.t[p] = column < width && row + p * kPixelDistance < height ? 1.0f : -1.0f;
+    }
+    return pair;
+  }
+  __device__ bool goes_on() const { return t[0] > 0.0f || t[1] > 0.0f; }
+
   __device__ Contribution blend(const StagedSplat& s, float alpha_max) {
     Contribution c;
     c.dx = x - s.x;
-    c.dy = y - s.y;
-    const float exponent = fmaf(fmaf(s.a, c.dx, s.b * c.dy), c.dx, fmaf(s.c * c.dy, c.dy, s.log2_opacity));
-    c.t_before = t;
-    c.alpha = fminf(exp2f(exponent), alpha_max);
-    c.weight = c.alpha * t;
-    const float t_after = t - c.weight;
-    const bool reached = exponent >= kLog2Cutoff && goes_on();
-    c.takes_part = reached && t_after >= kTransmittanceStop;
-    // A pixel that the splat reaches but that would fall below the limit stops.
-    t = c.takes_part ? t_after : reached ? -t : t;
-    if (!c.takes_part) c.weight = 0.0f;
+    const float by_dx = fmaf(s.a * c.dx, c.dx, s.log2_opacity), b_dx = s.b * c.dx;
+    c.reached = false;
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+      c.dy[p] = y + float(p * kPixelDistance) - s.y;
+      const float exponent = fmaf(fmaf(s.c, c.dy[p], b_dx), c.dy[p], by_dx);
+      c.t_before[p] = t[p];
+      c.alpha[p] = fminf(power_of_two(exponent), alpha_max);
+      const float weight = c.alpha[p] * t[p], t_after = t[p] - weight;
+      const bool reached = exponent >= kLog2Cutoff && t[p] > 0.0f;
+      c.takes_part[p] = reached && t_after >= kTransmittanceStop;
+      c.weight[p] = c.takes_part[p] ? weight : 0.0f;
+      // A pixel that the splat reaches but that would fall below the limit stops.
+      t[p] = c.takes_part[p] ? t_after : reached ? -t[p] : t[p];
+      c.reached |= reached;
+    }
     return c;
   }
 };
 
-// Stages the block's share of the list from `begin` on: one splat a thread.
-__device__ void stage(const Splat* splats, const Instance* instances, int64_t begin, int64_t end, StagedSplat* staged) {
-  const int64_t i = begin + threadIdx.x;
-  if (i < end) {
-    const int32_t number = instances[i].splat;
-    staged[threadIdx.x] = StagedSplat::of(load_splat(splats + number), number);
+// The words of a tile's hits: [group of 32 instances][quarter], and how many groups each quarter looked at.
+struct TileHits {
+  unsigned* words;
+  int32_t* n_groups;  // [quarter]
+
+  // Of any tile, behind the words of those before it: groups begin anew with each tile.
+  __device__ static TileHits of(int32_t* hits, int64_t n_instances, int64_t n_tiles, int64_t tile, int64_t begin) {
+    return {reinterpret_cast<unsigned*>(hits) + (begin / 32 + tile) * kQuarters,
+            hits + (n_instances / 32 + n_tiles) * kQuarters + tile * kQuarters};
   }
-}
+};
 
-constexpr int kForwardThreads = kTileSize * kTileSize;
+struct Grid {
+  int width, height;
+  int tiles_x;
+  int64_t n_tiles;
 
-__global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* splats, Tiles tiles, int width, int height,
-                                                                int tiles_x, RasterSettings settings, Image out) {
+  static Grid of(const Camera& camera) {
+    return {camera.width, camera.height, camera.tiles_x(), int64_t(camera.tiles_x()) * camera.tiles_y()};
+  }
+};
+
+constexpr int kForwardThreads = 32 * kQuarters;
+constexpr int kGroups = kForwardThreads / 32;  // of splats that are staged at once
+
+__global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* splats, Tiles tiles, Grid grid,
+                                                                RasterSettings settings, Image out) {
   __shared__ StagedSplat staged[kForwardThreads];
-  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
-  const int left = int(blockIdx.x) % tiles_x * kTileSize + warp % 2 * 8;
-  const int top = int(blockIdx.x) / tiles_x * kTileSize + warp / 2 * 4;
-  const int column = left + lane % 8, row = top + lane / 8;
-  const bool is_inside = column < width && row < height;
-  Pixel pixel = {float(column) + 0.5f, float(row) + 0.5f, is_inside ? 1.0f : -1.0f};
-  float red = 0.0f, green = 0.0f, blue = 0.0f;
+  __shared__ unsigned reached[kGroups][kQuarters];  // which splats of a group can reach a quarter
+  const int lane = int(threadIdx.x % 32), quarter = int(threadIdx.x / 32);
+  const int64_t tile = blockIdx.x;
+  const int left = int(tile % grid.tiles_x) * kTileSize, top = int(tile / grid.tiles_x) * kTileSize;
+  const int column = left + quarter % 2 * kQuarter + lane % kQuarter;
+  const int row = top + quarter / 2 * kQuarter + lane / kQuarter;
+  PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
+  float red[kPixels] = {}, green[kPixels] = {}, blue[kPixels] = {};
 
-  const int64_t begin = tiles.offsets[blockIdx.x], end = tiles.offsets[blockIdx.x + 1];
+  const int64_t begin = tiles.offsets[tile], end = tiles.offsets[tile + 1];
+  TileHits hits = TileHits::of(out.hits, tiles.n_instances, grid.n_tiles, tile, begin);
+  int n_groups = 0;
   for (int64_t batch = begin; batch < end; batch += kForwardThreads) {
-    if (__syncthreads_or(pixel.goes_on()) == 0) break;
-    stage(splats, tiles.instances, batch, end, staged);
+    if (__syncthreads_or(pixels.goes_on()) == 0) break;
+    unsigned reaches = 0;
+    if (batch + threadIdx.x < end) {
+      const int32_t number = tiles.splat_from_instance[batch + threadIdx.x];
+      const Splat splat = load_splat(splats + number);
+      staged[threadIdx.x] = StagedSplat::of(splat, number);
+      reaches = quarters_reached(splat, staged[threadIdx.x].log2_opacity, float(left), float(top));
+    }
+#pragma unroll
+    for (int q = 0; q < kQuarters; ++q) {
+      const unsigned group = __ballot_sync(kAllLanes, (reaches >> q & 1u) != 0);
+      if (lane == q) reached[quarter][q] = group;
+    }
     __syncthreads();
     const int n = int(end - batch < kForwardThreads ? end - batch : kForwardThreads);
-    for (int first = 0; first < n; first += 32) {
-      if (!__any_sync(kAllLanes, pixel.goes_on())) break;
-      const bool is_near = first + lane < n && staged[first + lane].reaches(float(left) + 0.5f, float(top) + 0.5f,
-                                                                            float(left) + 7.5f, float(top) + 3.5f);
-      for (unsigned left_over = __ballot_sync(kAllLanes, is_near); left_over != 0; left_over &= left_over - 1) {
-        const StagedSplat& s = staged[first + __ffs(int(left_over)) - 1];
-        const Contribution c = pixel.blend(s, settings.alpha_max);
-        red = fmaf(c.weight, s.red, red);
-        green = fmaf(c.weight, s.green, green);
-        blue = fmaf(c.weight, s.blue, blue);
+    for (int group = 0; 32 * group < n; ++group) {
+      if (!__any_sync(kAllLanes, pixels.goes_on())) break;
+      unsigned hit = 0;
+      for (unsigned left_over = reached[group][quarter]; left_over != 0; left_over &= left_over - 1) {
+        const StagedSplat& s = staged[32 * group + __ffs(int(left_over)) - 1];
+        const Contribution c = pixels.blend(s, settings.alpha_max);
+#pragma unroll
+        for (int p = 0; p < kPixels; ++p) {
+          red[p] = fmaf(c.weight[p], s.red, red[p]);
+          green[p] = fmaf(c.weight[p], s.green, green[p]);
+          blue[p] = fmaf(c.weight[p], s.blue, blue[p]);
+        }
+        if (__any_sync(kAllLanes, c.reached)) hit |= left_over & -left_over;
       }
+      if (out.hits != nullptr && lane == 0) hits.words[n_groups * kQuarters + quarter] = hit;
+      ++n_groups;
     }
   }
-  if (!is_inside) return;
-  const int64_t at = int64_t(row) * width + column;
-  const float t = fabsf(pixel.t);
-  out.transmittance[at] = t;
-  out.color[3 * at] = fmaf(t, settings.background[0], red);
-  out.color[3 * at + 1] = fmaf(t, settings.background[1], green);
-  out.color[3 * at + 2] = fmaf(t, settings.background[2], blue);
+  if (out.hits != nullptr && lane == 0) hits.n_groups[quarter] = n_groups;
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+    const int own_row = row + p * kPixelDistance;
+    if (column >= grid.width || own_row >= grid.height) continue;
+    const int64_t at = int64_t(own_row) * grid.width + column;
+    const float t = fabsf(pixels.t[p]);
+    out.transmittance[at] = t;
+    out.color[3 * at] = fmaf(t, settings.background[0], red[p]);
+    out.color[3 * at + 1] = fmaf(t, settings.background[1], green[p]);
+    out.color[3 * at + 2] = fmaf(t, settings.background[2], blue[p]);
+  }
 }
 
 constexpr int kMomentCount = 9;
 static_assert(kMomentCount == kSplatGradientStride, "a splat's row holds the moments first");
-constexpr int kBackwardThreads = 128;
-constexpr int kPixelsPerThread = 2;
+constexpr int kBackwardThreads = 64;
+constexpr int kBackwardWarps = kBackwardThreads / 32;
 
-// A pixel with the gradient of the loss by it.
-struct PixelGradient {
-  Pixel pixel;
-  float red, green, blue;
-  float total;   // gradient . what is seen: colour, and T by its own gradient
-  float prefix;  // gradient . colour blended so far
+// The gradient of the loss by a thread's pixels.
+struct PairGradient {
+  float red[kPixels], green[kPixels], blue[kPixels];
+  float total[kPixels];   // gradient . what is seen: colour, and T by its own gradient
+  float prefix[kPixels];  // gradient . colour blended so far
 
-  __device__ static PixelGradient of(int column, int row, int width, int height, const Image& image,
-                                     const Image& d_image) {
-    PixelGradient p = {{float(column) + 0.5f, float(row) + 0.5f, -1.0f}, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-    if (column >= width || row >= height) return p;
-    const int64_t at = int64_t(row) * width + column;
-    p.pixel.t = 1.0f;
-    p.red = d_image.color[3 * at];
-    p.green = d_image.color[3 * at + 1];
-    p.blue = d_image.color[3 * at + 2];
-    // The colour holds the background already, and what is behind it scales with T as the background does.
-    p.total = p.red * image.color[3 * at] + p.green * image.color[3 * at + 1] + p.blue * image.color[3 * at + 2] +
-              d_image.transmittance[at] * image.transmittance[at];
-    return p;
+  __device__ static PairGradient at(int column, int row, const Grid& grid, const Image& image, const Image& d_image) {
+    PairGradient g = {};
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+      const int own_row = row + p * kPixelDistance;
+      if (column >= grid.width || own_row >= grid.height) continue;
+      const int64_t at = int64_t(own_row) * grid.width + column;
+      g.red[p] = d_image.color[3 * at];
+      g.green[p] = d_image.color[3 * at + 1];
+      g.blue[p] = d_image.color[3 * at + 2];
+      // The colour holds the background already, and what is behind it scales with T as the background does.
+      g.total[p] =
+          g.red[p] * image.color[3 * at] + g.green[p] * image.color[3 * at + 1] + g.blue[p] * image.color[3 * at + 2];
+      if (d_image.transmittance != nullptr) g.total[p] += d_image.transmittance[at] * image.transmittance[at];
+    }
+    return g;
   }
 
-  // Adds the pixel's part to the sums that give a splat's gradient: of d, the gradient by the exponent of e, of its
-  // products with dx, dy, dx^2, dx dy, dy^2, and of the gradients by the colour. Returns whether there was one.
-  __device__ bool add_to(float moments[kMomentCount], const StagedSplat& s, float alpha_max) {
-    const Contribution c = pixel.blend(s, alpha_max);
-    if (!c.takes_part) return false;
-    const float shade = fmaf(red, s.red, fmaf(green, s.green, blue * s.blue));
-    prefix = fmaf(c.weight, shade, prefix);
-    const float behind = __fdividef(total - prefix, 1.0f - c.alpha);
-    const float d = c.alpha < alpha_max ? (c.t_before * shade - behind) * c.alpha : 0.0f;
-    const float d_dx = d * c.dx, d_dy = d * c.dy;
-    moments[0] += d;
-    moments[1] += d_dx;
-    moments[2] += d_dy;
-    moments[3] = fmaf(d_dx, c.dx, moments[3]);
-    moments[4] = fmaf(d_dx, c.dy, moments[4]);
-    moments[5] = fmaf(d_dy, c.dy, moments[5]);
-    moments[6] = fmaf(c.weight, red, moments[6]);
-    moments[7] = fmaf(c.weight, green, moments[7]);
-    moments[8] = fmaf(c.weight, blue, moments[8]);
-    return true;
+  // The pixels' part of the sums that give a splat's gradient: of d, the gradient by the exponent of e, of its products
+  // with dx, dy, dx^2, dx dy, dy^2, and of the gradients by the colour.
+  __device__ void moments_of(const Contribution& c, const StagedSplat& s, float alpha_max,
+                             float moments[kMomentCount]) {
+    float sum = 0.0f, sum_dy = 0.0f, sum_dydy = 0.0f;
+    moments[6] = moments[7] = moments[8] = 0.0f;
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+      const float shade = fmaf(red[p], s.red, fmaf(green[p], s.green, blue[p] * s.blue));
+      prefix[p] = fmaf(c.weight[p], shade, prefix[p]);
+      const float behind = __fdividef(total[p] - prefix[p], 1.0f - c.alpha[p]);
+      const float d_exponent = fmaf(c.t_before[p], shade, -behind) * c.alpha[p];
+      const float d = c.takes_part[p] && c.alpha[p] < alpha_max ? d_exponent : 0.0f;
+      const float d_dy = d * c.dy[p];
+      sum += d;
+      sum_dy += d_dy;
+      sum_dydy = fmaf(d_dy, c.dy[p], sum_dydy);
+      moments[6] = fmaf(c.weight[p], red[p], moments[6]);
+      moments[7] = fmaf(c.weight[p], green[p], moments[7]);
+      moments[8] = fmaf(c.weight[p], blue[p], moments[8]);
+    }
+    moments[0] = sum;
+    moments[1] = sum * c.dx;
+    moments[2] = sum_dy;
+    moments[3] = moments[1] * c.dx;
+    moments[4] = sum_dy * c.dx;
+    moments[5] = sum_dydy;
   }
 };
 
@@ -192,44 +291,42 @@ __device__ float transposed_sum(float v[kMomentCount], int lane, float& last) {
   return sum;
 }
 
-__global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat* splats, Tiles tiles, int width,
-                                                                     int height, int tiles_x, float alpha_max,
-                                                                     Image image, Image d_image, float* moments_of) {
-  __shared__ StagedSplat staged[kBackwardThreads];
-  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
-  const int left = int(blockIdx.x) % tiles_x * kTileSize + warp % 2 * 8;
-  const int top = int(blockIdx.x) / tiles_x * kTileSize + warp / 2 * 8;
-  PixelGradient pixels[kPixelsPerThread];
-#pragma unroll
-  for (int p = 0; p < kPixelsPerThread; ++p) {
-    pixels[p] = PixelGradient::of(left + lane % 8, top + lane / 8 + 4 * p, width, height, image, d_image);
-  }
-  const auto goes_on = [&] { return pixels[0].pixel.goes_on() || pixels[1].pixel.goes_on(); };
+__global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat* splats, Tiles tiles, Grid grid,
+                                                                     float alpha_max, Image image, Image d_image,
+                                                                     float* moments_of) {
+  __shared__ StagedSplat staged_by_warp[kBackwardWarps][32];
+  StagedSplat* staged = staged_by_warp[threadIdx.x / 32];
+  const int lane = int(threadIdx.x % 32);
+  const int64_t share = int64_t(blockIdx.x) * kBackwardWarps + threadIdx.x / 32;  // a quarter of a tile
+  const int64_t tile = share / kQuarters;
+  const int quarter = int(share % kQuarters);
+  const int64_t begin = tiles.offsets[tile];
+  const TileHits hits = TileHits::of(image.hits, tiles.n_instances, grid.n_tiles, tile, begin);
+  const int column = int(tile % grid.tiles_x) * kTileSize + quarter % 2 * kQuarter + lane % kQuarter;
+  const int row = int(tile / grid.tiles_x) * kTileSize + quarter / 2 * kQuarter + lane / kQuarter;
+  PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
+  PairGradient gradient = PairGradient::at(column, row, grid, image, d_image);
 
-  const int64_t begin = tiles.offsets[blockIdx.x], end = tiles.offsets[blockIdx.x + 1];
-  for (int64_t batch = begin; batch < end; batch += kBackwardThreads) {
-    if (__syncthreads_or(goes_on()) == 0) break;
-    stage(splats, tiles.instances, batch, end, staged);
-    __syncthreads();
-    const int n = int(end - batch < kBackwardThreads ? end - batch : kBackwardThreads);
-    for (int first = 0; first < n; first += 32) {
-      if (!__any_sync(kAllLanes, goes_on())) break;
-      const bool is_near = first + lane < n && staged[first + lane].reaches(float(left) + 0.5f, float(top) + 0.5f,
-                                                                            float(left) + 7.5f, float(top) + 7.5f);
-      for (unsigned left_over = __ballot_sync(kAllLanes, is_near); left_over != 0; left_over &= left_over - 1) {
-        const StagedSplat& s = staged[first + __ffs(int(left_over)) - 1];
-        float moments[kMomentCount] = {};
-        bool takes_part = false;
-#pragma unroll
-        for (int p = 0; p < kPixelsPerThread; ++p) takes_part |= pixels[p].add_to(moments, s, alpha_max);
-        if (!__any_sync(kAllLanes, takes_part)) continue;
-        float last;
-        const float sum = transposed_sum(moments, lane, last);
-        float* row = moments_of + int64_t(s.number) * kMomentCount;
-        if (lane % 4 == 0) atomicAdd(row + lane / 4, sum);
-        if (lane == 1) atomicAdd(row + 8, last);
-      }
+  const int n_groups = hits.n_groups[quarter];
+  for (int group = 0; group < n_groups; ++group) {
+    const unsigned hit = hits.words[group * kQuarters + quarter];
+    if (hit == 0) continue;
+    if ((hit >> lane & 1u) != 0) {
+      const int32_t number = tiles.splat_from_instance[begin + 32 * group + lane];
+      staged[lane] = StagedSplat::of(load_splat(splats + number), number);
     }
+    __syncwarp();
+    for (unsigned left_over = hit; left_over != 0; left_over &= left_over - 1) {
+      const StagedSplat& s = staged[__ffs(int(left_over)) - 1];
+      const Contribution c = pixels.blend(s, alpha_max);
+      float moments[kMomentCount], last;
+      gradient.moments_of(c, s, alpha_max, moments);
+      const float sum = transposed_sum(moments, lane, last);
+      float* to = moments_of + int64_t(s.number) * kMomentCount;
+      if (lane % 4 == 0) atomicAdd(to + lane / 4, sum);
+      if (lane == 1) atomicAdd(to + 8, last);
+    }
+    __syncwarp();
   }
 }
 
@@ -238,23 +335,22 @@ __global__ void splat_gradient_kernel(const Splat* splats, int64_t n, float* row
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
   const Splat s = load_splat(splats + i);
-  float* row = rows + i * kMomentCount;
-  const float m[6] = {row[0], row[1], row[2], row[3], row[4], row[5]};
-  row[0] = s.a * m[1] + s.b * m[2];
-  row[1] = s.b * m[1] + s.c * m[2];
-  row[2] = -0.5f * m[3];
-  row[3] = -m[4];
-  row[4] = -0.5f * m[5];
-  row[5] = m[0] / s.opacity;
+  gradient_of_moments({s.a, s.b, s.c}, s.opacity, rows + i * kMomentCount);
 }
 
 }  // namespace
 }  // namespace cuda
 
+int64_t hits_size(const Cuda&, int64_t n_instances, const Camera& camera) {
+  const int64_t n_tiles = cuda::Grid::of(camera).n_tiles;
+  return (n_instances / 32 + 2 * n_tiles) * cuda::kQuarters;
+}
+
 void blend(const Cuda& backend, const Projected& projected, const Tiles& tiles, const Camera& camera,
            const RasterSettings& settings, const Image& out) {
-  cuda::blend_kernel<<<unsigned(camera.tiles_x() * camera.tiles_y()), cuda::kForwardThreads, 0, stream_of(backend)>>>(
-      projected.splats, tiles, camera.width, camera.height, camera.tiles_x(), settings, out);
+  const cuda::Grid grid = cuda::Grid::of(camera);
+  cuda::blend_kernel<<<unsigned(grid.n_tiles), cuda::kForwardThreads, 0, stream_of(backend)>>>(projected.splats, tiles,
+                                                                                               grid, settings, out);
   check_launch("blend");
 }
 
@@ -262,14 +358,20 @@ size_t blend_vjp_scratch(const Cuda&, int64_t) {
   return 0;
 }
 
+void cuda::queue_blend_vjp(cudaStream_t stream, const Projected& projected, const Tiles& tiles, const Camera& camera,
+                           const RasterSettings& settings, const Image& image, const Image& d_image, float* moments) {
+  const Grid grid = Grid::of(camera);
+  blend_vjp_kernel<<<unsigned(grid.n_tiles * kQuarters / kBackwardWarps), kBackwardThreads, 0, stream>>>(
+      projected.splats, tiles, grid, settings.alpha_max, image, d_image, moments);
+  check_launch("blend'");
+}
+
 void blend_vjp(const Cuda& backend, const Projected& projected, const Tiles& tiles, const Camera& camera,
                const RasterSettings& settings, const Image& image, const Image& d_image, void*, float* d_splats) {
   if (projected.n == 0) return;
   const cudaStream_t stream = stream_of(backend);
   check(cudaMemsetAsync(d_splats, 0, size_t(projected.n) * kSplatGradientStride * sizeof(float), stream), "blend'");
-  cuda::blend_vjp_kernel<<<unsigned(camera.tiles_x() * camera.tiles_y()), cuda::kBackwardThreads, 0, stream>>>(
-      projected.splats, tiles, camera.width, camera.height, camera.tiles_x(), settings.alpha_max, image, d_image,
-      d_splats);
+  cuda::queue_blend_vjp(stream, projected, tiles, camera, settings, image, d_image, d_splats);
   constexpr int kThreads = 256;
   cuda::splat_gradient_kernel<<<n_blocks_of(projected.n, kThreads), kThreads, 0, stream>>>(projected.splats,
                                                                                            projected.n, d_splats);

@@ -9,12 +9,12 @@ namespace spaceport {
 namespace {
 
 // The pairs of one pixel: how far it walks its tile's list, and how many splats it blends on the way.
-PairCounts count_pixel(const Projected& projected, const Instance* instances, int64_t n, float x, float y,
+PairCounts count_pixel(const Projected& projected, const int32_t* instances, int64_t n, float x, float y,
                        const RasterSettings& settings) {
   PairCounts counts = {0, 0};
   float t = 1.0f;
   for (int64_t i = 0; i < n; ++i) {
-    const Splat& s = projected.splats[instances[i].splat];
+    const Splat& s = projected.splats[instances[i]];
     const float dx = x - s.x, dy = y - s.y;
     ++counts.evaluated;
     const float alpha =
@@ -39,7 +39,7 @@ PairCounts count_pairs(const Cpu& cpu, const Projected& projected, const Tiles& 
     for (int y = y0; y < y0 + kTileSize && y < camera.height; ++y) {
       for (int x = x0; x < x0 + kTileSize && x < camera.width; ++x) {
         const PairCounts pixel =
-            count_pixel(projected, tiles.instances + begin, n, float(x) + 0.5f, float(y) + 0.5f, settings);
+            count_pixel(projected, tiles.splat_from_instance + begin, n, float(x) + 0.5f, float(y) + 0.5f, settings);
         counts[size_t(tile)].evaluated += pixel.evaluated;
         counts[size_t(tile)].blended += pixel.blended;
       }

@@ -44,6 +44,10 @@ void blend(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const
   SPACEPORT_DISPATCH(blend, projected, tiles, camera, settings, out);
 }
 
+int64_t hits_size(const Cpu&, int64_t, const Camera&) {
+  return 0;
+}
+
 size_t blend_vjp_scratch(const Cpu&, int64_t n_instances) {
   return size_t(n_instances) * kSplatGradientStride * sizeof(float);
 }

@@ -3,8 +3,7 @@
 // at once, then four of a column, so that what it loads serves several of them.
 #define SPACEPORT_ISA cuda
 
-#include "launch.cuh"
-#include "scalar.h"
+#include "queued.cuh"
 #include "ssim_math.h"
 
 namespace spaceport {
@@ -16,10 +15,10 @@ constexpr int kSide = 32;  // pixels along a block
 constexpr int kThreads = 256;
 constexpr int kHalo = kSide + 2 * kRadius;
 constexpr int kAcross = 8, kDown = 4;  // pixels that a thread filters at once
-constexpr int kDerivatives = 3;
+constexpr int kMoments = 4, kDerivatives = 3;
 static_assert(kSide * kSide == kThreads * kDown, "one pass down covers the block");
 // Rows padded such that the lanes of a warp read and write different banks.
-using Plane = float[kHalo][kHalo + 1];
+using Plane = float[kHalo][kHalo + 2];  // a multiple of four
 using FilteredPlane = float[kHalo][kSide + 1];
 
 struct LossScratch {
@@ -112,13 +111,15 @@ __device__ void for_each_with_halo(int width, int height, Load&& load) {
   }
 }
 
-__device__ float shade_of(const LossImages& images, int64_t at) {
-  return float(images.photo[at]) * (1.0f / 255.0f);
+__device__ float shade_of(uint8_t level) {
+  return float(level) * (1.0f / 255.0f);
 }
 
-__global__ __launch_bounds__(kThreads) void moments_kernel(LossImages images, LossScratch scratch) {
+__global__ __launch_bounds__(kThreads) void moments_kernel(LossImages images, Late<const uint8_t*> late_photo,
+                                                           LossScratch scratch) {
   __shared__ Plane x, y;
-  __shared__ FilteredPlane across[5];
+  __shared__ FilteredPlane across[kMoments];
+  const uint8_t* photo = late_photo.get();
   const int column = int(blockIdx.x) * kSide + column_of(), top = int(blockIdx.y) * kSide;
   const int64_t n_pixels = int64_t(images.width) * images.height;
   float l1 = 0.0f, ssim = 0.0f;
@@ -126,27 +127,26 @@ __global__ __launch_bounds__(kThreads) void moments_kernel(LossImages images, Lo
     __syncthreads();
     for_each_with_halo(images.width, images.height, [&](int r, int c, int64_t at, bool exists) {
       x[r][c] = exists ? images.color[kChannels * at + channel] : 0.0f;
-      y[r][c] = exists ? shade_of(images, kChannels * at + channel) : 0.0f;
+      y[r][c] = exists ? shade_of(photo[kChannels * at + channel]) : 0.0f;
     });
     __syncthreads();
-    filter_across<5>(
+    filter_across<kMoments>(  // E[x^2] and E[y^2] are only ever needed as their sum
         [&](int r, int c, float* values) {
           const float a = x[r][c], b = y[r][c];
           values[0] = a;
           values[1] = b;
-          values[2] = a * a;
-          values[3] = b * b;
-          values[4] = a * b;
+          values[2] = fmaf(a, a, b * b);
+          values[3] = a * b;
         },
         across);
     __syncthreads();
-    float moments[5][kDown];
-    filter_down<5>(across, moments);
+    float moments[kMoments][kDown];
+    filter_down<kMoments>(across, moments);
 #pragma unroll
     for (int i = 0; i < kDown; ++i) {
       const int row = top + row_of(i);
       if (column >= images.width || row >= images.height) continue;
-      const float own[5] = {moments[0][i], moments[1][i], moments[2][i], moments[3][i], moments[4][i]};
+      const float own[5] = {moments[0][i], moments[1][i], moments[2][i], 0.0f, moments[3][i]};
       const SsimDerivatives<float> d = ssim_of(own);
       ssim += d.ssim;
       l1 += fabsf(x[row_of(i) + kRadius][column_of() + kRadius] - y[row_of(i) + kRadius][column_of() + kRadius]);
@@ -162,8 +162,27 @@ __global__ __launch_bounds__(kThreads) void moments_kernel(LossImages images, Lo
   }
 }
 
-__global__ __launch_bounds__(kThreads) void gradient_kernel(LossImages images, LossScratch scratch, float l1_factor,
-                                                            float ssim_factor, float* d_color) {
+// The blocks' sums, always in the same order; called by a whole block.
+__device__ void write_means(const LossScratch& scratch, int64_t n_sums, double n_values, double* means) {
+  double l1 = 0.0, ssim = 0.0;
+  for (int64_t i = threadIdx.x; i < n_sums; i += kThreads) {
+    l1 += scratch.sums[i].x;
+    ssim += scratch.sums[i].y;
+  }
+  const double l1_sum = block_sum(l1), ssim_sum = block_sum(ssim);
+  if (threadIdx.x == 0) {
+    means[0] = l1_sum / n_values;
+    means[1] = ssim_sum / n_values;
+  }
+}
+
+__global__ __launch_bounds__(kThreads) void gradient_kernel(LossImages images, Late<const uint8_t*> late_photo,
+                                                            LossScratch scratch, float l1_factor, float ssim_factor,
+                                                            LossOutput out) {
+  if (blockIdx.x == 0 && blockIdx.y == 0) {
+    write_means(scratch, int64_t(gridDim.x) * gridDim.y, double(images.width) * images.height * kChannels, out.means);
+  }
+  const uint8_t* photo = late_photo.get();
   __shared__ Plane maps[kDerivatives];
   __shared__ FilteredPlane across[kDerivatives];
   const int column = int(blockIdx.x) * kSide + column_of(), top = int(blockIdx.y) * kSide;
@@ -190,29 +209,28 @@ __global__ __launch_bounds__(kThreads) void gradient_kernel(LossImages images, L
       const int row = top + row_of(i);
       if (column >= images.width || row >= images.height) continue;
       const int64_t at = kChannels * (int64_t(row) * images.width + column) + channel;
-      const float x = images.color[at], y = shade_of(images, at);
+      const float x = images.color[at], y = shade_of(photo[at]);
       const float sign = x > y ? l1_factor : x < y ? -l1_factor : 0.0f;
-      d_color[at] = fmaf(ssim_factor, d[0][i] + 2.0f * x * d[1][i] + y * d[2][i], sign);
+      out.d_color[at] = fmaf(ssim_factor, d[0][i] + 2.0f * x * d[1][i] + y * d[2][i], sign);
     }
   }
 }
 
-// One block: the blocks' sums, always in the same order.
-__global__ __launch_bounds__(kThreads) void means_kernel(const double2* sums, int64_t n, double n_values,
-                                                         double* means) {
-  double l1 = 0.0, ssim = 0.0;
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-    l1 += sums[i].x;
-    ssim += sums[i].y;
-  }
-  const double l1_sum = block_sum(l1), ssim_sum = block_sum(ssim);
-  if (threadIdx.x == 0) {
-    means[0] = l1_sum / n_values;
-    means[1] = ssim_sum / n_values;
-  }
+}  // namespace
+
+void queue_loss(cudaStream_t stream, const LossImages& images, const Late<const uint8_t*>& photo,
+                const LossSettings& settings, void* memory, const LossOutput& out) {
+  const dim3 grid = grid_of(images.width, images.height);
+  Arena arena(memory);
+  const LossScratch scratch = LossScratch::of(arena, images.width, images.height, int64_t(grid.x) * grid.y);
+  const double n_values = double(images.width) * double(images.height) * kChannels;
+  moments_kernel<<<grid, kThreads, 0, stream>>>(images, photo, scratch);
+  gradient_kernel<<<grid, kThreads, 0, stream>>>(images, photo, scratch,
+                                                 float((1.0 - double(settings.ssim_weight)) / n_values),
+                                                 float(-double(settings.ssim_weight) / n_values), out);
+  check_launch("loss");
 }
 
-}  // namespace
 }  // namespace cuda
 
 size_t loss_scratch(const Cuda&, int width, int height) {
@@ -224,18 +242,7 @@ size_t loss_scratch(const Cuda&, int width, int height) {
 
 void loss(const Cuda& backend, const LossImages& images, const LossSettings& settings, void* memory,
           const LossOutput& out) {
-  const cudaStream_t stream = stream_of(backend);
-  const dim3 grid = cuda::grid_of(images.width, images.height);
-  const int64_t n_blocks = int64_t(grid.x) * grid.y;
-  Arena arena(memory);
-  const cuda::LossScratch scratch = cuda::LossScratch::of(arena, images.width, images.height, n_blocks);
-  const double n_values = double(images.width) * double(images.height) * cuda::kChannels;
-  cuda::moments_kernel<<<grid, cuda::kThreads, 0, stream>>>(images, scratch);
-  cuda::gradient_kernel<<<grid, cuda::kThreads, 0, stream>>>(
-      images, scratch, float((1.0 - double(settings.ssim_weight)) / n_values),
-      float(-double(settings.ssim_weight) / n_values), out.d_color);
-  cuda::means_kernel<<<1, cuda::kThreads, 0, stream>>>(scratch.sums, n_blocks, n_values, out.means);
-  check_launch("loss");
+  cuda::queue_loss(stream_of(backend), images, cuda::Late<const uint8_t*>(images.photo), settings, memory, out);
 }
 
 }  // namespace spaceport

@@ -50,11 +50,14 @@ void project_vjp(const Cuda&, const Gaussians&, const Camera&, const RasterSetti
                  const float* d_splats, const Gaussians& d_gaussians);
 
 // Lists the instances of every tile from front to back; equal depths keep the order of their rows.
-size_t tile_scratch(const Cpu&, int64_t n_splats, int64_t n_instances);
-size_t tile_scratch(const Cuda&, int64_t n_splats, int64_t n_instances);
+size_t tile_scratch(const Cpu&, int64_t n_splats, int64_t n_instances, const Camera&);
+size_t tile_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, const Camera&);
 void tile(const Cpu&, const Projected&, const Camera&, void* scratch, const Tiles& out);
 void tile(const Cuda&, const Projected&, const Camera&, void* scratch, const Tiles& out);
 
+// How many numbers out.hits holds, if the backward pass is to follow.
+int64_t hits_size(const Cpu&, int64_t n_instances, const Camera&);
+int64_t hits_size(const Cuda&, int64_t n_instances, const Camera&);
 void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 void blend(const Cuda&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 

@@ -1,14 +1,11 @@
 // project: raw parameters to splats on the image plane, one thread a Gaussian.
 //
-// Visible ones are written in the order of their rows in one pass over them: every block learns from the blocks before
-// it where its own begin (decoupled look-back, Merrill and Garland 2016). Compiled without fused multiply-adds, as
-// tile.cu is: both count the tiles of a splat, and must agree.
+// Visible ones are written in the order of their rows, in one pass over them. Compiled without fused multiply-adds, as
+// tile.cu is: both find the tiles of a splat, and must agree.
 #define SPACEPORT_ISA cuda
 
-#include "adam.cuh"
-#include "launch.cuh"
-#include "scalar.h"
-#include "splat_math.h"
+#include "look_back.cuh"
+#include "queued.cuh"
 #include "tile_spans.h"
 
 namespace spaceport {
@@ -17,88 +14,6 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// What the blocks tell each other: zero while nothing is known, then a count with a mark above it.
-constexpr uint64_t kOwnCount = uint64_t(1) << 62;  // of the block alone
-constexpr uint64_t kSumSoFar = uint64_t(2) << 62;  // of the block and all before it
-constexpr uint64_t kCountBits = kOwnCount - 1;
-
-struct LookBack {
-  uint64_t* splats;     // [n_blocks]
-  uint64_t* instances;  // [n_blocks]
-  unsigned* ticket;  // blocks take numbers in the order in which they start, so that nobody waits for one not running
-
-  static LookBack of(Arena& arena, int64_t n_blocks) {
-    return {arena.take<uint64_t>(n_blocks), arena.take<uint64_t>(n_blocks), arena.take<unsigned>(1)};
-  }
-};
-
-// Called by one whole warp: publishes the block's count and returns the sum of the counts of all blocks before it.
-__device__ uint64_t sum_before(uint64_t* state, int64_t block, uint64_t own) {
-  volatile uint64_t* shared_state = state;
-  const int lane = int(threadIdx.x % 32);
-  if (block == 0) {
-    if (lane == 0) shared_state[0] = kSumSoFar | own;
-    return 0;
-  }
-  if (lane == 0) shared_state[block] = kOwnCount | own;
-  uint64_t sum = 0;
-  for (int64_t last = block - 1;; last -= 32) {
-    const int64_t mine = last - lane;
-    uint64_t word = kSumSoFar;  // before the first block there is nothing
-    if (mine >= 0) {
-      do {
-        word = shared_state[mine];
-      } while (word == 0);
-    }
-    const unsigned ends = __ballot_sync(kAllLanes, (word & kSumSoFar) != 0);
-    const int n_used = ends == 0 ? 32 : __ffs(int(ends));  // up to the nearest block that knows its sum
-    uint64_t part = lane < n_used ? word & kCountBits : 0;
-    for (int step = 16; step > 0; step /= 2) part += __shfl_xor_sync(kAllLanes, part, step);
-    sum += part;
-    if (ends != 0) break;
-  }
-  if (lane == 0) shared_state[block] = kSumSoFar | (sum + own);
-  return sum;
-}
-
-// Sums over the threads of the block before this one, of two counts at once, and the block's totals.
-struct BlockSums {
-  int splats_before, n_splats;
-  uint64_t instances_before, n_instances;
-};
-__device__ BlockSums block_sums(int n_splats, uint64_t n_instances) {
-  __shared__ int warp_splats[kWarps];
-  __shared__ uint64_t warp_instances[kWarps];
-  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
-  int splats = n_splats;
-  uint64_t instances = n_instances;
-  for (int step = 1; step < 32; step *= 2) {
-    const int below = __shfl_up_sync(kAllLanes, splats, unsigned(step));
-    const uint64_t instances_below = __shfl_up_sync(kAllLanes, instances, unsigned(step));
-    if (lane >= step) {
-      splats += below;
-      instances += instances_below;
-    }
-  }
-  if (lane == 31) {
-    warp_splats[warp] = splats;
-    warp_instances[warp] = instances;
-  }
-  __syncthreads();
-  BlockSums sums = {splats - n_splats, 0, instances - n_instances, 0};
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) {
-      sums.splats_before += warp_splats[w];
-      sums.instances_before += warp_instances[w];
-    }
-    sums.n_splats += warp_splats[w];
-    sums.n_instances += warp_instances[w];
-  }
-  return sums;
-}
 
 __device__ Vec3<float> load3(const float* table, int64_t row) {
   return {table[3 * row], table[3 * row + 1], table[3 * row + 2]};
@@ -150,16 +65,36 @@ struct Grid {
   int tiles_x, tiles_y;
 };
 
-// The splat of a row and how many tiles it touches; zero where it is not visible.
+constexpr int kBoxSide = 8;  // tiles of a TileSet
+
+__device__ TileSet tiles_of(const Splat& splat, const Grid& grid) {
+  const TileRows tiles(splat, grid.tiles_x, grid.tiles_y);
+  const TileSpan box = tile_span(splat.x - splat.extent_x, splat.x + splat.extent_x, grid.tiles_x);
+  const bool is_in_box = box.end - box.begin <= kBoxSide && tiles.rows.end - tiles.rows.begin <= kBoxSide;
+  TileSet set = {uint16_t(box.begin), uint16_t(tiles.rows.begin), 0, 0};
+  for (int row = tiles.rows.begin; row < tiles.rows.end; ++row) {
+    const TileSpan columns = tiles.columns(row);
+    if (columns.begin >= columns.end) continue;
+    const unsigned n = unsigned(columns.end - columns.begin);
+    set.n += n;
+    if (is_in_box) {
+      const int first = (row - tiles.rows.begin) * kBoxSide + columns.begin - box.begin;
+      set.bits |= ((uint64_t(1) << n) - 1) << first;
+    }
+  }
+  return set;
+}
+
+// The splat of a row and the tiles that it touches; none where it is not visible.
 template <int kDegree>
-__device__ uint64_t project_row(const Gaussians& g, int64_t row, const View<float>& view,
-                                const RasterSettings& settings, const Grid& grid, Splat& splat) {
+__device__ TileSet project_row(const Gaussians& g, int64_t row, const View<float>& view, const RasterSettings& settings,
+                               const Grid& grid, Splat& splat) {
+  const TileSet none = {};
   const float logit = g.opacities[row], opacity = sigmoid(logit);
-  const Vec3<float> mean = load3(g.means, row);
-  if (!(point_in_cam(view, mean).z >= settings.near) || !(opacity >= kAlphaCutoff)) return 0;
   const RawShape<float> raw = raw_shape_of(g, row);
+  if (!(point_in_cam(view, raw.mean).z >= settings.near) || !(opacity >= kAlphaCutoff)) return none;
   const Shape<float> s = shape_of(raw, view, settings.low_pass);
-  if (!(norm_squared(raw.quaternion) >= kMinQuaternionNormSquared) || !(s.determinant > 0.0f)) return 0;
+  if (!(norm_squared(raw.quaternion) >= kMinQuaternionNormSquared) || !(s.determinant > 0.0f)) return none;
   const float level = ellipse_level(opacity);
   splat = {s.x,
            s.y,
@@ -173,53 +108,62 @@ __device__ uint64_t project_row(const Gaussians& g, int64_t row, const View<floa
            s.point.z,
            sqrtf(level * s.covariance.xx),
            sqrtf(level * s.covariance.yy)};
-  uint64_t n_tiles = 0;
-  for_each_tile_row(splat, grid.tiles_x, grid.tiles_y,
-                    [&](int, TileSpan columns) { n_tiles += uint64_t(columns.end - columns.begin); });
-  if (n_tiles == 0) return 0;
+  const TileSet touched = tiles_of(splat, grid);
+  if (touched.n == 0) return none;
   float basis[kMaxShCoefficients], sh[3 * n_coefficients_of(kDegree)];
-  sh_basis(kDegree, direction(mean - view.center), basis);
+  sh_basis(kDegree, direction(raw.mean - view.center), basis);
   load_sh<3 * n_coefficients_of(kDegree)>(g.sh, row, 3 * g.n_coefficients, sh);
   const Vec3<float> color = color_of(kDegree, basis, sh);
-  if (!(doubt_of(s, color, opacity, logit) == 0.0f)) return 0;
+  if (!(doubt_of(s, color, opacity, logit) == 0.0f)) return none;
   splat.red = fmaxf(color.x, 0.0f);
   splat.green = fmaxf(color.y, 0.0f);
   splat.blue = fmaxf(color.z, 0.0f);
-  return n_tiles;
+  return touched;
+}
+
+// Both counts in one word of the look-back.
+constexpr int kSplatBits = 28;
+__device__ uint64_t packed(const Count& count) {
+  return uint64_t(count.instances) << kSplatBits | count.splats;
 }
 
 template <int kDegree>
-__global__ __launch_bounds__(kThreads) void project_kernel(Gaussians g, View<float> view, RasterSettings settings,
-                                                           Grid grid, LookBack look_back, Projected out,
-                                                           ProjectedCounts* counts) {
-  __shared__ int64_t block, first_splat, first_instance;
+__global__ __launch_bounds__(kThreads) void project_kernel(Gaussians g, Late<View<float>> late_view,
+                                                           RasterSettings settings, Grid grid, LookBack look_back,
+                                                           Projected out, ProjectedCounts* counts) {
+  __shared__ unsigned block;
+  __shared__ uint64_t sum_of_others;
   if (threadIdx.x == 0) block = atomicAdd(look_back.ticket, 1u);
   __syncthreads();
-  const int64_t row = block * kThreads + threadIdx.x;
+  const int64_t row = int64_t(block) * kThreads + threadIdx.x;
+  const View<float> view = late_view.get();
   Splat splat;
-  const uint64_t n_tiles = row < g.n ? project_row<kDegree>(g, row, view, settings, grid, splat) : 0;
-  const BlockSums sums = block_sums(n_tiles > 0, n_tiles);
+  TileSet touched = {};
+  if (row < g.n) touched = project_row<kDegree>(g, row, view, settings, grid, splat);
+  const BlockSums sums = block_sums<kThreads>({touched.n > 0, touched.n});
   if (threadIdx.x < 32) {
-    const uint64_t before = sum_before(look_back.splats, block, uint64_t(sums.n_splats));
-    const uint64_t instances_before = sum_before(look_back.instances, block, sums.n_instances);
+    const uint64_t before = sum_before(look_back.counts, block, packed(sums.total));
     if (threadIdx.x == 0) {
-      first_splat = int64_t(before);
-      first_instance = int64_t(instances_before);
+      sum_of_others = before;
       if (block == gridDim.x - 1) {
-        *counts = {first_splat + sums.n_splats, first_instance + int64_t(sums.n_instances)};
-        out.instance_offsets[counts->n_splats] = counts->n_instances;
+        const uint64_t total = before + packed(sums.total);
+        *counts = {int64_t(total & ((uint64_t(1) << kSplatBits) - 1)), int64_t(total >> kSplatBits)};
+        if (out.instance_offsets != nullptr) out.instance_offsets[counts->n_splats] = counts->n_instances;
       }
     }
   }
   __syncthreads();
-  if (n_tiles == 0) return;
-  const int64_t at = first_splat + sums.splats_before;
+  if (touched.n == 0) return;
+  const uint64_t before = sum_of_others + packed(sums.before);
+  const int64_t at = int64_t(before & ((uint64_t(1) << kSplatBits) - 1));
   float4* to = reinterpret_cast<float4*>(out.splats + at);
   to[0] = make_float4(splat.x, splat.y, splat.a, splat.b);
   to[1] = make_float4(splat.c, splat.opacity, splat.red, splat.green);
   to[2] = make_float4(splat.blue, splat.depth, splat.extent_x, splat.extent_y);
   out.gaussian_from_splat[at] = int32_t(row);
-  out.instance_offsets[at] = first_instance + int64_t(sums.instances_before);
+  out.depths[at] = splat.depth;
+  out.touched[at] = touched;
+  if (out.instance_offsets != nullptr) out.instance_offsets[at] = int64_t(before >> kSplatBits);
 }
 
 template <int kDegree>
@@ -256,9 +200,9 @@ __global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View
 
 constexpr int kFusedThreads = 128;  // rows of a block of the fused backward pass
 
-// Row of the first splat whose Gaussian is not before `gaussian`.
-__device__ int64_t first_splat_from(const Projected& projected, int64_t gaussian) {
-  int64_t low = 0, high = projected.n;
+// Row of the first of n splats whose Gaussian is not before `gaussian`.
+__device__ int64_t first_splat_from(const Projected& projected, int64_t n, int64_t gaussian) {
+  int64_t low = 0, high = n;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     if (projected.gaussian_from_splat[middle] < gaussian) {
@@ -271,14 +215,14 @@ __device__ int64_t first_splat_from(const Projected& projected, int64_t gaussian
 }
 
 // Which splat each of the block's rows is, or -1 where it is not visible.
-__device__ int64_t splat_of_row(const Projected& projected, int64_t first_row) {
+__device__ int64_t splat_of_row(const Projected& projected, int64_t n, int64_t first_row) {
   __shared__ int64_t splats[kFusedThreads];
   __shared__ int64_t begin;
   splats[threadIdx.x] = -1;
-  if (threadIdx.x == 0) begin = first_splat_from(projected, first_row);
+  if (threadIdx.x == 0) begin = first_splat_from(projected, n, first_row);
   __syncthreads();
   const int64_t splat = begin + threadIdx.x;
-  if (splat < projected.n) {
+  if (splat < n) {
     const int64_t row = projected.gaussian_from_splat[splat] - first_row;
     if (row < kFusedThreads) splats[row] = splat;
   }
@@ -332,54 +276,75 @@ __device__ void adam4(float* values, float* first, float* second, int64_t at, co
   reinterpret_cast<float4*>(second)[at] = v;
 }
 
-struct FusedUpdate {
-  AdamMoments moments;
-  AdamSettings settings;
-  AdamRates rates;
-};
+// A splat's gradient from its row, which is left zero if it held the sums of blend'.
+__device__ void take_gradient(const SplatGradients& gradients, int64_t splat, const Shape<float>& s, float opacity,
+                              float d[kSplatGradientStride]) {
+  float* row = gradients.rows + splat * kSplatGradientStride;
+#pragma unroll
+  for (int i = 0; i < kSplatGradientStride; ++i) d[i] = row[i];
+  if (gradients.kind == SplatRows::kGradients) return;
+  bool is_zero = true;
+#pragma unroll
+  for (int i = 0; i < kSplatGradientStride; ++i) is_zero &= d[i] == 0.0f;
+  if (is_zero) return;
+#pragma unroll
+  for (int i = 0; i < kSplatGradientStride; ++i) row[i] = 0.0f;
+  gradient_of_moments(s.conic, opacity, d);
+}
 
 // A thread takes a row's place and shape; then all take the block's SH coefficients, which lie one behind the other,
 // four at a time: their gradient is the product of a basis value and of the gradient by a colour.
 template <int kDegree>
-__global__ __launch_bounds__(kFusedThreads) void project_vjp_update_kernel(Gaussians g, View<float> view,
-                                                                           RasterSettings settings, Projected projected,
-                                                                           const float* d_splats, FusedUpdate u) {
+__global__ __launch_bounds__(kFusedThreads) void project_vjp_update_kernel(
+    Gaussians g, Late<UpdateInputs> late_inputs, RasterSettings settings, float2 half_size, Projected projected,
+    Late<ProjectedCounts> late_counts, SplatGradients gradients, AdamMoments moments, const uint32_t* is_halted) {
   constexpr int kCoefficients = n_coefficients_of(kDegree);
   __shared__ float bases[kCoefficients][kFusedThreads + 1];
   __shared__ float d_colors[3][kFusedThreads + 1];
+  __shared__ UpdateInputs u;
+  late_inputs.copy_to(u);
   const int64_t first_row = int64_t(blockIdx.x) * kFusedThreads, row = first_row + threadIdx.x;
   const int stride = 3 * g.n_coefficients;
-  const int64_t splat = splat_of_row(projected, first_row);
-  const Gaussians &first = u.moments.first, &second = u.moments.second;
+  const int64_t splat = splat_of_row(projected, late_counts.get().n_splats, first_row);
+  const bool changes_nothing = is_halted != nullptr && *is_halted != 0;
+  const Gaussians &first = moments.first, &second = moments.second;
   float basis[kMaxShCoefficients] = {}, d_color[3] = {};
   if (row < g.n) {
     RawShape<float> d_raw = {};
     float d_opacity = 0.0f;
     if (splat >= 0) {
-      const float* d = d_splats + splat * kSplatGradientStride;
       const Splat& seen = projected.splats[splat];
       const RawShape<float> raw = raw_shape_of(g, row);
-      const Shape<float> s = shape_of(raw, view, settings.low_pass);
-      d_raw = shape_of_vjp(raw, view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
+      const Shape<float> s = shape_of(raw, u.view, settings.low_pass);
+      float d[kSplatGradientStride];
+      take_gradient(gradients, splat, s, seen.opacity, d);
+      if (u.statistics.gradient_sums != nullptr && !changes_nothing) {
+        u.statistics.gradient_sums[row] += hypotf(d[0] * half_size.x, d[1] * half_size.y);
+        u.statistics.n_visible[row] += 1.0f;
+      }
+      d_raw = shape_of_vjp(raw, u.view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
       d_opacity = d[5] * seen.opacity * (1.0f - seen.opacity);
       d_color[0] = seen.red > 0.0f ? d[6] : 0.0f;
       d_color[1] = seen.green > 0.0f ? d[7] : 0.0f;
       d_color[2] = seen.blue > 0.0f ? d[8] : 0.0f;
-      const Vec3<float> offset = raw.mean - view.center;
+      const Vec3<float> offset = raw.mean - u.view.center;
       const Vec3<float> to_gaussian = direction(offset);
       sh_basis(kDegree, to_gaussian, basis);
       float d_basis[kMaxShCoefficients];
       basis_gradient<kDegree>(g.sh + row * stride, stride, d_color, d_basis);
       d_raw.mean = d_raw.mean + direction_vjp(offset, sh_basis_vjp(kDegree, to_gaussian, d_basis));
     }
-    adam3(g.means, first.means, second.means, row, d_raw.mean, u.settings.means, u.rates);
-    adam3(g.log_scales, first.log_scales, second.log_scales, row, d_raw.log_scale, u.settings.log_scales, u.rates);
-    const Quaternion<float>& q = d_raw.quaternion;
-    const float rate = u.settings.quaternions;
-    adam4(g.quaternions, first.quaternions, second.quaternions, row, make_float4(q.w, q.x, q.y, q.z),
-          make_float4(rate, rate, rate, rate), u.rates);
-    adam(g.opacities[row], d_opacity, first.opacities[row], second.opacities[row], u.settings.opacities, u.rates);
+    if (!changes_nothing) {
+      adam3(g.means, first.means, second.means, row, d_raw.mean, u.settings.means, u.rates);
+      adam3(g.log_scales, first.log_scales, second.log_scales, row, d_raw.log_scale, u.settings.log_scales, u.rates);
+      const Quaternion<float>& q = d_raw.quaternion;
+      const float rate = u.settings.quaternions;
+      adam4(g.quaternions, first.quaternions, second.quaternions, row, make_float4(q.w, q.x, q.y, q.z),
+            make_float4(rate, rate, rate, rate), u.rates);
+      adam(g.opacities[row], d_opacity, first.opacities[row], second.opacities[row], u.settings.opacities, u.rates);
+    }
   }
+  if (changes_nothing) return;
 #pragma unroll
   for (int k = 0; k < kCoefficients; ++k) bases[k][threadIdx.x] = basis[k];
 #pragma unroll
@@ -427,42 +392,44 @@ void for_degree(int degree, Launch&& launch) {
   }
 }
 
-struct ProjectScratch {
-  LookBack look_back;
-  ProjectedCounts* counts;
-
-  static ProjectScratch of(Arena& arena, int64_t n_gaussians) {
-    return {LookBack::of(arena, n_blocks_of(n_gaussians, kThreads)), arena.take<ProjectedCounts>(1)};
-  }
-};
-
 }  // namespace
+
+size_t queued_project_scratch(int64_t n_gaussians) {
+  return LookBack::n_bytes(n_blocks_of(n_gaussians, kThreads));
+}
+
+void queue_project(cudaStream_t stream, const Gaussians& g, const Late<View<float>>& view, const Camera& camera,
+                   const RasterSettings& settings, void* scratch, const Projected& out, ProjectedCounts* counts) {
+  Arena arena(scratch);
+  const LookBack look_back = LookBack::of(arena, n_blocks_of(g.n, kThreads));
+  const Grid grid = {camera.tiles_x(), camera.tiles_y()};
+  for_degree(settings.sh_degree, [&](auto degree) {
+    project_kernel<degree>
+        <<<n_blocks_of(g.n, kThreads), kThreads, 0, stream>>>(g, view, settings, grid, look_back, out, counts);
+  });
+  check_launch("project");
+}
+
 }  // namespace cuda
 
 size_t project_scratch(const Cuda&, int64_t n_gaussians) {
-  Arena arena(nullptr);
-  cuda::ProjectScratch::of(arena, n_gaussians);
-  return arena.used();
+  return cuda::queued_project_scratch(n_gaussians) + sizeof(ProjectedCounts);
 }
 
 ProjectedCounts project(const Cuda& backend, const Gaussians& g, const Camera& camera, const RasterSettings& settings,
-                        void* memory, const Projected& out) {
+                        void* scratch, const Projected& out) {
   const cudaStream_t stream = stream_of(backend);
-  Arena arena(memory);
-  const cuda::ProjectScratch scratch = cuda::ProjectScratch::of(arena, g.n);
   if (g.n == 0) {
     check(cudaMemsetAsync(out.instance_offsets, 0, sizeof(int64_t), stream), "project");
     return {0, 0};
   }
-  check(cudaMemsetAsync(memory, 0, arena.used(), stream), "project");
-  const cuda::View<float> view = cuda::view_of<float>(camera);
-  cuda::for_degree(settings.sh_degree, [&](auto degree) {
-    cuda::project_kernel<degree><<<n_blocks_of(g.n, cuda::kThreads), cuda::kThreads, 0, stream>>>(
-        g, view, settings, {camera.tiles_x(), camera.tiles_y()}, scratch.look_back, out, scratch.counts);
-  });
-  check_launch("project");
+  const size_t n_bytes = cuda::queued_project_scratch(g.n);
+  ProjectedCounts* on_device = reinterpret_cast<ProjectedCounts*>(static_cast<char*>(scratch) + n_bytes);
+  check(cudaMemsetAsync(scratch, 0, n_bytes, stream), "project");
+  cuda::queue_project(stream, g, cuda::Late<cuda::View<float>>(cuda::view_of<float>(camera)), camera, settings, scratch,
+                      out, on_device);
   ProjectedCounts counts;
-  check(cudaMemcpyAsync(&counts, scratch.counts, sizeof(counts), cudaMemcpyDeviceToHost, stream), "project");
+  check(cudaMemcpyAsync(&counts, on_device, sizeof(counts), cudaMemcpyDeviceToHost, stream), "project");
   check(cudaStreamSynchronize(stream), "project");
   return counts;
 }
@@ -494,18 +461,26 @@ size_t project_vjp_update_scratch(const Cuda&, const Gaussians&) {
   return 0;
 }
 
+void cuda::queue_project_vjp_update(cudaStream_t stream, const Gaussians& values, const Late<UpdateInputs>& inputs,
+                                    const Camera& camera, const RasterSettings& settings, const Projected& projected,
+                                    const Late<ProjectedCounts>& counts, const SplatGradients& gradients,
+                                    const AdamMoments& moments, const uint32_t* is_halted) {
+  const float2 half_size = make_float2(0.5f * float(camera.width), 0.5f * float(camera.height));
+  for_degree(settings.sh_degree, [&](auto degree) {
+    project_vjp_update_kernel<degree><<<n_blocks_of(values.n, kFusedThreads), kFusedThreads, 0, stream>>>(
+        values, inputs, settings, half_size, projected, counts, gradients, moments, is_halted);
+  });
+  check_launch("project' and update");
+}
+
 void project_vjp_update(const Cuda& backend, const Gaussians& values, const Camera& camera,
                         const RasterSettings& settings, const Projected& projected, const float* d_splats,
                         const AdamMoments& moments, const AdamSettings& adam, void*) {
   if (values.n == 0) return;
-  const cuda::View<float> view = cuda::view_of<float>(camera);
-  const cuda::FusedUpdate update = {moments, adam, cuda::AdamRates::of(adam)};
-  cuda::for_degree(settings.sh_degree, [&](auto degree) {
-    cuda::project_vjp_update_kernel<degree>
-        <<<n_blocks_of(values.n, cuda::kFusedThreads), cuda::kFusedThreads, 0, stream_of(backend)>>>(
-            values, view, settings, projected, d_splats, update);
-  });
-  check_launch("project' and update");
+  const cuda::UpdateInputs inputs = {cuda::view_of<float>(camera), adam, cuda::AdamRates::of(adam), {}};
+  cuda::queue_project_vjp_update(stream_of(backend), values, cuda::Late<cuda::UpdateInputs>(inputs), camera, settings,
+                                 projected, cuda::Late<ProjectedCounts>(ProjectedCounts{projected.n, 0}),
+                                 {cuda::SplatRows::kGradients, const_cast<float*>(d_splats)}, moments, nullptr);
 }
 
 }  // namespace spaceport

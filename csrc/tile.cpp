@@ -55,8 +55,7 @@ struct SplatDepth {
   uint32_t depth_bits;
 };
 struct PlacedInstance {
-  int32_t tile;
-  Instance instance;
+  int32_t tile, splat, number;
 };
 struct TileScratch {
   SplatDepth *order, *reordered;  // [M] each
@@ -120,7 +119,7 @@ bool list_instances(ThreadPool& pool, const Projected& projected, const Camera& 
       portable::for_each_tile_row(projected.splats[splat], tiles_x, tiles_y, [&](int row, portable::TileSpan columns) {
         n_tiles += columns.end - columns.begin;
         for (int column = columns.begin; column < columns.end && number < end; ++column) {
-          *next++ = {row * tiles_x + column, {splat, int32_t(number++)}};
+          *next++ = {row * tiles_x + column, splat, int32_t(number++)};
         }
       });
       if (n_tiles != end - projected.instance_offsets[splat]) as_counted = false;
@@ -131,7 +130,7 @@ bool list_instances(ThreadPool& pool, const Projected& projected, const Camera& 
 
 }  // namespace
 
-size_t tile_scratch(const Cpu&, int64_t n_splats, int64_t n_instances) {
+size_t tile_scratch(const Cpu&, int64_t n_splats, int64_t n_instances, const Camera&) {
   return 2 * size_t(n_splats) * sizeof(SplatDepth) + size_t(n_instances) * sizeof(PlacedInstance);
 }
 
@@ -145,7 +144,10 @@ void tile(const Cpu& cpu, const Projected& projected, const Camera& camera, void
   const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
   const std::vector<int64_t> first = counting_sort(
       *cpu.pool, out.n_instances, n_tiles, [&](int64_t i) { return scratch.listed[i].tile; },
-      [&](int64_t i, int64_t place) { out.instances[place] = scratch.listed[i].instance; });
+      [&](int64_t i, int64_t place) {
+        out.splat_from_instance[place] = scratch.listed[i].splat;
+        out.number_from_instance[place] = scratch.listed[i].number;
+      });
   std::memcpy(out.offsets, first.data(), first.size() * sizeof(int64_t));
 }
 

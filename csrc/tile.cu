@@ -1,11 +1,12 @@
 // tile: for every tile its instances from front to back. A radix sort of the splats by depth, the listing of their
-// instances in that order, and a stable radix sort by tile. Compiled without fused multiply-adds, as project.cu is.
+// instances in that order, and a stable radix sort by tile on the narrowest key. Compiled without fused multiply-adds,
+// as project.cu is.
 #define SPACEPORT_ISA cuda
 
 #include <cub/device/device_radix_sort.cuh>
-#include <cub/device/device_scan.cuh>
 
-#include "launch.cuh"
+#include "look_back.cuh"
+#include "queued.cuh"
 #include "tile_spans.h"
 
 namespace spaceport {
@@ -14,128 +15,13 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kDepthBits = 31;  // of the bits of a positive float, which sort like the number
+constexpr int kDepthBits = 32;  // of a positive float, which sort like the number; more than any stands for no splat
 
-// An Instance as the sort carries it.
-using PackedInstance = unsigned long long;
-static_assert(sizeof(PackedInstance) == sizeof(Instance));
+struct Grid {
+  int tiles_x, tiles_y;
 
-struct TileScratch {
-  uint32_t *depths, *sorted_depths;  // [M]
-  int32_t *splats, *by_depth;        // [M]
-  int64_t* places;                   // [M] where a splat's instances begin in the list, in the order of depth
-  uint32_t *tiles, *sorted_tiles;    // [I]
-  PackedInstance* listed;            // [I]
-  char* library;
-  size_t n_library_bytes;
-
-  static TileScratch of(Arena& arena, int64_t n_splats, int64_t n_instances, int n_tile_bits) {
-    TileScratch s;
-    s.depths = arena.take<uint32_t>(n_splats);
-    s.sorted_depths = arena.take<uint32_t>(n_splats);
-    s.splats = arena.take<int32_t>(n_splats);
-    s.by_depth = arena.take<int32_t>(n_splats);
-    s.places = arena.take<int64_t>(n_splats);
-    s.tiles = arena.take<uint32_t>(n_instances);
-    s.sorted_tiles = arena.take<uint32_t>(n_instances);
-    s.listed = arena.take<PackedInstance>(n_instances);
-    size_t bytes[3] = {};
-    check(cub::DeviceRadixSort::SortPairs(nullptr, bytes[0], s.depths, s.sorted_depths, s.splats, s.by_depth, n_splats,
-                                          0, kDepthBits),
-          "tile");
-    check(cub::DeviceScan::ExclusiveSum(nullptr, bytes[1], s.places, s.places, n_splats), "tile");
-    check(cub::DeviceRadixSort::SortPairs(nullptr, bytes[2], s.tiles, s.sorted_tiles, s.listed, s.listed, n_instances,
-                                          0, n_tile_bits),
-          "tile");
-    s.n_library_bytes = bytes[0];
-    for (size_t b : bytes) s.n_library_bytes = b > s.n_library_bytes ? b : s.n_library_bytes;
-    s.library = arena.take<char>(int64_t(s.n_library_bytes));
-    return s;
-  }
+  __host__ __device__ int64_t n_tiles() const { return int64_t(tiles_x) * tiles_y; }
 };
-
-__global__ void depths_kernel(const Splat* splats, int64_t n, uint32_t* depths, int32_t* numbers) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= n) return;
-  depths[i] = __float_as_uint(splats[i].depth);
-  numbers[i] = int32_t(i);
-}
-
-__global__ void counts_kernel(const int64_t* instance_offsets, const int32_t* by_depth, int64_t n, int64_t* counts) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) counts[i] = instance_offsets[by_depth[i] + 1] - instance_offsets[by_depth[i]];
-}
-
-// What a warp lists before it writes it out, so that neighbouring lanes write neighbouring places.
-constexpr int kStaged = 256;
-struct StagedInstances {
-  uint32_t tiles[kStaged];
-  PackedInstance listed[kStaged];
-};
-
-// A warp lists the instances of 32 splats, which follow each other in the order of depth. A splat that touches other
-// tiles than were counted, because it was projected with another camera, lists no more than its share, and fills what
-// is left of it with a tile behind the last.
-__global__ __launch_bounds__(kThreads) void list_kernel(Projected projected, const int32_t* by_depth,
-                                                        const int64_t* places, int tiles_x, int tiles_y,
-                                                        int64_t n_instances, uint32_t* tiles, PackedInstance* listed) {
-  __shared__ StagedInstances staged_by_warp[kThreads / 32];
-  StagedInstances& staged = staged_by_warp[threadIdx.x / 32];
-  const int lane = int(threadIdx.x % 32);
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const bool exists = i < projected.n;
-  const int32_t splat = exists ? by_depth[i] : 0;
-  const int64_t first = exists ? projected.instance_offsets[splat] : 0;
-  const int64_t end = exists ? projected.instance_offsets[splat + 1] : 0;
-  const int64_t place = exists ? places[i] : 0;
-  const int64_t warp_begin = __shfl_sync(0xffffffffu, place, 0);
-  int64_t warp_end = exists ? place + end - first : 0;
-  for (int step = 16; step > 0; step /= 2) {
-    const int64_t other = __shfl_xor_sync(0xffffffffu, warp_end, step);
-    warp_end = other > warp_end ? other : warp_end;
-  }
-  const int64_t n = warp_end - warp_begin;
-  const bool is_staged = n <= kStaged;
-
-  int64_t number = first;
-  const auto put = [&](uint32_t tile) {
-    const int64_t at = place + number - first;
-    const PackedInstance packed = PackedInstance(uint32_t(splat)) | PackedInstance(uint32_t(number)) << 32;
-    if (is_staged) {
-      staged.tiles[at - warp_begin] = tile;
-      staged.listed[at - warp_begin] = packed;
-    } else if (at < n_instances) {
-      tiles[at] = tile;
-      listed[at] = packed;
-    }
-    ++number;
-  };
-  if (exists) {
-    for_each_tile_row(projected.splats[splat], tiles_x, tiles_y, [&](int row, TileSpan columns) {
-      for (int column = columns.begin; column < columns.end && number < end; ++column) {
-        put(uint32_t(row * tiles_x + column));
-      }
-    });
-    while (number < end) put(uint32_t(tiles_x * tiles_y));
-  }
-  if (!is_staged) return;
-  __syncwarp();
-  for (int64_t at = lane; at < n && warp_begin + at < n_instances; at += 32) {
-    tiles[warp_begin + at] = staged.tiles[at];
-    listed[warp_begin + at] = staged.listed[at];
-  }
-}
-
-// Where the tiles' lists begin, from the sorted tiles of all instances.
-__global__ void offsets_kernel(const uint32_t* tiles, int64_t n_instances, int64_t n_tiles, int64_t* offsets) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i > n_instances) return;
-  const int64_t before = i == 0 ? -1 : int64_t(tiles[i - 1]);
-  const int64_t here = i == n_instances ? n_tiles : int64_t(tiles[i]);
-  for (int64_t tile = before + 1; tile <= here && tile <= n_tiles; ++tile) offsets[tile] = i;
-}
-
-constexpr int kMostTileBits = 32;
 
 int bits_for(uint64_t largest) {
   int bits = 1;
@@ -143,43 +29,222 @@ int bits_for(uint64_t largest) {
   return bits;
 }
 
+// The number of a tile, or `n_tiles`: a place in the list that holds nothing.
+template <class Key>
+struct TileScratch {
+  LookBack look_back;
+  size_t n_zeros;
+  uint32_t* sorted_depths;     // [M]
+  int32_t *splats, *by_depth;  // [M]
+  Key *tiles, *sorted_tiles;   // [I]
+  int32_t* listed;             // [I]
+  char* library;
+  size_t n_library_bytes;
+
+  static TileScratch of(Arena& arena, int64_t n_splats, int64_t n_instances, int n_tile_bits) {
+    TileScratch s;
+    s.look_back = LookBack::of(arena, n_blocks_of(n_splats, kThreads));
+    s.n_zeros = arena.used();
+    s.sorted_depths = arena.take<uint32_t>(n_splats);
+    s.splats = arena.take<int32_t>(n_splats);
+    s.by_depth = arena.take<int32_t>(n_splats);
+    s.tiles = arena.take<Key>(n_instances);
+    s.sorted_tiles = arena.take<Key>(n_instances);
+    s.listed = arena.take<int32_t>(n_instances);
+    size_t by_depth = 0, by_tile = 0;
+    s.sort_by_depth(nullptr, by_depth, nullptr, n_splats, nullptr);
+    s.sort_by_tile(nullptr, by_tile, nullptr, n_instances, n_tile_bits, nullptr);
+    s.n_library_bytes = by_depth > by_tile ? by_depth : by_tile;
+    s.library = arena.take<char>(int64_t(s.n_library_bytes));
+    return s;
+  }
+  void sort_by_depth(void* memory, size_t& n_bytes, const float* depths, int64_t n, cudaStream_t stream) const {
+    check(cub::DeviceRadixSort::SortPairs(memory, n_bytes, reinterpret_cast<const uint32_t*>(depths), sorted_depths,
+                                          splats, by_depth, n, 0, kDepthBits, stream),
+          "tile");
+  }
+  void sort_by_tile(void* memory, size_t& n_bytes, int32_t* out, int64_t n, int n_bits, cudaStream_t stream) const {
+    check(cub::DeviceRadixSort::SortPairs(memory, n_bytes, tiles, sorted_tiles, listed, out, n, 0, n_bits, stream),
+          "tile");
+  }
+};
+
+__global__ __launch_bounds__(kThreads) void numbers_kernel(int32_t* numbers, int64_t n) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < n) numbers[i] = int32_t(i);
+}
+
+// What a block lists before it writes it out, so that neighbouring lanes write neighbouring places.
+constexpr unsigned kStaged = 3072;
+
+template <class Key>
+struct List {
+  Key* tiles;
+  int32_t* splats;
+  int64_t n;  // that fit
+
+  __device__ void put(int64_t at, int tile, int32_t splat) const {
+    if (at >= n) return;
+    tiles[at] = Key(tile);
+    splats[at] = splat;
+  }
+};
+
+// All lanes list the instances of one splat that reaches far, a row of tiles each: at most `n` from `first` on. Returns
+// how many there are.
+template <class Key>
+__device__ unsigned list_far_splat(const Splat& splat, int32_t number, const Grid& grid, int64_t first, unsigned n,
+                                   const List<Key>& list) {
+  const TileRows tiles(splat, grid.tiles_x, grid.tiles_y);
+  const int lane = int(threadIdx.x % 32);
+  unsigned listed = 0;
+  for (int begin = tiles.rows.begin; begin < tiles.rows.end; begin += 32) {
+    const int row = begin + lane;
+    TileSpan columns = {0, 0};
+    if (row < tiles.rows.end) columns = tiles.columns(row);
+    const unsigned own = columns.begin < columns.end ? unsigned(columns.end - columns.begin) : 0;
+    unsigned sum = own;
+    for (int step = 1; step < 32; step *= 2) {
+      const unsigned below = __shfl_up_sync(kAllLanes, sum, step);
+      if (lane >= step) sum += below;
+    }
+    for (unsigned i = 0, at = listed + sum - own; i < own && at < n; ++i, ++at) {
+      list.put(first + at, row * grid.tiles_x + columns.begin + int(i), number);
+    }
+    listed += __shfl_sync(kAllLanes, sum, 31);
+  }
+  return listed;
+}
+
+// A block lists the instances of its splats, which follow each other in the order of depth. What is projected with
+// another camera than `grid` stands for lists no more than its share, and fills what is left of it with no tile.
+template <class Key>
+__global__ __launch_bounds__(kThreads) void list_kernel(Projected projected, Late<ProjectedCounts> late_counts,
+                                                        const int32_t* by_depth, LookBack look_back, Grid grid,
+                                                        List<Key> list) {
+  __shared__ Key staged_tiles[kStaged];
+  __shared__ int32_t staged_splats[kStaged];
+  __shared__ unsigned block;
+  __shared__ int64_t first_of_block;
+  if (threadIdx.x == 0) block = atomicAdd(look_back.ticket, 1u);
+  __syncthreads();
+  const ProjectedCounts counts = late_counts.get();
+  for (int64_t i = counts.n_instances + int64_t(block) * kThreads + threadIdx.x; i < list.n;
+       i += int64_t(gridDim.x) * kThreads) {
+    list.tiles[i] = Key(grid.n_tiles());
+  }
+  if (int64_t(block) * kThreads >= counts.n_splats) return;
+  const int64_t i = int64_t(block) * kThreads + threadIdx.x;
+  const int32_t splat = i < counts.n_splats ? by_depth[i] : 0;
+  const TileSet touched = i < counts.n_splats ? projected.touched[splat] : TileSet{};
+  const BlockSums sums = block_sums<kThreads>({0, touched.n});
+  if (threadIdx.x < 32) {
+    const uint64_t before = sum_before(look_back.counts, block, sums.total.instances);
+    if (threadIdx.x == 0) first_of_block = int64_t(before);
+  }
+  const bool is_staged = sums.total.instances <= kStaged;
+  const bool is_far = touched.n > 0 && touched.bits == 0;
+  if (!is_staged) __syncthreads();
+  const auto put = [&](unsigned at, int tile) {
+    if (is_staged) {
+      staged_tiles[at] = Key(tile);
+      staged_splats[at] = splat;
+    } else {
+      list.put(first_of_block + at, tile, splat);
+    }
+  };
+  if (!is_far) {
+    const unsigned end = sums.before.instances + touched.n;
+    unsigned at = sums.before.instances;
+    for (uint64_t left_over = touched.bits; left_over != 0 && at < end; left_over &= left_over - 1, ++at) {
+      const int bit = __ffsll(int64_t(left_over)) - 1;
+      const int row = touched.row + bit / 8, column = touched.column + bit % 8;
+      put(at, row < grid.tiles_y && column < grid.tiles_x ? row * grid.tiles_x + column : int(grid.n_tiles()));
+    }
+  }
+  __syncthreads();
+  if (is_staged) {
+    for (unsigned at = threadIdx.x; at < sums.total.instances; at += kThreads) {
+      list.put(first_of_block + at, staged_tiles[at], staged_splats[at]);
+    }
+    __syncthreads();  // far splats' places above hold nothing yet
+  }
+  for (unsigned far = __ballot_sync(kAllLanes, is_far); far != 0; far &= far - 1) {
+    const int lane = __ffs(int(far)) - 1;
+    const int32_t number = __shfl_sync(kAllLanes, splat, lane);
+    const unsigned n = __shfl_sync(kAllLanes, touched.n, lane);
+    const int64_t first = first_of_block + __shfl_sync(kAllLanes, sums.before.instances, lane);
+    unsigned listed = list_far_splat(projected.splats[number], number, grid, first, n, list);
+    for (listed += threadIdx.x % 32; listed < n; listed += 32) list.put(first + listed, int(grid.n_tiles()), number);
+  }
+}
+
+// Where the tiles' lists begin, from the sorted tiles of all instances.
+template <class Key>
+__global__ __launch_bounds__(kThreads) void offsets_kernel(const Key* tiles, int64_t n_instances, int64_t n_tiles,
+                                                           int64_t* offsets) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i > n_instances) return;
+  const int64_t before = i == 0 ? -1 : int64_t(tiles[i - 1]);
+  const int64_t here = i == n_instances ? n_tiles : int64_t(tiles[i]);
+  for (int64_t tile = before + 1; tile <= here && tile <= n_tiles; ++tile) offsets[tile] = i;
+}
+
+// Calls with_key(a number of the type that holds every tile's number, and one more).
+template <class WithKey>
+auto with_narrowest_key(const Camera& camera, WithKey&& with_key) {
+  const Grid grid = {camera.tiles_x(), camera.tiles_y()};
+  const int n_bits = bits_for(uint64_t(grid.n_tiles()));
+  return n_bits <= 16 ? with_key(uint16_t(), grid, n_bits) : with_key(uint32_t(), grid, n_bits);
+}
+
 }  // namespace
+
+QueuedTileScratch queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& camera) {
+  return with_narrowest_key(camera, [&](auto key, const Grid&, int n_bits) {
+    Arena arena(nullptr);
+    const auto scratch = TileScratch<decltype(key)>::of(arena, n_splats, n_instances, n_bits);
+    return QueuedTileScratch{arena.used(), scratch.n_zeros};
+  });
+}
+
+void queue_tile(cudaStream_t stream, const Projected& projected, const Late<ProjectedCounts>& counts,
+                const Camera& camera, void* memory, const Tiles& out) {
+  with_narrowest_key(camera, [&](auto key, const Grid& grid, int n_bits) {
+    using Key = decltype(key);
+    const int64_t n = projected.n, n_instances = out.n_instances, n_tiles = grid.n_tiles();
+    Arena arena(memory);
+    const auto s = TileScratch<Key>::of(arena, n, n_instances, n_bits);
+    const unsigned n_blocks = n_blocks_of(n, kThreads);
+    numbers_kernel<<<n_blocks, kThreads, 0, stream>>>(s.splats, n);
+    size_t n_bytes = s.n_library_bytes;
+    s.sort_by_depth(s.library, n_bytes, projected.depths, n, stream);
+    list_kernel<Key><<<n_blocks, kThreads, 0, stream>>>(projected, counts, s.by_depth, s.look_back, grid,
+                                                        List<Key>{s.tiles, s.listed, n_instances});
+    s.sort_by_tile(s.library, n_bytes, out.splat_from_instance, n_instances, n_bits, stream);
+    offsets_kernel<<<n_blocks_of(n_instances + 1, kThreads), kThreads, 0, stream>>>(s.sorted_tiles, n_instances,
+                                                                                    n_tiles, out.offsets);
+    check_launch("tile");
+  });
+}
+
 }  // namespace cuda
 
-size_t tile_scratch(const Cuda&, int64_t n_splats, int64_t n_instances) {
-  Arena arena(nullptr);
-  cuda::TileScratch::of(arena, n_splats, n_instances, cuda::kMostTileBits);
-  return arena.used();
+size_t tile_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, const Camera& camera) {
+  return cuda::queued_tile_scratch(n_splats, n_instances, camera).n_bytes;
 }
 
 void tile(const Cuda& backend, const Projected& projected, const Camera& camera, void* memory, const Tiles& out) {
   const cudaStream_t stream = stream_of(backend);
   const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
-  const int64_t n = projected.n, n_instances = out.n_instances;
-  if (n_instances == 0) {
+  if (out.n_instances == 0) {
     check(cudaMemsetAsync(out.offsets, 0, size_t(n_tiles + 1) * sizeof(int64_t), stream), "tile");
     return;
   }
-  const int n_tile_bits = cuda::bits_for(uint64_t(n_tiles));
-  Arena arena(memory);
-  const cuda::TileScratch s = cuda::TileScratch::of(arena, n, n_instances, cuda::kMostTileBits);
-  const unsigned splat_blocks = n_blocks_of(n, cuda::kThreads);
-  cuda::depths_kernel<<<splat_blocks, cuda::kThreads, 0, stream>>>(projected.splats, n, s.depths, s.splats);
-  size_t n_bytes = s.n_library_bytes;
-  check(cub::DeviceRadixSort::SortPairs(s.library, n_bytes, s.depths, s.sorted_depths, s.splats, s.by_depth, n, 0,
-                                        cuda::kDepthBits, stream),
-        "tile");
-  cuda::counts_kernel<<<splat_blocks, cuda::kThreads, 0, stream>>>(projected.instance_offsets, s.by_depth, n, s.places);
-  check(cub::DeviceScan::ExclusiveSum(s.library, n_bytes, s.places, s.places, n, stream), "tile");
-  cuda::list_kernel<<<splat_blocks, cuda::kThreads, 0, stream>>>(projected, s.by_depth, s.places, camera.tiles_x(),
-                                                                 camera.tiles_y(), n_instances, s.tiles, s.listed);
-  check(cub::DeviceRadixSort::SortPairs(s.library, n_bytes, s.tiles, s.sorted_tiles, s.listed,
-                                        reinterpret_cast<cuda::PackedInstance*>(out.instances), n_instances, 0,
-                                        n_tile_bits, stream),
-        "tile");
-  cuda::offsets_kernel<<<n_blocks_of(n_instances + 1, cuda::kThreads), cuda::kThreads, 0, stream>>>(
-      s.sorted_tiles, n_instances, n_tiles, out.offsets);
-  check_launch("tile");
+  const size_t n_zeros = cuda::queued_tile_scratch(projected.n, out.n_instances, camera).n_zeros;
+  check(cudaMemsetAsync(memory, 0, n_zeros, stream), "tile");
+  const ProjectedCounts counts = {projected.n, out.n_instances};
+  cuda::queue_tile(stream, projected, cuda::Late<ProjectedCounts>(counts), camera, memory, out);
 }
 
 }  // namespace spaceport

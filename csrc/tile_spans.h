@@ -27,22 +27,44 @@ HOST_DEVICE TileSpan tile_span(float low, float high, int n_tiles) {
   return {begin < 0 ? 0 : begin, end > n_tiles ? n_tiles : end};
 }
 
+// The rows of tiles that a splat touches, and of each the columns.
+struct TileRows {
+  float x, y, extent_x, extent_y;
+  float half_width;    // of the chord through the centre
+  float slant;         // middle of the chord at dy is slant * dy
+  float rightmost_dy;  // where the ellipse reaches furthest right
+  int tiles_x;
+  TileSpan rows;
+
+  HOST_DEVICE TileRows(const Splat& s, int tiles_x, int tiles_y)
+      : x(s.x),
+        y(s.y),
+        extent_x(s.extent_x),
+        extent_y(s.extent_y),
+        half_width(sqrtf(ellipse_level(s.opacity) / s.a)),
+        slant(-s.b / s.a),
+        rightmost_dy(-s.b / s.c * s.extent_x),
+        tiles_x(tiles_x),
+        rows(tile_span(s.y - s.extent_y, s.y + s.extent_y, tiles_y)) {}
+
+  HOST_DEVICE TileSpan columns(int row) const {
+    const float top = larger(float(row * kTileSize) + 0.5f - y, -extent_y);
+    const float bottom = smaller(float((row + 1) * kTileSize) - 0.5f - y, extent_y);
+    const float dy_right = smaller(larger(rightmost_dy, top), bottom);
+    const float dy_left = smaller(larger(-rightmost_dy, top), bottom);
+    const float up_right = dy_right / extent_y, up_left = dy_left / extent_y;
+    const float right = slant * dy_right + half_width * sqrtf(larger(1.0f - up_right * up_right, 0.0f));
+    const float left = slant * dy_left - half_width * sqrtf(larger(1.0f - up_left * up_left, 0.0f));
+    return tile_span(x + larger(left, -extent_x), x + smaller(right, extent_x), tiles_x);
+  }
+};
+
 // Calls visit(row of tiles, span of columns) for every row that the splat touches.
 template <class Visit>
 HOST_DEVICE void for_each_tile_row(const Splat& s, int tiles_x, int tiles_y, Visit&& visit) {
-  const float half_width = sqrtf(ellipse_level(s.opacity) / s.a);  // of the chord through the centre
-  const float slant = -s.b / s.a;                                  // middle of the chord at dy is slant * dy
-  const float rightmost_dy = -s.b / s.c * s.extent_x;              // where the ellipse reaches furthest right
-  const TileSpan rows = tile_span(s.y - s.extent_y, s.y + s.extent_y, tiles_y);
-  for (int row = rows.begin; row < rows.end; ++row) {
-    const float top = larger(float(row * kTileSize) + 0.5f - s.y, -s.extent_y);
-    const float bottom = smaller(float((row + 1) * kTileSize) - 0.5f - s.y, s.extent_y);
-    const float dy_right = smaller(larger(rightmost_dy, top), bottom);
-    const float dy_left = smaller(larger(-rightmost_dy, top), bottom);
-    const float up_right = dy_right / s.extent_y, up_left = dy_left / s.extent_y;
-    const float right = slant * dy_right + half_width * sqrtf(larger(1.0f - up_right * up_right, 0.0f));
-    const float left = slant * dy_left - half_width * sqrtf(larger(1.0f - up_left * up_left, 0.0f));
-    const TileSpan columns = tile_span(s.x + larger(left, -s.extent_x), s.x + smaller(right, s.extent_x), tiles_x);
+  const TileRows tiles(s, tiles_x, tiles_y);
+  for (int row = tiles.rows.begin; row < tiles.rows.end; ++row) {
+    const TileSpan columns = tiles.columns(row);
     if (columns.begin < columns.end) visit(row, columns);
   }
 }

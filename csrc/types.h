@@ -58,23 +58,30 @@ struct Splat {
 };
 static_assert(sizeof(Splat) == kSplatStride * sizeof(float));
 
+// The tiles that a splat touches. Those of a box of 8x8 tiles are bits, row by row; a splat that reaches further has
+// none set, and is asked again.
+struct TileSet {
+  uint16_t column, row;  // first of the box
+  uint32_t n;
+  uint64_t bits;
+};
+
 // The visible Gaussians, in the order of their rows. Buffers hold N rows, of which the first n are used.
 struct Projected {
   Splat* splats;                 // [M]
   int32_t* gaussian_from_splat;  // [M], ascending
   int64_t* instance_offsets;     // [M + 1], splat m owns the instances offsets[m] ... offsets[m + 1] - 1
   int64_t n;                     // M
+  // What a GPU lists the tiles by; null on the CPU.
+  TileSet* touched;  // [M]
+  float* depths;     // [M]
 };
 
 // An instance is one (splat, tile) pair; it is numbered in the order of emission: by splat, then by tile.
-struct Instance {
-  int32_t splat;
-  int32_t number;
-};
-
 struct Tiles {
-  int64_t* offsets;     // [n_tiles + 1]
-  Instance* instances;  // [I], tile by tile, each from front to back
+  int64_t* offsets;               // [n_tiles + 1]
+  int32_t* splat_from_instance;   // [I], tile by tile, each from front to back
+  int32_t* number_from_instance;  // [I]; null on a GPU
   int64_t n_instances;
 };
 
@@ -82,6 +89,7 @@ struct Tiles {
 struct Image {
   float* color;          // [H, W, 3], background blended in
   float* transmittance;  // [H, W]
+  int32_t* hits;         // what blend on a GPU keeps for its backward pass (see hits_size), or null
 };
 
 }  // namespace spaceport

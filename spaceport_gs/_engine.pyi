@@ -11,6 +11,8 @@ from spaceport_gs.types import Array, Camera, Image, Projected, RasterSettings, 
 TILE_SIZE: int
 ALPHA_CUTOFF: float
 SPLAT_STRIDE: int
+TILE_SET_STRIDE: int
+STEP_PROGRESS_SIZE: int
 SPLAT_GRADIENT_STRIDE: int
 MULTIPLY_ADD_FLOPS: int
 VERSION: str
@@ -32,6 +34,25 @@ class Cpu:
 
 class Cuda:
     def __init__(self, stream: int) -> None: ...
+
+class StepGraph:
+    def __init__(
+        self,
+        backend: Cuda,
+        values: Gaussians,
+        first: Gaussians,
+        second: Gaussians,
+        sums: Array,
+        scratch: Array,
+        n_instances: int,
+        width: int,
+        height: int,
+        settings: RasterSettings,
+        ssim_weight: float,
+        progress: Array,
+        progress_on_host: Array,
+    ) -> None: ...
+    def launch(self, backend: Cuda, camera: Camera, photo: Array, adam: Any, statistics: Statistics | None) -> None: ...
 
 Backend = Cpu | Cuda
 
@@ -55,7 +76,10 @@ def project_vjp(
     d_splats: Array,
     d_gaussians: Gaussians,
 ) -> None: ...
-def tile_scratch(backend: Backend, n_splats: int, n_instances: int) -> int: ...
+def step_scratch(
+    backend: Cuda, n: int, n_coefficients: int, n_instances: int, width: int, height: int
+) -> int: ...
+def tile_scratch(backend: Backend, n_splats: int, n_instances: int, camera: Camera) -> int: ...
 def tile(backend: Backend, projected: Projected, camera: Camera, scratch: Array, out: Tiles) -> None: ...
 def blend(
     backend: Backend,
@@ -65,6 +89,7 @@ def blend(
     settings: RasterSettings,
     out: Image,
 ) -> None: ...
+def hits_size(backend: Backend, n_instances: int, camera: Camera) -> int: ...
 def blend_vjp_scratch(backend: Backend, n_instances: int) -> int: ...
 def blend_vjp(
     backend: Backend,

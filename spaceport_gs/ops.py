@@ -34,7 +34,7 @@ def cpu() -> Any:
     return _cpu
 
 
-def _backend(tensor: torch.Tensor) -> Any:
+def backend_of(tensor: torch.Tensor) -> Any:
     """The backend of a tensor's device."""
     if tensor.device.type == "cpu":
         return _cpu
@@ -80,7 +80,9 @@ def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> P
         gaussian_from_splat=_empty(like, n, dtype=torch.int32),
         instance_offsets=_empty(like, n + 1, dtype=torch.int64),
     )
-    backend = _backend(like)
+    if like.is_cuda:
+        out.touched, out.depths = _empty(like, n, _engine.TILE_SET_STRIDE, dtype=torch.int32), _empty(like, n)
+    backend = backend_of(like)
     scratch = _scratch(like, _engine.project_scratch(backend, n))
     n_splats, n_instances = _engine.project(backend, gaussians, camera, settings, scratch, out)
     return Projected(
@@ -88,6 +90,8 @@ def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> P
         out.gaussian_from_splat[:n_splats],
         out.instance_offsets[: n_splats + 1],
         n_instances,
+        None if out.touched is None else out.touched[:n_splats],
+        None if out.depths is None else out.depths[:n_splats],
     )
 
 
@@ -101,7 +105,7 @@ def project_vjp(
 ) -> Gaussians:
     """Gradient by the raw parameters; zero in the rows that are not visible. `out`: buffers to write it to."""
     d_gaussians = empty_like(gaussians) if out is None else out
-    _engine.project_vjp(_backend(d_splats), gaussians, camera, settings, projected, d_splats, d_gaussians)
+    _engine.project_vjp(backend_of(d_splats), gaussians, camera, settings, projected, d_splats, d_gaussians)
     return d_gaussians
 
 
@@ -112,25 +116,28 @@ def n_tiles(camera: Camera) -> int:
 
 def tile(projected: Projected, camera: Camera) -> Tiles:
     """For every tile its instances, front to back."""
-    like = projected.splats
+    like, n = projected.splats, projected.n_instances
     out = Tiles(
         offsets=_empty(like, n_tiles(camera) + 1, dtype=torch.int64),
-        instances=_empty(like, projected.n_instances, 2, dtype=torch.int32),
+        splat_from_instance=_empty(like, n, dtype=torch.int32),
+        number_from_instance=None if like.is_cuda else _empty(like, n, dtype=torch.int32),
     )
-    backend = _backend(like)
-    scratch = _scratch(like, _engine.tile_scratch(backend, len(projected.splats), len(out.instances)))
+    backend = backend_of(like)
+    scratch = _scratch(like, _engine.tile_scratch(backend, len(projected.splats), n, camera))
     _engine.tile(backend, projected, camera, scratch, out)
     return out
 
 
 def blend(projected: Projected, tiles: Tiles, camera: Camera, settings: RasterSettings) -> Image:
     """Front-to-back blending of every tile's list."""
-    like = projected.splats
+    like, backend = projected.splats, backend_of(projected.splats)
+    n_hits = _engine.hits_size(backend, len(tiles.splat_from_instance), camera)
     out = Image(
         color=_empty(like, camera.height, camera.width, 3),
         transmittance=_empty(like, camera.height, camera.width),
+        hits=_empty(like, n_hits, dtype=torch.int32),
     )
-    _engine.blend(_backend(like), projected, tiles, camera, settings, out)
+    _engine.blend(backend, projected, tiles, camera, settings, out)
     return out
 
 
@@ -144,8 +151,8 @@ def blend_vjp(
 ) -> torch.Tensor:  # [M, 9]
     """Gradient by the first nine columns of the splats."""
     like = projected.splats
-    backend = _backend(like)
-    scratch = _scratch(like, _engine.blend_vjp_scratch(backend, len(tiles.instances)))
+    backend = backend_of(like)
+    scratch = _scratch(like, _engine.blend_vjp_scratch(backend, len(tiles.splat_from_instance)))
     d_splats = _empty(like, len(projected.splats), _engine.SPLAT_GRADIENT_STRIDE)
     _engine.blend_vjp(backend, projected, tiles, camera, settings, image, d_image, scratch, d_splats)
     return d_splats
@@ -189,7 +196,7 @@ def loss(color: torch.Tensor, photo: torch.Tensor, settings: LossSettings) -> Lo
     SSIM: 11×11 Gaussian window of sigma 1.5, zero padding, mean over pixels and channels (Wang et al., 2004).
     """
     d_color = torch.empty_like(color)
-    backend, (height, width) = _backend(color), color.shape[:2]
+    backend, (height, width) = backend_of(color), color.shape[:2]
     scratch = _scratch(color, _engine.loss_scratch(backend, width, height))
     means = _empty(color, 2, dtype=torch.float64)
     _engine.loss(backend, color, photo, settings.ssim_weight, scratch, means, d_color)
@@ -221,7 +228,7 @@ def update(
     settings: AdamSettings,
 ) -> None:
     """One step of Adam over every row, in place."""
-    _engine.update(_backend(values.means), values, gradient, first_moment, second_moment, settings)
+    _engine.update(backend_of(values.means), values, gradient, first_moment, second_moment, settings)
 
 
 @dataclass(frozen=True)
@@ -242,7 +249,7 @@ def project_vjp_update(
     adam: AdamSettings,
 ) -> None:
     """`project_vjp` and `update` in one, in place: on a GPU the gradient never goes through memory."""
-    backend = _backend(d_splats)
+    backend = backend_of(d_splats)
     scratch = _scratch(d_splats, _engine.project_vjp_update_scratch(backend, values))
     _engine.project_vjp_update(
         backend, values, camera, settings, projected, d_splats, moments.first, moments.second, adam, scratch
@@ -251,7 +258,7 @@ def project_vjp_update(
 
 def density(projected: Projected, d_splats: torch.Tensor, camera: Camera, statistics: Statistics) -> None:
     """Adds to the statistics, in place, what one step saw of each Gaussian."""
-    _engine.density(_backend(d_splats), projected, d_splats, camera, statistics)
+    _engine.density(backend_of(d_splats), projected, d_splats, camera, statistics)
 
 
 def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:
@@ -277,15 +284,20 @@ class _Rasterize(torch.autograd.Function):
         tiles = tile(projected, camera)
         image = blend(projected, tiles, camera, settings)
         ctx.camera, ctx.settings = camera, settings
+        ctx.n_instances = projected.n_instances
         ctx.save_for_backward(
             *gaussians.arrays(),
             projected.splats,
             projected.gaussian_from_splat,
             projected.instance_offsets,
+            projected.touched,
+            projected.depths,
             tiles.offsets,
-            tiles.instances,
+            tiles.splat_from_instance,
+            tiles.number_from_instance,
             image.color,
             image.transmittance,
+            image.hits,
         )
         return image.color, image.transmittance
 
@@ -293,8 +305,8 @@ class _Rasterize(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *d_image: torch.Tensor) -> Any:  # type: ignore[override]
         saved = ctx.saved_tensors
-        gaussians, projected = Gaussians(*saved[:5]), Projected(*saved[5:8])
-        tiles, image = Tiles(*saved[8:10]), Image(*saved[10:])
+        gaussians, projected = Gaussians(*saved[:5]), Projected(*saved[5:8], ctx.n_instances, *saved[8:10])
+        tiles, image = Tiles(*saved[10:13]), Image(*saved[13:])
         d_splats = blend_vjp(
             projected,
             tiles,

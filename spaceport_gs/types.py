@@ -73,6 +73,8 @@ class Projected:
     instance_offsets: Array  # [M + 1] int64: splat m owns the instances [m], [m] + 1, … [m + 1] - 1
     n_instances: int = 0
     """The last of the offsets."""
+    touched: Array | None = None  # [M, 4] int32: the tiles of each splat, as a GPU lists them (TileSet)
+    depths: Array | None = None  # [M] float32, on a GPU
 
 
 @dataclass
@@ -80,7 +82,8 @@ class Tiles:
     """For every 16×16 tile, row by row, its instances from front to back."""
 
     offsets: Array  # [n_tiles + 1] int64
-    instances: Array  # [I, 2] int32: row of `splats`, number of the instance (its place in emission order)
+    splat_from_instance: Array  # [I] int32
+    number_from_instance: Array | None = None  # [I] int32, place in the order of emission; None on a GPU
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Image:
 
     color: Array  # [H, W, 3] float32, background blended in
     transmittance: Array  # [H, W] float32, what is left of the light from behind
+    hits: Array | None = None  # int32: which splats reached which pixels, kept on a GPU for the backward pass
 
 
 @dataclass

@@ -63,7 +63,7 @@ def step_here(gaussians: Gaussians, camera: Camera, photo: torch.Tensor) -> list
     values = Gaussians(*(a.clone() for a in gaussians.arrays()))
     ops.update(values, gradient, ops.zeros_like(values), ops.zeros_like(values), rates)
     return [
-        np.array([len(projected.splats), len(tiles.instances)]),
+        np.array([len(projected.splats), len(tiles.splat_from_instance)]),
         loss.means.numpy(),
         *(a.numpy() for a in (image.color, image.transmittance)),
         *(a.numpy() for a in (*gradient.arrays(), *values.arrays())),

@@ -280,12 +280,13 @@ def test_tiles_hold_every_pixel_that_is_reached(device: str) -> None:
     offsets = tiles.offsets.tolist()
     listed = set()
     for t in range(len(offsets) - 1):
-        splats = tiles.instances[offsets[t] : offsets[t + 1], 0].long()
+        splats = tiles.splat_from_instance[offsets[t] : offsets[t + 1]].long()
         depths = projected.splats[splats, 9]
         assert bool((depths[1:] >= depths[:-1]).all())
         listed |= {(t, int(s)) for s in splats}
-    assert len(listed) == len(tiles.instances)
-    assert sorted(tiles.instances[:, 1].tolist()) == list(range(len(tiles.instances)))
+    assert len(listed) == len(tiles.splat_from_instance) == projected.n_instances
+    if tiles.number_from_instance is not None:
+        assert sorted(tiles.number_from_instance.tolist()) == list(range(projected.n_instances))
     y, x = np.mgrid[0:43, 0:75] + 0.5
     for s, (mx, my, a, b, c, opacity) in enumerate(projected.splats[:, :6].double().cpu().numpy()):
         dx, dy = x - mx, y - my

@@ -75,21 +75,21 @@ int main(int argc, char** argv) {
   std::vector<Splat> splats(static_cast<size_t>(n));
   std::vector<int32_t> gaussian_from_splat(static_cast<size_t>(n));
   std::vector<int64_t> instance_offsets(static_cast<size_t>(n + 1));
-  Projected projected = {splats.data(), gaussian_from_splat.data(), instance_offsets.data(), n};
+  Projected projected = {splats.data(), gaussian_from_splat.data(), instance_offsets.data(), n, nullptr, nullptr};
   std::vector<char> scratch(project_scratch(cpu, n));
   const ProjectedCounts counts = project(cpu, values.view(), camera, settings, scratch.data(), projected);
   projected.n = counts.n_splats;
   const int64_t n_instances = counts.n_instances;
 
   std::vector<int64_t> tile_offsets(static_cast<size_t>(camera.tiles_x() * camera.tiles_y() + 1));
-  std::vector<Instance> instances(static_cast<size_t>(n_instances));
-  const Tiles tiles = {tile_offsets.data(), instances.data(), n_instances};
-  scratch.resize(tile_scratch(cpu, projected.n, n_instances));
+  std::vector<int32_t> splats_of(static_cast<size_t>(n_instances)), numbers(static_cast<size_t>(n_instances));
+  const Tiles tiles = {tile_offsets.data(), splats_of.data(), numbers.data(), n_instances};
+  scratch.resize(tile_scratch(cpu, projected.n, n_instances, camera));
   tile(cpu, projected, camera, scratch.data(), tiles);
 
   const size_t n_pixels = size_t(width) * size_t(height);
   std::vector<float> color(3 * n_pixels), transmittance(n_pixels), d_color(3 * n_pixels), d_transmittance(n_pixels);
-  const Image image = {color.data(), transmittance.data()};
+  const Image image = {color.data(), transmittance.data(), nullptr};
   blend(cpu, projected, tiles, camera, settings, image);
   scratch.resize(loss_scratch(cpu, width, height));
   std::vector<double> means(2);
@@ -97,8 +97,8 @@ int main(int argc, char** argv) {
 
   scratch.resize(blend_vjp_scratch(cpu, n_instances));
   std::vector<float> d_splats(static_cast<size_t>(projected.n) * kSplatGradientStride);
-  blend_vjp(cpu, projected, tiles, camera, settings, image, {d_color.data(), d_transmittance.data()}, scratch.data(),
-            d_splats.data());
+  const Image d_image = {d_color.data(), d_transmittance.data(), nullptr};
+  blend_vjp(cpu, projected, tiles, camera, settings, image, d_image, scratch.data(), d_splats.data());
   Table gradient(n, k), first(n, k), second(n, k);
   project_vjp(cpu, values.view(), camera, settings, projected, d_splats.data(), gradient.view());
   const AdamSettings adam = {1e-3f, 2e-3f, 3e-3f, 4e-3f, 5e-3f, 6e-3f, 0.9f, 0.999f, 1e-15f, 1};

@@ -1,0 +1,99 @@
+// Sums over all blocks before this one, in one pass over the data: every block publishes its own count, and learns from
+// the blocks before it where its own begin (decoupled look-back, Merrill and Garland 2016).
+#pragma once
+
+#include "launch.cuh"
+
+namespace spaceport {
+namespace cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// What the blocks tell each other: zero while nothing is known, then a count with a mark above it.
+constexpr uint64_t kOwnCount = uint64_t(1) << 62;  // of the block alone
+constexpr uint64_t kSumSoFar = uint64_t(2) << 62;  // of the block and all before it
+constexpr uint64_t kCountBits = kOwnCount - 1;
+
+// Zero at the start.
+struct LookBack {
+  uint64_t* counts;  // [n_blocks]
+  unsigned* ticket;  // blocks take numbers in the order in which they start, so that nobody waits for one not running
+
+  static LookBack of(Arena& arena, int64_t n_blocks) {
+    return {arena.take<uint64_t>(n_blocks), arena.take<unsigned>(1)};
+  }
+  static size_t n_bytes(int64_t n_blocks) {
+    Arena arena(nullptr);
+    of(arena, n_blocks);
+    return arena.used();
+  }
+};
+
+// Called by one whole warp: publishes the block's count and returns the sum of the counts of all blocks before it.
+__device__ inline uint64_t sum_before(uint64_t* state, int64_t block, uint64_t own) {
+  volatile uint64_t* shared_state = state;
+  const int lane = int(threadIdx.x % 32);
+  if (block == 0) {
+    if (lane == 0) shared_state[0] = kSumSoFar | own;
+    return 0;
+  }
+  if (lane == 0) shared_state[block] = kOwnCount | own;
+  uint64_t sum = 0;
+  for (int64_t last = block - 1;; last -= 32) {
+    const int64_t mine = last - lane;
+    uint64_t word = kSumSoFar;  // before the first block there is nothing
+    if (mine >= 0) {
+      do {
+        word = shared_state[mine];
+      } while (word == 0);
+    }
+    const unsigned ends = __ballot_sync(kAllLanes, (word & kSumSoFar) != 0);
+    const int n_used = ends == 0 ? 32 : __ffs(int(ends));  // up to the nearest block that knows its sum
+    uint64_t part = lane < n_used ? word & kCountBits : 0;
+    for (int step = 16; step > 0; step /= 2) part += __shfl_xor_sync(kAllLanes, part, step);
+    sum += part;
+    if (ends != 0) break;
+  }
+  if (lane == 0) shared_state[block] = kSumSoFar | (sum + own);
+  return sum;
+}
+
+// Two sums at once: of the threads before this one, and of the block.
+struct Count {
+  unsigned splats;
+  unsigned instances;
+};
+struct BlockSums {
+  Count before, total;
+};
+template <int kThreads>
+__device__ BlockSums block_sums(const Count& own) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ Count of_warps[kWarps];
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+  Count sum = own;
+  for (int step = 1; step < 32; step *= 2) {
+    const Count below = {__shfl_up_sync(kAllLanes, sum.splats, unsigned(step)),
+                         __shfl_up_sync(kAllLanes, sum.instances, unsigned(step))};
+    if (lane >= step) {
+      sum.splats += below.splats;
+      sum.instances += below.instances;
+    }
+  }
+  if (lane == 31) of_warps[warp] = sum;
+  __syncthreads();
+  BlockSums sums = {{sum.splats - own.splats, sum.instances - own.instances}, {0, 0}};
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) {
+      sums.before.splats += of_warps[w].splats;
+      sums.before.instances += of_warps[w].instances;
+    }
+    sums.total.splats += of_warps[w].splats;
+    sums.total.instances += of_warps[w].instances;
+  }
+  return sums;
+}
+
+}  // namespace cuda
+}  // namespace spaceport

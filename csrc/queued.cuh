@@ -1,0 +1,93 @@
+// The verbs of a training step as they are queued: nobody waits for the host, counts stay on the device, and what
+// changes from step to step may lie there too.
+#pragma once
+
+#include "adam.cuh"
+#include "launch.cuh"
+#include "scalar.h"
+#include "splat_math.h"
+
+namespace spaceport {
+namespace cuda {
+
+// What comes with a launch, or lies on the device: then a launch that was recorded finds something new at every replay.
+template <class T>
+struct Late {
+  T value;
+  const T* place = nullptr;
+
+  explicit Late(const T& value) : value(value) {}
+  static Late at(const T* place) {
+    Late late{T{}};
+    late.place = place;
+    return late;
+  }
+  __device__ T get() const { return place != nullptr ? *place : value; }
+  // Called by a whole block, which must synchronise before it reads `shared`.
+  __device__ void copy_to(T& shared) const {
+    static_assert(sizeof(T) % sizeof(uint32_t) == 0, "copied by words");
+    if (place == nullptr) {
+      if (threadIdx.x == 0) shared = value;
+      return;
+    }
+    for (unsigned i = threadIdx.x; i < sizeof(T) / sizeof(uint32_t); i += blockDim.x) {
+      reinterpret_cast<uint32_t*>(&shared)[i] = reinterpret_cast<const uint32_t*>(place)[i];
+    }
+  }
+};
+
+// The gradient by a splat's first six columns, from the sums that blend' makes of d, the gradient by the exponent of e,
+// and of its products with dx, dy, dx^2, dx dy and dy^2: in place.
+__device__ inline void gradient_of_moments(const Conic<float>& conic, float opacity, float* row) {
+  const float m[6] = {row[0], row[1], row[2], row[3], row[4], row[5]};
+  row[0] = conic.a * m[1] + conic.b * m[2];
+  row[1] = conic.b * m[1] + conic.c * m[2];
+  row[2] = -0.5f * m[3];
+  row[3] = -m[4];
+  row[4] = -0.5f * m[5];
+  row[5] = m[0] / opacity;
+}
+
+// Needs `scratch` to be zero. out.instance_offsets may be null.
+size_t queued_project_scratch(int64_t n_gaussians);
+void queue_project(cudaStream_t, const Gaussians&, const Late<View<float>>&, const Camera& size, const RasterSettings&,
+                   void* scratch, const Projected& out, ProjectedCounts* counts);
+
+// `projected.n` and `out.n_instances` are capacities. Depths behind the true count are larger than any number.
+// Instances that do not fit are left out.
+struct QueuedTileScratch {
+  size_t n_bytes;
+  size_t n_zeros;  // of these, the first must be zero
+};
+QueuedTileScratch queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& size);
+void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& counts, const Camera& size, void* scratch,
+                const Tiles& out);
+
+// The sums that give a splat's gradient, [M, 9], which must be zero at the start. `d_image.transmittance` may be null.
+void queue_blend_vjp(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
+                     const Image&, const Image& d_image, float* moments);
+
+// `images.photo` is not read.
+void queue_loss(cudaStream_t, const LossImages& images, const Late<const uint8_t*>& photo, const LossSettings&,
+                void* scratch, const LossOutput& out);
+
+// What project' and Adam in one take from step to step.
+struct UpdateInputs {
+  View<float> view;
+  AdamSettings settings;
+  AdamRates rates;
+  DensityStatistics statistics;  // null: nobody asks
+};
+// Gradients by the splats, or the sums that blend' made; those are zero afterwards.
+enum class SplatRows { kGradients, kMoments };
+struct SplatGradients {
+  SplatRows kind;
+  float* rows;  // [M, 9]
+};
+// With `is_halted` set on the device it changes nothing (but the moments); null: never.
+void queue_project_vjp_update(cudaStream_t, const Gaussians& values, const Late<UpdateInputs>&, const Camera& size,
+                              const RasterSettings&, const Projected&, const Late<ProjectedCounts>& counts,
+                              const SplatGradients&, const AdamMoments&, const uint32_t* is_halted);
+
+}  // namespace cuda
+}  // namespace spaceport

@@ -1,0 +1,168 @@
+#include "step.h"
+
+#define SPACEPORT_ISA cuda
+
+#include "queued.cuh"
+
+namespace spaceport {
+namespace cuda {
+
+namespace {
+
+// What the recorded kernels find on the device: written anew before every replay.
+struct DeviceInputs {
+  UpdateInputs update;
+  const uint8_t* photo;
+};
+
+__global__ void set_inputs_kernel(DeviceInputs inputs, DeviceInputs* place) {
+  *place = inputs;
+}
+
+// Books the step once its loss and its number of instances are known, before it changes anything.
+__global__ void book_kernel(const double* means, const ProjectedCounts* counts, int64_t capacity, double ssim_weight,
+                            StepBook book) {
+  StepProgress& progress = *book.device;
+  if (progress.is_halted == 0) {
+    progress.n_instances = counts->n_instances;
+    if (counts->n_instances > capacity) {
+      progress.is_halted = 1;
+    } else {
+      progress.loss = (1.0 - ssim_weight) * means[0] + ssim_weight * (1.0 - means[1]);
+      progress.loss_sum += progress.loss;
+      ++progress.n_done;
+    }
+  }
+  *book.host = progress;
+}
+
+struct StepScratch {
+  void* project;
+  void* tile;
+  size_t n_zeros;  // bytes from `project` on that must be zero at the start of a step
+  DeviceInputs* inputs;
+  Projected projected;
+  ProjectedCounts* counts;
+  Tiles tiles;
+  Image image, d_image;
+  void* loss;
+  double* means;
+
+  static StepScratch of(Arena& arena, const StepSize& size, const Camera& camera) {
+    const int64_t n = size.n_gaussians, n_pixels = int64_t(size.width) * size.height;
+    const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
+    const QueuedTileScratch tile = queued_tile_scratch(n, size.n_instances, camera);
+    const Cuda any = {nullptr};
+    StepScratch s = {};
+    const size_t start = arena.used();
+    s.project = arena.take<char>(int64_t(queued_project_scratch(n)));
+    s.n_zeros = arena.used() - start + tile.n_zeros;  // those of tile follow at once
+    s.tile = arena.take<char>(int64_t(tile.n_bytes));
+    s.inputs = arena.take<DeviceInputs>(1);
+    s.projected = {arena.take<Splat>(n),   arena.take<int32_t>(n), nullptr, n,
+                   arena.take<TileSet>(n), arena.take<float>(n)};
+    s.counts = arena.take<ProjectedCounts>(1);
+    s.tiles = {arena.take<int64_t>(n_tiles + 1), arena.take<int32_t>(size.n_instances), nullptr, size.n_instances};
+    s.image = {arena.take<float>(3 * n_pixels), arena.take<float>(n_pixels),
+               arena.take<int32_t>(hits_size(any, size.n_instances, camera))};
+    s.d_image = {arena.take<float>(3 * n_pixels), nullptr, nullptr};
+    s.loss = arena.take<char>(int64_t(loss_scratch(any, size.width, size.height)));
+    s.means = arena.take<double>(2);
+    return s;
+  }
+};
+
+Camera camera_of(const StepSize& size) {
+  Camera camera = {};
+  camera.width = size.width;
+  camera.height = size.height;
+  return camera;
+}
+
+void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScratch& s, const Camera& camera,
+                const RasterSettings& raster, const LossSettings& loss_settings, const StepBook& book) {
+  const auto view = Late<View<float>>::at(&s.inputs->update.view);
+  const auto counts = Late<ProjectedCounts>::at(s.counts);
+  const int64_t n = buffers.values.n;
+  check(cudaMemsetAsync(s.project, 0, s.n_zeros, stream), "step");
+  check(cudaMemsetAsync(s.projected.depths, 0xff, size_t(n) * sizeof(float), stream), "step");
+  queue_project(stream, buffers.values, view, camera, raster, s.project, s.projected, s.counts);
+  queue_tile(stream, s.projected, counts, camera, s.tile, s.tiles);
+  blend(Cuda{stream}, s.projected, s.tiles, camera, raster, s.image);
+  const LossImages images = {s.image.color, nullptr, camera.width, camera.height};
+  queue_loss(stream, images, Late<const uint8_t*>::at(&s.inputs->photo), loss_settings, s.loss,
+             {s.means, s.d_image.color});
+  book_kernel<<<1, 1, 0, stream>>>(s.means, s.counts, s.tiles.n_instances, double(loss_settings.ssim_weight), book);
+  queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, buffers.sums);
+  queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
+                           s.projected, counts, {SplatRows::kMoments, buffers.sums}, buffers.moments,
+                           &book.device->is_halted);
+  check_launch("step");
+}
+
+}  // namespace
+}  // namespace cuda
+
+size_t step_scratch(const Cuda&, const StepSize& size) {
+  Arena arena(nullptr);
+  cuda::StepScratch::of(arena, size, cuda::camera_of(size));
+  return arena.used();
+}
+
+struct StepGraph::Recorded {
+  cudaGraphExec_t graph;
+  cuda::DeviceInputs* inputs;
+  int64_t n_gaussians;
+  int width, height;
+};
+
+StepGraph::StepGraph(const StepBuffers& buffers, const StepSize& size, const RasterSettings& raster,
+                     const LossSettings& loss, const StepBook& book) {
+  const Camera camera = cuda::camera_of(size);
+  Arena arena(buffers.scratch);
+  const cuda::StepScratch scratch = cuda::StepScratch::of(arena, size, camera);
+  cudaStream_t stream;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "step");
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  cudaError_t error = cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+  std::string failure;
+  if (error == cudaSuccess) {
+    try {
+      cuda::queue_step(stream, buffers, scratch, camera, raster, loss, book);
+    } catch (const std::exception& thrown) {
+      failure = thrown.what();
+    }
+    error = cudaStreamEndCapture(stream, &graph);
+  }
+  if (error == cudaSuccess && failure.empty()) error = cudaGraphInstantiate(&executable, graph, 0);
+  if (graph != nullptr) cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+  if (!failure.empty()) throw std::runtime_error(failure);
+  check(error, "step");
+  recorded_ = new Recorded{executable, scratch.inputs, size.n_gaussians, size.width, size.height};
+}
+
+StepGraph::~StepGraph() {
+  cudaGraphExecDestroy(recorded_->graph);
+  delete recorded_;
+}
+
+int64_t StepGraph::n_gaussians() const {
+  return recorded_->n_gaussians;
+}
+
+void StepGraph::launch(const Cuda& backend, const StepInputs& inputs) const {
+  if (inputs.camera.width != recorded_->width || inputs.camera.height != recorded_->height) {
+    throw std::invalid_argument("camera: the step was recorded for images of another size");
+  }
+  const cudaStream_t stream = stream_of(backend);
+  const cuda::DeviceInputs on_device = {
+      {cuda::view_of<float>(inputs.camera), inputs.adam, cuda::AdamRates::of(inputs.adam), inputs.statistics},
+      inputs.photo};
+  cuda::set_inputs_kernel<<<1, 1, 0, stream>>>(on_device, recorded_->inputs);
+  check_launch("step");
+  check(cudaGraphLaunch(recorded_->graph, stream), "step");
+}
+
+}  // namespace spaceport

@@ -1,0 +1,65 @@
+// A whole training step on a GPU as one recorded sequence (a CUDA graph): project, tile, blend, loss, blend', and
+// project' fused with Adam. The host reads nothing in it. Whether the tiles' lists fitted their memory is known on the
+// device alone: a step that does not fit changes nothing, nor do those behind it, until the host has seen it and starts
+// again with more memory.
+#pragma once
+
+#include "ops.h"
+
+namespace spaceport {
+
+// What a step works on; buffers are the caller's and stay where they are while the step is in use.
+struct StepBuffers {
+  Gaussians values;
+  AdamMoments moments;
+  float* sums;    // [N, 9], zero before the first step
+  void* scratch;  // step_scratch bytes
+};
+struct StepSize {
+  int64_t n_gaussians;
+  int n_coefficients;
+  int64_t n_instances;  // capacity
+  int width, height;
+};
+size_t step_scratch(const Cuda&, const StepSize&);
+
+// How far the steps have come: kept on the device, and copied to the host behind every step.
+struct StepProgress {
+  int64_t n_done;       // steps that changed the Gaussians
+  int64_t n_instances;  // of the last step, or of the first that did not fit
+  double loss_sum;      // of the steps done
+  double loss;          // of the last
+  uint32_t is_halted;   // a step did not fit
+  uint32_t unused;
+};
+struct StepBook {
+  StepProgress* device;
+  StepProgress* host;  // pinned
+};
+
+// What changes from step to step.
+struct StepInputs {
+  Camera camera;
+  const uint8_t* photo;  // [H, W, 3]
+  AdamSettings adam;
+  DensityStatistics statistics;  // null: not gathered
+};
+
+class StepGraph {
+ public:
+  // Records the sequence for images of one size.
+  StepGraph(const StepBuffers&, const StepSize&, const RasterSettings&, const LossSettings&, const StepBook&);
+  ~StepGraph();
+  StepGraph(const StepGraph&) = delete;
+  StepGraph& operator=(const StepGraph&) = delete;
+
+  int64_t n_gaussians() const;
+  // The camera has the size that was recorded.
+  void launch(const Cuda&, const StepInputs&) const;
+
+ private:
+  struct Recorded;
+  Recorded* recorded_;
+};
+
+}  // namespace spaceport

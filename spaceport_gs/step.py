@@ -1,0 +1,129 @@
+"""Training steps on a GPU: recorded once, replayed for every view, without the host in between."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spaceport_gs import _engine, ops
+from spaceport_gs.errors import BackendError
+from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.types import Camera, RasterSettings, Statistics
+
+_PROGRESS = np.dtype(
+    [
+        ("n_done", np.int64),
+        ("n_instances", np.int64),
+        ("loss_sum", np.float64),
+        ("loss", np.float64),
+        ("is_halted", np.uint32),
+        ("unused", np.uint32),
+    ]
+)
+HEADROOM = 1.2
+"""Memory for this many times the instances that a step needed."""
+MOST_INSTANCES = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one step needs besides the Gaussians."""
+
+    camera: Camera
+    photo: torch.Tensor  # [H, W, 3] uint8
+    raster: RasterSettings
+    loss: ops.LossSettings
+    adam: ops.AdamSettings
+    statistics: Statistics | None = None
+    """Where to add what the step saw of each Gaussian, if anywhere."""
+
+
+class TrainingStep:
+    """Steps of Adam on these Gaussians, in place; when rows are added or removed, another one must be made.
+
+    A step is queued and nobody waits for it. Whether the tiles' lists fitted their memory is seen on the device: a step
+    that did not fit changed nothing, nor did those behind it; they are repeated with more memory. `n_instances` is the
+    memory to begin with.
+    """
+
+    def __init__(self, values: Gaussians, moments: ops.AdamMoments, n_instances: int = 0) -> None:
+        if not values.means.is_cuda or not hasattr(_engine, "StepGraph"):
+            raise BackendError("recorded steps need a GPU, and a build with SPACEPORT_CUDA=ON")
+        device, n = values.means.device, len(values)
+        self.n_instances = n_instances if n_instances > 0 else max(4 * n, 1 << 16)
+        self._values, self._moments = values, moments
+        self._sums = torch.zeros(n, _engine.SPLAT_GRADIENT_STRIDE, device=device)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
+        self._progress = torch.zeros(_engine.STEP_PROGRESS_SIZE, dtype=torch.uint8, device=device)
+        self._progress_on_host = torch.zeros_like(self._progress, device="cpu").pin_memory()
+        self._seen = self._progress_on_host.numpy().view(_PROGRESS)
+        self._graphs: dict[tuple[int, int, RasterSettings, ops.LossSettings], _engine.StepGraph] = {}
+        self._unconfirmed: deque[StepInputs] = deque()
+        self._n_confirmed = 0
+
+    def run(self, inputs: StepInputs) -> None:
+        """Queues a step."""
+        self._confirm()
+        self._unconfirmed.append(inputs)
+        self._launch(inputs)
+
+    def settle(self) -> tuple[float, float]:
+        """Waits until every step is done. Returns the sum of all losses so far, and the last."""
+        while True:
+            torch.cuda.current_stream().synchronize()
+            self._confirm()
+            if not self._unconfirmed:
+                return float(self._seen["loss_sum"][0]), float(self._seen["loss"][0])
+
+    def _confirm(self) -> None:
+        """Forgets the steps that are done, and begins again with more memory where one did not fit."""
+        if self._seen["is_halted"][0]:
+            torch.cuda.current_stream().synchronize()
+        while self._n_confirmed < self._seen["n_done"][0]:
+            self._unconfirmed.popleft()
+            self._n_confirmed += 1
+        if self._seen["is_halted"][0]:
+            needed = int(self._seen["n_instances"][0])
+            if needed > MOST_INSTANCES:
+                raise MemoryError(f"{needed} pairs of splats and tiles in one image; at most {MOST_INSTANCES} are possible")
+            self.n_instances = min(int(HEADROOM * needed) + 1, MOST_INSTANCES)
+            self._graphs.clear()
+            self._seen["is_halted"] = 0
+            self._progress.copy_(self._progress_on_host)
+            for inputs in self._unconfirmed:
+                self._launch(inputs)
+
+    def _launch(self, inputs: StepInputs) -> None:
+        key = (inputs.camera.width, inputs.camera.height, inputs.raster, inputs.loss)
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = self._record(*key)
+        graph.launch(ops.backend_of(self._sums), inputs.camera, inputs.photo, inputs.adam, inputs.statistics)
+
+    def _record(self, width: int, height: int, raster: RasterSettings, loss: ops.LossSettings) -> _engine.StepGraph:
+        backend, values, moments = ops.backend_of(self._sums), self._values, self._moments
+        n_coefficients = values.sh.shape[1]
+        n_bytes = _engine.step_scratch(backend, len(values), n_coefficients, self.n_instances, width, height)
+        if len(self._scratch) < n_bytes:
+            torch.cuda.current_stream().synchronize()  # recorded steps that still run have their buffers in it
+            self._graphs.clear()
+            del self._scratch  # before there is another
+            self._scratch = torch.empty(n_bytes, dtype=torch.uint8, device=self._sums.device)
+        return _engine.StepGraph(
+            backend,
+            values,
+            moments.first,
+            moments.second,
+            self._sums,
+            self._scratch,
+            self.n_instances,
+            width,
+            height,
+            raster,
+            loss.ssim_weight,
+            self._progress,
+            self._progress_on_host,
+        )
