@@ -7,11 +7,12 @@ it gives the median time by CUDA events over eight rotating views, with what Pyt
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import machine
@@ -20,7 +21,7 @@ import torch
 
 from spaceport_gs import _engine, ops
 from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.step import StepInputs, TrainingStep
+from spaceport_gs.step import StepInputs, TrainingStep, UpdateRule
 from spaceport_gs.types import Camera, Image, RasterSettings, Statistics
 
 
@@ -318,10 +319,14 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         t = ops.tile(p, views[i])
         return p, t, ops.blend(p, t, views[i], settings)
 
-    recorded = TrainingStep(gaussians, moments)
+    def steps(rule: UpdateRule) -> Callable[[int], None]:
+        recorded, numbers = TrainingStep(gaussians, moments, rule), itertools.count(1)
 
-    def step(i: int) -> None:
-        recorded.run(StepInputs(views[i], photo, settings, ops.LossSettings(), rates))
+        def step(i: int) -> None:
+            adam = replace(rates, step=next(numbers))
+            recorded.run(StepInputs(views[i], photo, settings, ops.LossSettings(), adam))
+
+        return step
 
     return {
         "project": lambda i: ops.project(gaussians, views[i], settings),
@@ -336,7 +341,8 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
             gaussians, views[i], settings, projected[i], d_splats[i], moments, rates
         ),
         "density": lambda i: ops.density(projected[i], d_splats[i], views[i], statistics_of),
-        "whole step": step,
+        "whole step, all rows": steps(UpdateRule.ALL),
+        "whole step": steps(UpdateRule.CONTRIBUTING),
     }
 
 

@@ -11,11 +11,17 @@ namespace cuda {
 struct AdamRates {
   float beta1, beta2, epsilon;
   float first_correction, second_correction;  // 1 / (1 - beta^step)
+  float log2_beta1, log2_beta2;
 
   static AdamRates of(const AdamSettings& a) {
     const double steps = double(a.step);
-    return {a.beta1, a.beta2, a.epsilon, float(1.0 / (1.0 - std::pow(double(a.beta1), steps))),
-            float(1.0 / (1.0 - std::pow(double(a.beta2), steps)))};
+    return {a.beta1,
+            a.beta2,
+            a.epsilon,
+            float(1.0 / (1.0 - std::pow(double(a.beta1), steps))),
+            float(1.0 / (1.0 - std::pow(double(a.beta2), steps))),
+            float(std::log2(double(a.beta1))),
+            float(std::log2(double(a.beta2)))};
   }
 };
 

@@ -468,10 +468,23 @@ void bind_step(py::module_& m) {
         return step_scratch(cuda, {n, n_coefficients, n_instances, width, height});
       },
       "Bytes of scratch that a step needs.");
+  m.def(
+      "catch_up",
+      [](const Cuda& cuda, py::object values, py::object first, py::object second, py::object up_to_date,
+         py::object adam) {
+        const Reader read = reader_of(cuda);
+        const Gaussians v = read.gaussians(values);
+        const AdamMoments moments = {read.gaussians_like(first, v), read.gaussians_like(second, v)};
+        int32_t* rows = read.array<int32_t>(up_to_date, "up_to_date", {v.n}).data;
+        const AdamSettings a = adam_settings_of(adam);
+        Unlocked unlocked;
+        catch_up(cuda, v, moments, rows, a);
+      },
+      "Makes up for the steps that rows have missed, up to and with adam.step.");
   py::class_<StepGraph>(m, "StepGraph", "A training step for images of one size, recorded.")
       .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object sums,
-                       py::object scratch, int64_t n_instances, int width, int height, py::object settings,
-                       float ssim_weight, py::object progress, py::object progress_on_host) {
+                       py::object up_to_date, py::object scratch, int64_t n_instances, int width, int height,
+                       py::object settings, float ssim_weight, py::object progress, py::object progress_on_host) {
         const Reader read = reader_of(cuda);
         const Gaussians v = read.gaussians(values);
         if (v.n < 1) refuse("values", "at least one Gaussian", "none");
@@ -479,10 +492,12 @@ void bind_step(py::module_& m) {
         if (n_instances < 1 || n_instances > INT32_MAX)
           refuse("n_instances", "1 to 2^31 - 1", std::to_string(n_instances));
         const StepSize size = {v.n, v.n_coefficients, n_instances, width, height};
-        const StepBuffers buffers = {v,
-                                     {read.gaussians_like(first, v), read.gaussians_like(second, v)},
-                                     read.array<float>(sums, "sums", {v.n, kSplatGradientStride}).data,
-                                     read.scratch(scratch, step_scratch(cuda, size))};
+        const StepBuffers buffers = {
+            v,
+            {read.gaussians_like(first, v), read.gaussians_like(second, v)},
+            read.array<float>(sums, "sums", {v.n, kSplatGradientStride}).data,
+            up_to_date.is_none() ? nullptr : read.array<int32_t>(up_to_date, "up_to_date", {v.n}).data,
+            read.scratch(scratch, step_scratch(cuda, size))};
         const int64_t n_bytes = sizeof(StepProgress);
         const StepBook book = {
             reinterpret_cast<StepProgress*>(read.array<uint8_t>(progress, "progress", {n_bytes}).data),

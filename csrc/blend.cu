@@ -21,15 +21,38 @@ constexpr int kPixels = 2;         // of a thread, one above the other
 constexpr int kPixelDistance = 4;  // rows between them
 
 // A splat as pixels see it: the exponent of alpha in base 2 is (a dx + b dy) dx + c dy^2 + log2(opacity).
-struct __align__(16) StagedSplat {
+struct StagedSplat {
   float x, y, a, b;
   float c, log2_opacity, red, green;
   float blue;
-  int32_t number;  // row of the splat
+  uint32_t sums;  // where its sums begin, in floats
 
   __device__ static StagedSplat of(const Splat& s, int32_t number) {
-    return {s.x,    s.y,   -0.5f * kLog2E * s.a, -kLog2E * s.b, -0.5f * kLog2E * s.c, log2f(s.opacity), s.red, s.green,
-            s.blue, number};
+    return {s.x,
+            s.y,
+            -0.5f * kLog2E * s.a,
+            -kLog2E * s.b,
+            -0.5f * kLog2E * s.c,
+            log2f(s.opacity),
+            s.red,
+            s.green,
+            s.blue,
+            uint32_t(number) * kSplatGradientStride};
+  }
+};
+
+// In shared memory: three loads of sixteen bytes, which all lanes share.
+struct SplatRows {
+  float4 rows[3];
+
+  __device__ void set(const StagedSplat& s) {
+    rows[0] = make_float4(s.x, s.y, s.a, s.b);
+    rows[1] = make_float4(s.c, s.log2_opacity, s.red, s.green);
+    rows[2] = make_float4(s.blue, __uint_as_float(s.sums), 0.0f, 0.0f);
+  }
+  __device__ StagedSplat get() const {
+    const float4 a = rows[0], b = rows[1], c = rows[2];
+    return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, __float_as_uint(c.y)};
   }
 };
 
@@ -73,50 +96,71 @@ __device__ float power_of_two(float x) {
   return result;
 }
 
+__device__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+// condition ? a : b, as one instruction: the compiler makes branches of pairs of these.
+__device__ float chosen(int condition, float a, float b) {
+  float result;
+  asm("{.reg .pred p; setp.ne.s32 p, %3, 0; selp.f32 %0, %1, %2, p;}" : "=f"(result) : "f"(a), "f"(b), "r"(condition));
+  return result;
+}
+
+// Adds to a float in global memory, without a branch around it.
+__device__ void add_if(int condition, float* to, float value) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.s32 p, %2, 0; @p red.global.add.f32 [%0], %1;}" ::"l"(__cvta_generic_to_global(to)),
+      "f"(value), "r"(condition)
+      : "memory");
+}
+
 // What blending one splat into a thread's pixels does.
 struct Contribution {
   float dx;
   float dy[kPixels];
-  float alpha[kPixels];
+  float alpha[kPixels];     // zero where the splat does not reach
   float weight[kPixels];    // alpha * T, zero where the pixel does not take part
-  float t_before[kPixels];  // T in front of the splat
-  bool takes_part[kPixels];
-  bool reached;  // some pixel, if only to stop it
+  float t_before[kPixels];  // T in front of the splat, zero once the pixel has stopped
+  bool goes_on[kPixels];    // the pixel does not stop here, nor has before
+  bool reached;             // some pixel, if only to stop it
 };
 
 struct PixelPair {
   float x, y;        // centre of the upper one
-  float t[kPixels];  // transmittance; carries a minus sign once the pixel has stopped, or if it lies outside the image
+  float t[kPixels];  // transmittance; zero once the pixel has stopped, or if it lies outside the image
 
   __device__ static PixelPair at(int column, int row, int width, int height) {
     PixelPair pair = {float(column) + 0.5f, float(row) + 0.5f, {}};
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
-      pair.t[p] = column < width && row + p * kPixelDistance < height ? 1.0f : -1.0f;
+      pair.t[p] = column < width && row + p * kPixelDistance < height ? 1.0f : 0.0f;
     }
     return pair;
   }
-  __device__ bool goes_on() const { return t[0] > 0.0f || t[1] > 0.0f; }
+  __device__ bool goes_on() const { return t[0] + t[1] > 0.0f; }
 
   __device__ Contribution blend(const StagedSplat& s, float alpha_max) {
     Contribution c;
     c.dx = x - s.x;
     const float by_dx = fmaf(s.a * c.dx, c.dx, s.log2_opacity), b_dx = s.b * c.dx;
-    c.reached = false;
+    float most = 0.0f;
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
       c.dy[p] = y + float(p * kPixelDistance) - s.y;
       const float exponent = fmaf(fmaf(s.c, c.dy[p], b_dx), c.dy[p], by_dx);
+      const float alpha = fminf(power_of_two(exponent), alpha_max);
+      c.alpha[p] = exponent >= kLog2Cutoff ? alpha : 0.0f;
       c.t_before[p] = t[p];
-      c.alpha[p] = fminf(power_of_two(exponent), alpha_max);
       const float weight = c.alpha[p] * t[p], t_after = t[p] - weight;
-      const bool reached = exponent >= kLog2Cutoff && t[p] > 0.0f;
-      c.takes_part[p] = reached && t_after >= kTransmittanceStop;
-      c.weight[p] = c.takes_part[p] ? weight : 0.0f;
+      most = fmaxf(most, weight);
       // A pixel that the splat reaches but that would fall below the limit stops.
-      t[p] = c.takes_part[p] ? t_after : reached ? -t[p] : t[p];
-      c.reached |= reached;
+      c.goes_on[p] = t_after >= kTransmittanceStop;
+      c.weight[p] = c.goes_on[p] ? weight : 0.0f;
+      t[p] = c.goes_on[p] ? t_after : 0.0f;
     }
+    c.reached = most > 0.0f;
     return c;
   }
 };
@@ -148,7 +192,7 @@ constexpr int kGroups = kForwardThreads / 32;  // of splats that are staged at o
 
 __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* splats, Tiles tiles, Grid grid,
                                                                 RasterSettings settings, Image out) {
-  __shared__ StagedSplat staged[kForwardThreads];
+  __shared__ SplatRows staged[kForwardThreads];
   __shared__ unsigned reached[kGroups][kQuarters];  // which splats of a group can reach a quarter
   const int lane = int(threadIdx.x % 32), quarter = int(threadIdx.x / 32);
   const int64_t tile = blockIdx.x;
@@ -157,6 +201,7 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
   const int row = top + quarter / 2 * kQuarter + lane / kQuarter;
   PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
   float red[kPixels] = {}, green[kPixels] = {}, blue[kPixels] = {};
+  float left_through[kPixels] = {1.0f, 1.0f};  // T, also of pixels that have stopped
 
   const int64_t begin = tiles.offsets[tile], end = tiles.offsets[tile + 1];
   TileHits hits = TileHits::of(out.hits, tiles.n_instances, grid.n_tiles, tile, begin);
@@ -167,8 +212,9 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
     if (batch + threadIdx.x < end) {
       const int32_t number = tiles.splat_from_instance[batch + threadIdx.x];
       const Splat splat = load_splat(splats + number);
-      staged[threadIdx.x] = StagedSplat::of(splat, number);
-      reaches = quarters_reached(splat, staged[threadIdx.x].log2_opacity, float(left), float(top));
+      const StagedSplat seen = StagedSplat::of(splat, number);
+      staged[threadIdx.x].set(seen);
+      reaches = quarters_reached(splat, seen.log2_opacity, float(left), float(top));
     }
 #pragma unroll
     for (int q = 0; q < kQuarters; ++q) {
@@ -179,18 +225,21 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
     const int n = int(end - batch < kForwardThreads ? end - batch : kForwardThreads);
     for (int group = 0; 32 * group < n; ++group) {
       if (!__any_sync(kAllLanes, pixels.goes_on())) break;
-      unsigned hit = 0;
+      unsigned hit = 0;  // by this lane
       for (unsigned left_over = reached[group][quarter]; left_over != 0; left_over &= left_over - 1) {
-        const StagedSplat& s = staged[32 * group + __ffs(int(left_over)) - 1];
+        const int i = __ffs(int(left_over)) - 1;
+        const StagedSplat s = staged[32 * group + i].get();
         const Contribution c = pixels.blend(s, settings.alpha_max);
 #pragma unroll
         for (int p = 0; p < kPixels; ++p) {
           red[p] = fmaf(c.weight[p], s.red, red[p]);
           green[p] = fmaf(c.weight[p], s.green, green[p]);
           blue[p] = fmaf(c.weight[p], s.blue, blue[p]);
+          left_through[p] = c.goes_on[p] ? pixels.t[p] : left_through[p];
         }
-        if (__any_sync(kAllLanes, c.reached)) hit |= left_over & -left_over;
+        if (c.reached) hit |= 1u << i;
       }
+      hit = warp_or(hit);
       if (out.hits != nullptr && lane == 0) hits.words[n_groups * kQuarters + quarter] = hit;
       ++n_groups;
     }
@@ -201,7 +250,7 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
     const int own_row = row + p * kPixelDistance;
     if (column >= grid.width || own_row >= grid.height) continue;
     const int64_t at = int64_t(own_row) * grid.width + column;
-    const float t = fabsf(pixels.t[p]);
+    const float t = left_through[p];
     out.transmittance[at] = t;
     out.color[3 * at] = fmaf(t, settings.background[0], red[p]);
     out.color[3 * at + 1] = fmaf(t, settings.background[1], green[p]);
@@ -242,23 +291,21 @@ struct PairGradient {
   // with dx, dy, dx^2, dx dy, dy^2, and of the gradients by the colour.
   __device__ void moments_of(const Contribution& c, const StagedSplat& s, float alpha_max,
                              float moments[kMomentCount]) {
-    float sum = 0.0f, sum_dy = 0.0f, sum_dydy = 0.0f;
-    moments[6] = moments[7] = moments[8] = 0.0f;
+    float d[kPixels], d_dy[kPixels];
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
       const float shade = fmaf(red[p], s.red, fmaf(green[p], s.green, blue[p] * s.blue));
       prefix[p] = fmaf(c.weight[p], shade, prefix[p]);
-      const float behind = __fdividef(total[p] - prefix[p], 1.0f - c.alpha[p]);
+      const float behind = (total[p] - prefix[p]) * reciprocal(1.0f - c.alpha[p]);
       const float d_exponent = fmaf(c.t_before[p], shade, -behind) * c.alpha[p];
-      const float d = c.takes_part[p] && c.alpha[p] < alpha_max ? d_exponent : 0.0f;
-      const float d_dy = d * c.dy[p];
-      sum += d;
-      sum_dy += d_dy;
-      sum_dydy = fmaf(d_dy, c.dy[p], sum_dydy);
-      moments[6] = fmaf(c.weight[p], red[p], moments[6]);
-      moments[7] = fmaf(c.weight[p], green[p], moments[7]);
-      moments[8] = fmaf(c.weight[p], blue[p], moments[8]);
+      d[p] = c.goes_on[p] && c.alpha[p] < alpha_max ? d_exponent : 0.0f;
+      d_dy[p] = d[p] * c.dy[p];
     }
+    const float sum = d[0] + d[1], sum_dy = d_dy[0] + d_dy[1];
+    const float sum_dydy = fmaf(d_dy[1], c.dy[1], d_dy[0] * c.dy[0]);
+    moments[6] = fmaf(c.weight[1], red[1], c.weight[0] * red[0]);
+    moments[7] = fmaf(c.weight[1], green[1], c.weight[0] * green[0]);
+    moments[8] = fmaf(c.weight[1], blue[1], c.weight[0] * blue[0]);
     moments[0] = sum;
     moments[1] = sum * c.dx;
     moments[2] = sum_dy;
@@ -269,33 +316,32 @@ struct PairGradient {
 };
 
 // Sums nine values over the lanes: with each exchange a lane keeps half of its values and gives the other half away, so
-// that 14 shuffles do instead of 45. Returns sum `lane / 4` in every lane, and sum 8 through `last`.
-__device__ float transposed_sum(float v[kMomentCount], int lane, float& last) {
+// that 12 shuffles do instead of 45. Returns sum `moment_of(lane)`.
+__device__ int moment_of(int lane) {
+  return (lane & 2) != 0 ? 8 : lane / 4;
+}
+__device__ float transposed_sum(const float v[kMomentCount], int lane) {
+  const auto exchanged = [&](int is_upper, float lower, float upper, int distance) {
+    return chosen(is_upper, upper, lower) + __shfl_xor_sync(kAllLanes, chosen(is_upper, lower, upper), distance);
+  };
+  float four[4], two[2];
 #pragma unroll
-  for (int kept = 4; kept >= 1; kept /= 2) {
-    const int distance = 4 * kept;  // 16, 8, 4
-    const bool is_upper = (lane & distance) != 0;
+  for (int i = 0; i < 4; ++i) four[i] = exchanged(lane & 16, v[i], v[i + 4], 16);
 #pragma unroll
-    for (int i = 0; i < kept; ++i) {
-      const float given = is_upper ? v[i] : v[i + kept];
-      const float own = is_upper ? v[i + kept] : v[i];
-      v[i] = own + __shfl_xor_sync(kAllLanes, given, distance);
-    }
-  }
-  float sum = v[0];
-  sum += __shfl_xor_sync(kAllLanes, sum, 2);
+  for (int i = 0; i < 2; ++i) two[i] = exchanged(lane & 8, four[i], four[i + 2], 8);
+  float sum = exchanged(lane & 2, exchanged(lane & 4, two[0], two[1], 4), v[8], 2);
   sum += __shfl_xor_sync(kAllLanes, sum, 1);
-  last = v[8];
+  float ninth = sum;  // of four lanes only, where it is the ninth
 #pragma unroll
-  for (int distance = 16; distance >= 1; distance /= 2) last += __shfl_xor_sync(kAllLanes, last, distance);
-  return sum;
+  for (int distance = 16; distance >= 4; distance /= 2) ninth += __shfl_xor_sync(kAllLanes, ninth, distance);
+  return chosen(lane & 2, ninth, sum);
 }
 
 __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat* splats, Tiles tiles, Grid grid,
                                                                      float alpha_max, Image image, Image d_image,
                                                                      float* moments_of) {
-  __shared__ StagedSplat staged_by_warp[kBackwardWarps][32];
-  StagedSplat* staged = staged_by_warp[threadIdx.x / 32];
+  __shared__ SplatRows staged_by_warp[kBackwardWarps][32];
+  SplatRows* staged = staged_by_warp[threadIdx.x / 32];
   const int lane = int(threadIdx.x % 32);
   const int64_t share = int64_t(blockIdx.x) * kBackwardWarps + threadIdx.x / 32;  // a quarter of a tile
   const int64_t tile = share / kQuarters;
@@ -307,24 +353,25 @@ __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat
   PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
   PairGradient gradient = PairGradient::at(column, row, grid, image, d_image);
 
+  float* own_moment = moments_of + moment_of(lane);
+  const bool adds = lane % 4 == 0 || lane == 2;
   const int n_groups = hits.n_groups[quarter];
   for (int group = 0; group < n_groups; ++group) {
     const unsigned hit = hits.words[group * kQuarters + quarter];
     if (hit == 0) continue;
     if ((hit >> lane & 1u) != 0) {
       const int32_t number = tiles.splat_from_instance[begin + 32 * group + lane];
-      staged[lane] = StagedSplat::of(load_splat(splats + number), number);
+      staged[__popc(hit & ((1u << lane) - 1u))].set(StagedSplat::of(load_splat(splats + number), number));
     }
     __syncwarp();
-    for (unsigned left_over = hit; left_over != 0; left_over &= left_over - 1) {
-      const StagedSplat& s = staged[__ffs(int(left_over)) - 1];
+    const int n_hits = __popc(hit);
+    for (int i = 0; i < n_hits; ++i) {
+      const StagedSplat s = staged[i].get();
       const Contribution c = pixels.blend(s, alpha_max);
-      float moments[kMomentCount], last;
+      float moments[kMomentCount];
       gradient.moments_of(c, s, alpha_max, moments);
-      const float sum = transposed_sum(moments, lane, last);
-      float* to = moments_of + int64_t(s.number) * kMomentCount;
-      if (lane % 4 == 0) atomicAdd(to + lane / 4, sum);
-      if (lane == 1) atomicAdd(to + 8, last);
+      const float sum = transposed_sum(moments, lane);
+      add_if(adds, own_moment + s.sums, sum);
     }
     __syncwarp();
   }

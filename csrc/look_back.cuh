@@ -3,28 +3,29 @@
 #pragma once
 
 #include "launch.cuh"
+#include "warp.cuh"
 
 namespace spaceport {
 namespace cuda {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // What the blocks tell each other: zero while nothing is known, then a count with a mark above it.
 constexpr uint64_t kOwnCount = uint64_t(1) << 62;  // of the block alone
 constexpr uint64_t kSumSoFar = uint64_t(2) << 62;  // of the block and all before it
 constexpr uint64_t kCountBits = kOwnCount - 1;
 
+constexpr int kLookBackRows = 256;  // of a block, one a thread
+
 // Zero at the start.
 struct LookBack {
   uint64_t* counts;  // [n_blocks]
   unsigned* ticket;  // blocks take numbers in the order in which they start, so that nobody waits for one not running
 
-  static LookBack of(Arena& arena, int64_t n_blocks) {
-    return {arena.take<uint64_t>(n_blocks), arena.take<unsigned>(1)};
+  static LookBack of(Arena& arena, int64_t n_rows) {
+    return {arena.take<uint64_t>(n_blocks_of(n_rows, kLookBackRows)), arena.take<unsigned>(1)};
   }
-  static size_t n_bytes(int64_t n_blocks) {
+  static size_t n_bytes(int64_t n_rows) {
     Arena arena(nullptr);
-    of(arena, n_blocks);
+    of(arena, n_rows);
     return arena.used();
   }
 };

@@ -1,6 +1,6 @@
 // loss: L1 + D-SSIM and its gradient. Two passes over blocks of the image: the local moments, SSIM and its derivatives;
 // then those derivatives filtered back onto the pixels. Windows are separable; a thread filters eight pixels of a row
-// at once, then four of a column, so that what it loads serves several of them.
+// at once, then six of a column, so that what it loads serves several of them.
 #define SPACEPORT_ISA cuda
 
 #include "queued.cuh"
@@ -11,15 +11,15 @@ namespace cuda {
 
 namespace {
 
-constexpr int kSide = 32;  // pixels along a block
-constexpr int kThreads = 256;
-constexpr int kHalo = kSide + 2 * kRadius;
-constexpr int kAcross = 8, kDown = 4;  // pixels that a thread filters at once
+constexpr int kWidth = 32, kHeight = 36;  // pixels of a block
+constexpr int kAcross = 8, kDown = 6;     // pixels that a thread filters at once
+constexpr int kThreads = kWidth * kHeight / kDown;
+constexpr int kHaloWidth = kWidth + 2 * kRadius, kHaloHeight = kHeight + 2 * kRadius;
 constexpr int kMoments = 4, kDerivatives = 3;
-static_assert(kSide * kSide == kThreads * kDown, "one pass down covers the block");
-// Rows padded such that the lanes of a warp read and write different banks.
-using Plane = float[kHalo][kHalo + 2];  // a multiple of four
-using FilteredPlane = float[kHalo][kSide + 1];
+// Rows are padded such that the lanes of a warp read and write different banks, and so that four at a time can be read.
+constexpr int kRowLength = (kHaloWidth + 3) / 4 * 4;
+using Plane = float[kHaloHeight][kRowLength];
+using FilteredPlane = float[kHaloHeight][kWidth + 1];
 
 struct LossScratch {
   float* derivatives;  // [kDerivatives, kChannels, H, W]
@@ -31,7 +31,7 @@ struct LossScratch {
 };
 
 dim3 grid_of(int width, int height) {
-  return dim3(n_blocks_of(width, kSide), n_blocks_of(height, kSide));
+  return dim3(n_blocks_of(width, kWidth), n_blocks_of(height, kHeight));
 }
 
 // Sum over the block's threads, in thread 0.
@@ -48,16 +48,23 @@ __device__ double block_sum(double value) {
   return sum;
 }
 
-// Filters `kPlanes` quantities, made by value(row, column, values) for each pixel of the block with its halo, across.
-template <int kPlanes, class Value>
-__device__ void filter_across(Value&& value, FilteredPlane* across) {
-  for (int task = int(threadIdx.x); task < kHalo * (kSide / kAcross); task += kThreads) {
-    const int row = task / (kSide / kAcross), first = task % (kSide / kAcross) * kAcross;
+// Filters `kPlanes` quantities across: value(loaded, values) makes them of what the `kLoaded` planes hold at one place.
+template <int kPlanes, int kLoaded, class Value>
+__device__ void filter_across(const Plane* planes, Value&& value, FilteredPlane* across) {
+  for (int task = int(threadIdx.x); task < kHaloHeight * (kWidth / kAcross); task += kThreads) {
+    const int row = task / (kWidth / kAcross), first = task % (kWidth / kAcross) * kAcross;
     float sums[kPlanes][kAcross] = {};
+    float4 fours[kLoaded];
 #pragma unroll
     for (int i = 0; i < kAcross + kTaps - 1; ++i) {
-      float values[kPlanes];
-      value(row, first + i, values);
+      float loaded[kLoaded], values[kPlanes];
+#pragma unroll
+      for (int plane = 0; plane < kLoaded; ++plane) {
+        if (i % 4 == 0) fours[plane] = *reinterpret_cast<const float4*>(&planes[plane][row][first + i]);
+        const float4& four = fours[plane];
+        loaded[plane] = i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+      }
+      value(loaded, values);
 #pragma unroll
       for (int pixel = 0; pixel < kAcross; ++pixel) {
         if (i - pixel < 0 || i - pixel >= kTaps) continue;
@@ -77,10 +84,10 @@ __device__ void filter_across(Value&& value, FilteredPlane* across) {
 
 // And down: out[plane][i] is that of the thread's pixel `column_of()`, `row_of(i)`.
 __device__ int column_of() {
-  return int(threadIdx.x) % kSide;
+  return int(threadIdx.x) % kWidth;
 }
 __device__ int row_of(int i) {
-  return int(threadIdx.x) / kSide * kDown + i;
+  return int(threadIdx.x) / kWidth * kDown + i;
 }
 template <int kPlanes>
 __device__ void filter_down(const FilteredPlane* across, float out[kPlanes][kDown]) {
@@ -100,14 +107,27 @@ __device__ void filter_down(const FilteredPlane* across, float out[kPlanes][kDow
   }
 }
 
-// Calls load(row, column of the block with its halo, place in the image, whether it lies inside) for every pixel of
-// these.
-template <class Load>
-__device__ void for_each_with_halo(int width, int height, Load&& load) {
-  const int left = int(blockIdx.x) * kSide - kRadius, top = int(blockIdx.y) * kSide - kRadius;
-  for (int i = int(threadIdx.x); i < kHalo * kHalo; i += kThreads) {
-    const int x = left + i % kHalo, y = top + i / kHalo;
-    load(i / kHalo, i % kHalo, int64_t(y) * width + x, x >= 0 && x < width && y >= 0 && y < height);
+// Fills planes with the block's pixels and their halo: fetch(place in the image, values) reads a pixel; outside it all
+// is zero. Several are read before any is written, so that the block does not wait for memory at each.
+template <int kPlanes, class Fetch>
+__device__ void load_with_halo(int width, int height, Fetch&& fetch, Plane* planes) {
+  constexpr int kPixels = kHaloHeight * kHaloWidth, kAtOnce = 6;
+  const int left = int(blockIdx.x) * kWidth - kRadius, top = int(blockIdx.y) * kHeight - kRadius;
+  for (int begin = int(threadIdx.x); begin < kPixels; begin += kAtOnce * kThreads) {
+    float values[kAtOnce][kPlanes] = {};
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = begin + j * kThreads, row = i / kHaloWidth;
+      const int x = left + i - row * kHaloWidth, y = top + row;
+      if (i < kPixels && x >= 0 && x < width && y >= 0 && y < height) fetch(y * width + x, values[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = begin + j * kThreads, row = i / kHaloWidth;
+      if (i >= kPixels) continue;
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) planes[plane][row][i - row * kHaloWidth] = values[j][plane];
+    }
   }
 }
 
@@ -115,28 +135,32 @@ __device__ float shade_of(uint8_t level) {
   return float(level) * (1.0f / 255.0f);
 }
 
-__global__ __launch_bounds__(kThreads) void moments_kernel(LossImages images, Late<const uint8_t*> late_photo,
-                                                           LossScratch scratch) {
-  __shared__ Plane x, y;
+__global__ __launch_bounds__(kThreads, 5) void moments_kernel(LossImages images, Late<const uint8_t*> late_photo,
+                                                              LossScratch scratch) {
+  __shared__ __align__(16) Plane planes[2];
+  Plane &x = planes[0], &y = planes[1];
   __shared__ FilteredPlane across[kMoments];
   const uint8_t* photo = late_photo.get();
-  const int column = int(blockIdx.x) * kSide + column_of(), top = int(blockIdx.y) * kSide;
+  const int column = int(blockIdx.x) * kWidth + column_of(), top = int(blockIdx.y) * kHeight;
   const int64_t n_pixels = int64_t(images.width) * images.height;
   float l1 = 0.0f, ssim = 0.0f;
   for (int channel = 0; channel < kChannels; ++channel) {
     __syncthreads();
-    for_each_with_halo(images.width, images.height, [&](int r, int c, int64_t at, bool exists) {
-      x[r][c] = exists ? images.color[kChannels * at + channel] : 0.0f;
-      y[r][c] = exists ? shade_of(photo[kChannels * at + channel]) : 0.0f;
-    });
+    load_with_halo<2>(
+        images.width, images.height,
+        [&](int at, float* values) {
+          values[0] = images.color[kChannels * at + channel];
+          values[1] = shade_of(photo[kChannels * at + channel]);
+        },
+        planes);
     __syncthreads();
-    filter_across<kMoments>(  // E[x^2] and E[y^2] are only ever needed as their sum
-        [&](int r, int c, float* values) {
-          const float a = x[r][c], b = y[r][c];
-          values[0] = a;
-          values[1] = b;
-          values[2] = fmaf(a, a, b * b);
-          values[3] = a * b;
+    filter_across<kMoments, 2>(  // E[x^2] and E[y^2] are only ever needed as their sum
+        planes,
+        [](const float* loaded, float* values) {
+          values[0] = loaded[0];
+          values[1] = loaded[1];
+          values[2] = fmaf(loaded[0], loaded[0], loaded[1] * loaded[1]);
+          values[3] = loaded[0] * loaded[1];
         },
         across);
     __syncthreads();
@@ -176,29 +200,33 @@ __device__ void write_means(const LossScratch& scratch, int64_t n_sums, double n
   }
 }
 
-__global__ __launch_bounds__(kThreads) void gradient_kernel(LossImages images, Late<const uint8_t*> late_photo,
-                                                            LossScratch scratch, float l1_factor, float ssim_factor,
-                                                            LossOutput out) {
+__global__ __launch_bounds__(kThreads, 5) void gradient_kernel(LossImages images, Late<const uint8_t*> late_photo,
+                                                               LossScratch scratch, float l1_factor, float ssim_factor,
+                                                               LossOutput out) {
   if (blockIdx.x == 0 && blockIdx.y == 0) {
     write_means(scratch, int64_t(gridDim.x) * gridDim.y, double(images.width) * images.height * kChannels, out.means);
   }
   const uint8_t* photo = late_photo.get();
-  __shared__ Plane maps[kDerivatives];
+  __shared__ __align__(16) Plane maps[kDerivatives];
   __shared__ FilteredPlane across[kDerivatives];
-  const int column = int(blockIdx.x) * kSide + column_of(), top = int(blockIdx.y) * kSide;
+  const int column = int(blockIdx.x) * kWidth + column_of(), top = int(blockIdx.y) * kHeight;
   const int64_t n_pixels = int64_t(images.width) * images.height;
   for (int channel = 0; channel < kChannels; ++channel) {
     __syncthreads();
-    for_each_with_halo(images.width, images.height, [&](int r, int c, int64_t at, bool exists) {
-      const float* from = scratch.derivatives + channel * n_pixels + at;
+    const float* from = scratch.derivatives + channel * n_pixels;
+    load_with_halo<kDerivatives>(
+        images.width, images.height,
+        [&](int at, float* values) {
 #pragma unroll
-      for (int map = 0; map < kDerivatives; ++map) maps[map][r][c] = exists ? from[map * kChannels * n_pixels] : 0.0f;
-    });
+          for (int map = 0; map < kDerivatives; ++map) values[map] = from[map * kChannels * n_pixels + at];
+        },
+        maps);
     __syncthreads();
-    filter_across<kDerivatives>(
-        [&](int r, int c, float* values) {
+    filter_across<kDerivatives, kDerivatives>(
+        maps,
+        [](const float* loaded, float* values) {
 #pragma unroll
-          for (int map = 0; map < kDerivatives; ++map) values[map] = maps[map][r][c];
+          for (int map = 0; map < kDerivatives; ++map) values[map] = loaded[map];
         },
         across);
     __syncthreads();
@@ -220,6 +248,9 @@ __global__ __launch_bounds__(kThreads) void gradient_kernel(LossImages images, L
 
 void queue_loss(cudaStream_t stream, const LossImages& images, const Late<const uint8_t*>& photo,
                 const LossSettings& settings, void* memory, const LossOutput& out) {
+  if (int64_t(images.width) * images.height * kChannels > INT32_MAX) {
+    throw std::invalid_argument("color: too many pixels for one loss");
+  }
   const dim3 grid = grid_of(images.width, images.height);
   Arena arena(memory);
   const LossScratch scratch = LossScratch::of(arena, images.width, images.height, int64_t(grid.x) * grid.y);

@@ -6,6 +6,7 @@
 
 #include "look_back.cuh"
 #include "queued.cuh"
+#include "rows.cuh"
 #include "tile_spans.h"
 
 namespace spaceport {
@@ -13,56 +14,16 @@ namespace cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
-
-__device__ Vec3<float> load3(const float* table, int64_t row) {
-  return {table[3 * row], table[3 * row + 1], table[3 * row + 2]};
-}
-__device__ void store3(float* table, int64_t row, const Vec3<float>& value) {
-  table[3 * row] = value.x;
-  table[3 * row + 1] = value.y;
-  table[3 * row + 2] = value.z;
-}
-__device__ RawShape<float> raw_shape_of(const Gaussians& g, int64_t row) {
-  const float4 q = reinterpret_cast<const float4*>(g.quaternions)[row];
-  return {load3(g.means, row), load3(g.log_scales, row), {q.x, q.y, q.z, q.w}};
-}
-
-// The first `kColumns` floats of a row of SH coefficients; rows that are a multiple of 16 bytes long come 16 at a time.
-template <int kColumns>
-__device__ void load_sh(const float* sh, int64_t row, int stride, float* columns) {
-  const float* from = sh + row * stride;
-  if (kColumns % 4 == 0 && stride % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kColumns / 4; ++i) {
-      const float4 four = reinterpret_cast<const float4*>(from)[i];
-      columns[4 * i] = four.x;
-      columns[4 * i + 1] = four.y;
-      columns[4 * i + 2] = four.z;
-      columns[4 * i + 3] = four.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) columns[i] = from[i];
-  }
-}
-template <int kColumns>
-__device__ void store_sh(float* sh, int64_t row, int stride, const float* columns) {
-  float* to = sh + row * stride;
-  if (kColumns % 4 == 0 && stride % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kColumns / 4; ++i) {
-      reinterpret_cast<float4*>(to)[i] =
-          make_float4(columns[4 * i], columns[4 * i + 1], columns[4 * i + 2], columns[4 * i + 3]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) to[i] = columns[i];
-  }
-}
+constexpr int kThreads = kLookBackRows;
 
 struct Grid {
   int tiles_x, tiles_y;
+
+  // No more than a guess: the centre is less than an image away from the principal point.
+  __device__ bool may_see(const Lens<float>& lens, const Vec3<float>& point) const {
+    return fabsf(point.x) * lens.fx < point.z * float(tiles_x * kTileSize) &&
+           fabsf(point.y) * lens.fy < point.z * float(tiles_y * kTileSize);
+  }
 };
 
 constexpr int kBoxSide = 8;  // tiles of a TileSet
@@ -85,85 +46,161 @@ __device__ TileSet tiles_of(const Splat& splat, const Grid& grid) {
   return set;
 }
 
-// The splat of a row and the tiles that it touches; none where it is not visible.
-template <int kDegree>
-__device__ TileSet project_row(const Gaussians& g, int64_t row, const View<float>& view, const RasterSettings& settings,
-                               const Grid& grid, Splat& splat) {
-  const TileSet none = {};
+// A row on its way to be a splat: all but its colour.
+struct Candidate {
+  Splat splat;
+  TileSet touched;     // none where it is not visible
+  Vec3<float> offset;  // from the camera
+};
+__device__ Candidate candidate_of(const Gaussians& g, int64_t row, const View<float>& view,
+                                  const RasterSettings& settings, const Grid& grid) {
+  Candidate c = {};
   const float logit = g.opacities[row], opacity = sigmoid(logit);
   const RawShape<float> raw = raw_shape_of(g, row);
-  if (!(point_in_cam(view, raw.mean).z >= settings.near) || !(opacity >= kAlphaCutoff)) return none;
+  const Vec3<float> point = point_in_cam(view, raw.mean);
+  if (!(point.z >= settings.near) || !(opacity >= kAlphaCutoff)) return c;
+  if (grid.may_see(view.lens, point)) prefetch_row(g.sh + row * 3 * g.n_coefficients, 3 * g.n_coefficients);
   const Shape<float> s = shape_of(raw, view, settings.low_pass);
-  if (!(norm_squared(raw.quaternion) >= kMinQuaternionNormSquared) || !(s.determinant > 0.0f)) return none;
+  if (!(norm_squared(raw.quaternion) >= kMinQuaternionNormSquared) || !(s.determinant > 0.0f)) return c;
+  if (!(doubt_of(s, Vec3<float>{}, opacity, logit) == 0.0f)) return c;
   const float level = ellipse_level(opacity);
-  splat = {s.x,
-           s.y,
-           s.conic.a,
-           s.conic.b,
-           s.conic.c,
-           opacity,
-           0.0f,
-           0.0f,
-           0.0f,
-           s.point.z,
-           sqrtf(level * s.covariance.xx),
-           sqrtf(level * s.covariance.yy)};
-  const TileSet touched = tiles_of(splat, grid);
-  if (touched.n == 0) return none;
-  float basis[kMaxShCoefficients], sh[3 * n_coefficients_of(kDegree)];
-  sh_basis(kDegree, direction(raw.mean - view.center), basis);
-  load_sh<3 * n_coefficients_of(kDegree)>(g.sh, row, 3 * g.n_coefficients, sh);
-  const Vec3<float> color = color_of(kDegree, basis, sh);
-  if (!(doubt_of(s, color, opacity, logit) == 0.0f)) return none;
-  splat.red = fmaxf(color.x, 0.0f);
-  splat.green = fmaxf(color.y, 0.0f);
-  splat.blue = fmaxf(color.z, 0.0f);
-  return touched;
+  c.splat = {s.x,
+             s.y,
+             s.conic.a,
+             s.conic.b,
+             s.conic.c,
+             opacity,
+             0.0f,
+             0.0f,
+             0.0f,
+             s.point.z,
+             sqrtf(level * s.covariance.xx),
+             sqrtf(level * s.covariance.yy)};
+  c.offset = raw.mean - view.center;
+  c.touched = tiles_of(c.splat, grid);
+  return c;
 }
 
-// Both counts in one word of the look-back.
-constexpr int kSplatBits = 28;
-__device__ uint64_t packed(const Count& count) {
-  return uint64_t(count.instances) << kSplatBits | count.splats;
-}
-
+// Colours the candidates of a warp; those whose colour is not finite touch no tile.
 template <int kDegree>
-__global__ __launch_bounds__(kThreads) void project_kernel(Gaussians g, Late<View<float>> late_view,
-                                                           RasterSettings settings, Grid grid, LookBack look_back,
-                                                           Projected out, ProjectedCounts* counts) {
-  __shared__ unsigned block;
-  __shared__ uint64_t sum_of_others;
-  if (threadIdx.x == 0) block = atomicAdd(look_back.ticket, 1u);
-  __syncthreads();
-  const int64_t row = int64_t(block) * kThreads + threadIdx.x;
-  const View<float> view = late_view.get();
-  Splat splat;
-  TileSet touched = {};
-  if (row < g.n) touched = project_row<kDegree>(g, row, view, settings, grid, splat);
-  const BlockSums sums = block_sums<kThreads>({touched.n > 0, touched.n});
-  if (threadIdx.x < 32) {
-    const uint64_t before = sum_before(look_back.counts, block, packed(sums.total));
-    if (threadIdx.x == 0) {
-      sum_of_others = before;
-      if (block == gridDim.x - 1) {
-        const uint64_t total = before + packed(sums.total);
-        *counts = {int64_t(total & ((uint64_t(1) << kSplatBits) - 1)), int64_t(total >> kSplatBits)};
-        if (out.instance_offsets != nullptr) out.instance_offsets[counts->n_splats] = counts->n_instances;
+__device__ void color(const Gaussians& g, int64_t first_row, Candidate& c, float4* staged_fours) {
+  constexpr int kColumns = 3 * n_coefficients_of(kDegree);
+  const int lane = int(threadIdx.x % 32), stride = 3 * g.n_coefficients;
+  const StagedRows<kColumns> staged = {staged_fours};
+  const unsigned visible = __ballot_sync(kAllLanes, c.touched.n > 0);
+  if (StagedRows<kColumns>::fit(stride)) {
+    staged.template load<32, 32>(
+        g.sh, stride, lane, [&](int slot) { return (visible >> slot & 1u) != 0 ? first_row + slot : int64_t(-1); });
+    __syncwarp();
+  }
+  if (c.touched.n == 0) return;
+  float basis[kMaxShCoefficients], sh[kColumns];
+  sh_basis(kDegree, direction(c.offset), basis);
+  if (StagedRows<kColumns>::fit(stride)) {
+    staged.get(lane, sh);
+  } else {
+    load_row<kColumns>(g.sh + (first_row + lane) * stride, sh);
+  }
+  const Vec3<float> color = color_of(kDegree, basis, sh);
+  if (!(poison(color.x) + poison(color.y) + poison(color.z) == 0.0f)) c.touched = {};
+  c.splat.red = fmaxf(color.x, 0.0f);
+  c.splat.green = fmaxf(color.y, 0.0f);
+  c.splat.blue = fmaxf(color.z, 0.0f);
+}
+
+__device__ void write(const Projected& out, int64_t at, const Candidate& c) {
+  const Splat& s = c.splat;
+  float4* to = reinterpret_cast<float4*>(out.splats + at);
+  to[0] = make_float4(s.x, s.y, s.a, s.b);
+  to[1] = make_float4(s.c, s.opacity, s.red, s.green);
+  to[2] = make_float4(s.blue, s.depth, s.extent_x, s.extent_y);
+  out.touched[at] = c.touched;
+}
+
+// Splats follow each other in the order of their rows. Both counts go into one word of the look-back.
+struct Compacted {
+  LookBack look_back;
+  static constexpr int kSplatBits = 28;
+
+  __device__ static uint64_t packed(const Count& count) {
+    return uint64_t(count.instances) << kSplatBits | count.splats;
+  }
+  __device__ static ProjectedCounts unpacked(uint64_t counts) {
+    return {int64_t(counts & ((uint64_t(1) << kSplatBits) - 1)), int64_t(counts >> kSplatBits)};
+  }
+  __device__ unsigned block() const {
+    __shared__ unsigned number;
+    if (threadIdx.x == 0) number = atomicAdd(look_back.ticket, 1u);
+    __syncthreads();
+    return number;
+  }
+  __device__ void place(unsigned block, int64_t row, int64_t, const Candidate& c, const Projected& out,
+                        ProjectedCounts* counts) const {
+    __shared__ uint64_t sum_of_others;
+    const BlockSums sums = block_sums<kThreads>({c.touched.n > 0, c.touched.n});
+    if (threadIdx.x < 32) {
+      const uint64_t before = sum_before(look_back.counts, block, packed(sums.total));
+      if (threadIdx.x == 0) {
+        sum_of_others = before;
+        if (block == gridDim.x - 1) {
+          *counts = unpacked(before + packed(sums.total));
+          out.instance_offsets[counts->n_splats] = counts->n_instances;
+        }
       }
     }
+    __syncthreads();
+    if (c.touched.n == 0) return;
+    const ProjectedCounts before = unpacked(sum_of_others + packed(sums.before));
+    write(out, before.n_splats, c);
+    out.gaussian_from_splat[before.n_splats] = int32_t(row);
+    out.instance_offsets[before.n_splats] = before.n_instances;
+    out.depths[before.n_splats] = c.splat.depth;
   }
-  __syncthreads();
-  if (touched.n == 0) return;
-  const uint64_t before = sum_of_others + packed(sums.before);
-  const int64_t at = int64_t(before & ((uint64_t(1) << kSplatBits) - 1));
-  float4* to = reinterpret_cast<float4*>(out.splats + at);
-  to[0] = make_float4(splat.x, splat.y, splat.a, splat.b);
-  to[1] = make_float4(splat.c, splat.opacity, splat.red, splat.green);
-  to[2] = make_float4(splat.blue, splat.depth, splat.extent_x, splat.extent_y);
-  out.gaussian_from_splat[at] = int32_t(row);
-  out.depths[at] = splat.depth;
-  out.touched[at] = touched;
-  if (out.instance_offsets != nullptr) out.instance_offsets[at] = int64_t(before >> kSplatBits);
+};
+
+// A splat lies where its Gaussian does: no block waits for another.
+struct InPlace {
+  __device__ unsigned block() const { return blockIdx.x; }
+  __device__ void place(unsigned, int64_t row, int64_t n_rows, const Candidate& c, const Projected& out,
+                        ProjectedCounts* counts) const {
+    if (c.touched.n > 0) write(out, row, c);
+    if (row < n_rows) out.depths[row] = c.touched.n > 0 ? c.splat.depth : __uint_as_float(kNoDepth);
+    const BlockSums sums = block_sums<kThreads>({c.touched.n > 0, c.touched.n});
+    if (threadIdx.x == 0 && sums.total.splats > 0) {
+      using Word = unsigned long long;
+      atomicAdd(reinterpret_cast<Word*>(&counts->n_splats), Word(sums.total.splats));
+      atomicAdd(reinterpret_cast<Word*>(&counts->n_instances), Word(sums.total.instances));
+    }
+  }
+};
+
+template <int kDegree, class Placing>
+__global__ __launch_bounds__(kThreads, 3) void project_kernel(Gaussians g, Late<View<float>> late_view,
+                                                              RasterSettings settings, Grid grid, Placing placing,
+                                                              Projected out, ProjectedCounts* counts) {
+  const unsigned block = placing.block();
+  const int64_t row = int64_t(block) * kThreads + threadIdx.x;
+  const View<float> view = late_view.get();
+  Candidate candidate = {};
+  if (row < g.n) candidate = candidate_of(g, row, view, settings, grid);
+  extern __shared__ float4 staged[];
+  color<kDegree>(g, row - threadIdx.x % 32, candidate,
+                 staged + threadIdx.x / 32 * 32 * StagedRows<3 * n_coefficients_of(kDegree)>::kStride);
+  placing.place(block, row, g.n, candidate, out, counts);
+}
+
+template <class Placing>
+void launch_project(cudaStream_t stream, const Gaussians& g, const Late<View<float>>& view, const Camera& camera,
+                    const RasterSettings& settings, const Placing& placing, const Projected& out,
+                    ProjectedCounts* counts) {
+  const Grid grid = {camera.tiles_x(), camera.tiles_y()};
+  for_degree(settings.sh_degree, [&](auto degree) {
+    constexpr int kStaged = kThreads * StagedRows<3 * n_coefficients_of(degree)>::kStride * int(sizeof(float4));
+    const auto kernel = project_kernel<degree, Placing>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kStaged), "project");
+    kernel<<<n_blocks_of(g.n, kThreads), kThreads, kStaged, stream>>>(g, view, settings, grid, placing, out, counts);
+  });
+  check_launch("project");
 }
 
 template <int kDegree>
@@ -184,12 +221,14 @@ __global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View
   const Vec3<float> offset = raw.mean - view.center;
   const Vec3<float> to_gaussian = direction(offset);
   sh_basis(kDegree, to_gaussian, basis);
-  load_sh<kColumns>(g.sh, row, 3 * g.n_coefficients, sh);
+  load_row<kColumns>(g.sh + row * 3 * g.n_coefficients, sh);
   const Vec3<float> color = color_of(kDegree, basis, sh);
   const Vec3<float> d_color = {color.x > 0.0f ? d[6] : 0.0f, color.y > 0.0f ? d[7] : 0.0f,
                                color.z > 0.0f ? d[8] : 0.0f};
   color_of_vjp(kDegree, basis, d_color, sh, d_basis);
-  store_sh<kColumns>(d_g.sh, row, 3 * g.n_coefficients, sh);
+  float* d_sh = d_g.sh + row * 3 * g.n_coefficients;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) d_sh[i] = sh[i];
 
   store3(d_g.means, row, d_raw.mean + direction_vjp(offset, sh_basis_vjp(kDegree, to_gaussian, d_basis)));
   store3(d_g.log_scales, row, d_raw.log_scale);
@@ -198,222 +237,17 @@ __global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View
   d_g.opacities[row] = d[5] * opacity * (1.0f - opacity);
 }
 
-constexpr int kFusedThreads = 128;  // rows of a block of the fused backward pass
-
-// Row of the first of n splats whose Gaussian is not before `gaussian`.
-__device__ int64_t first_splat_from(const Projected& projected, int64_t n, int64_t gaussian) {
-  int64_t low = 0, high = n;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (projected.gaussian_from_splat[middle] < gaussian) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
-// Which splat each of the block's rows is, or -1 where it is not visible.
-__device__ int64_t splat_of_row(const Projected& projected, int64_t n, int64_t first_row) {
-  __shared__ int64_t splats[kFusedThreads];
-  __shared__ int64_t begin;
-  splats[threadIdx.x] = -1;
-  if (threadIdx.x == 0) begin = first_splat_from(projected, n, first_row);
-  __syncthreads();
-  const int64_t splat = begin + threadIdx.x;
-  if (splat < n) {
-    const int64_t row = projected.gaussian_from_splat[splat] - first_row;
-    if (row < kFusedThreads) splats[row] = splat;
-  }
-  __syncthreads();
-  return splats[threadIdx.x];
-}
-
-// Gradient by the values of the basis: for each the product of its coefficients with the gradient by the colour.
-template <int kDegree>
-__device__ void basis_gradient(const float* sh, int stride, const float d_color[3], float d_basis[kMaxShCoefficients]) {
-  constexpr int kColumns = 3 * n_coefficients_of(kDegree);
-#pragma unroll
-  for (int k = 0; k < n_coefficients_of(kDegree); ++k) d_basis[k] = 0.0f;
-  const auto add = [&](int column, float value) {
-    d_basis[column / 3] = fmaf(value, d_color[column % 3], d_basis[column / 3]);
-  };
-  if (stride % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kColumns / 4; ++i) {
-      const float4 four = reinterpret_cast<const float4*>(sh)[i];
-      add(4 * i, four.x);
-      add(4 * i + 1, four.y);
-      add(4 * i + 2, four.z);
-      add(4 * i + 3, four.w);
-    }
-#pragma unroll
-    for (int i = kColumns / 4 * 4; i < kColumns; ++i) add(i, sh[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) add(i, sh[i]);
-  }
-}
-
-__device__ void adam3(float* values, float* first, float* second, int64_t row, const Vec3<float>& gradient, float rate,
-                      const AdamRates& rates) {
-  const float g[3] = {gradient.x, gradient.y, gradient.z};
-#pragma unroll
-  for (int i = 0; i < 3; ++i) adam(values[3 * row + i], g[i], first[3 * row + i], second[3 * row + i], rate, rates);
-}
-
-__device__ void adam4(float* values, float* first, float* second, int64_t at, const float4& gradient,
-                      const float4& rate, const AdamRates& rates) {
-  float4 value = reinterpret_cast<float4*>(values)[at];
-  float4 m = reinterpret_cast<float4*>(first)[at], v = reinterpret_cast<float4*>(second)[at];
-  adam(value.x, gradient.x, m.x, v.x, rate.x, rates);
-  adam(value.y, gradient.y, m.y, v.y, rate.y, rates);
-  adam(value.z, gradient.z, m.z, v.z, rate.z, rates);
-  adam(value.w, gradient.w, m.w, v.w, rate.w, rates);
-  reinterpret_cast<float4*>(values)[at] = value;
-  reinterpret_cast<float4*>(first)[at] = m;
-  reinterpret_cast<float4*>(second)[at] = v;
-}
-
-// A splat's gradient from its row, which is left zero if it held the sums of blend'.
-__device__ void take_gradient(const SplatGradients& gradients, int64_t splat, const Shape<float>& s, float opacity,
-                              float d[kSplatGradientStride]) {
-  float* row = gradients.rows + splat * kSplatGradientStride;
-#pragma unroll
-  for (int i = 0; i < kSplatGradientStride; ++i) d[i] = row[i];
-  if (gradients.kind == SplatRows::kGradients) return;
-  bool is_zero = true;
-#pragma unroll
-  for (int i = 0; i < kSplatGradientStride; ++i) is_zero &= d[i] == 0.0f;
-  if (is_zero) return;
-#pragma unroll
-  for (int i = 0; i < kSplatGradientStride; ++i) row[i] = 0.0f;
-  gradient_of_moments(s.conic, opacity, d);
-}
-
-// A thread takes a row's place and shape; then all take the block's SH coefficients, which lie one behind the other,
-// four at a time: their gradient is the product of a basis value and of the gradient by a colour.
-template <int kDegree>
-__global__ __launch_bounds__(kFusedThreads) void project_vjp_update_kernel(
-    Gaussians g, Late<UpdateInputs> late_inputs, RasterSettings settings, float2 half_size, Projected projected,
-    Late<ProjectedCounts> late_counts, SplatGradients gradients, AdamMoments moments, const uint32_t* is_halted) {
-  constexpr int kCoefficients = n_coefficients_of(kDegree);
-  __shared__ float bases[kCoefficients][kFusedThreads + 1];
-  __shared__ float d_colors[3][kFusedThreads + 1];
-  __shared__ UpdateInputs u;
-  late_inputs.copy_to(u);
-  const int64_t first_row = int64_t(blockIdx.x) * kFusedThreads, row = first_row + threadIdx.x;
-  const int stride = 3 * g.n_coefficients;
-  const int64_t splat = splat_of_row(projected, late_counts.get().n_splats, first_row);
-  const bool changes_nothing = is_halted != nullptr && *is_halted != 0;
-  const Gaussians &first = moments.first, &second = moments.second;
-  float basis[kMaxShCoefficients] = {}, d_color[3] = {};
-  if (row < g.n) {
-    RawShape<float> d_raw = {};
-    float d_opacity = 0.0f;
-    if (splat >= 0) {
-      const Splat& seen = projected.splats[splat];
-      const RawShape<float> raw = raw_shape_of(g, row);
-      const Shape<float> s = shape_of(raw, u.view, settings.low_pass);
-      float d[kSplatGradientStride];
-      take_gradient(gradients, splat, s, seen.opacity, d);
-      if (u.statistics.gradient_sums != nullptr && !changes_nothing) {
-        u.statistics.gradient_sums[row] += hypotf(d[0] * half_size.x, d[1] * half_size.y);
-        u.statistics.n_visible[row] += 1.0f;
-      }
-      d_raw = shape_of_vjp(raw, u.view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
-      d_opacity = d[5] * seen.opacity * (1.0f - seen.opacity);
-      d_color[0] = seen.red > 0.0f ? d[6] : 0.0f;
-      d_color[1] = seen.green > 0.0f ? d[7] : 0.0f;
-      d_color[2] = seen.blue > 0.0f ? d[8] : 0.0f;
-      const Vec3<float> offset = raw.mean - u.view.center;
-      const Vec3<float> to_gaussian = direction(offset);
-      sh_basis(kDegree, to_gaussian, basis);
-      float d_basis[kMaxShCoefficients];
-      basis_gradient<kDegree>(g.sh + row * stride, stride, d_color, d_basis);
-      d_raw.mean = d_raw.mean + direction_vjp(offset, sh_basis_vjp(kDegree, to_gaussian, d_basis));
-    }
-    if (!changes_nothing) {
-      adam3(g.means, first.means, second.means, row, d_raw.mean, u.settings.means, u.rates);
-      adam3(g.log_scales, first.log_scales, second.log_scales, row, d_raw.log_scale, u.settings.log_scales, u.rates);
-      const Quaternion<float>& q = d_raw.quaternion;
-      const float rate = u.settings.quaternions;
-      adam4(g.quaternions, first.quaternions, second.quaternions, row, make_float4(q.w, q.x, q.y, q.z),
-            make_float4(rate, rate, rate, rate), u.rates);
-      adam(g.opacities[row], d_opacity, first.opacities[row], second.opacities[row], u.settings.opacities, u.rates);
-    }
-  }
-  if (changes_nothing) return;
-#pragma unroll
-  for (int k = 0; k < kCoefficients; ++k) bases[k][threadIdx.x] = basis[k];
-#pragma unroll
-  for (int c = 0; c < 3; ++c) d_colors[c][threadIdx.x] = d_color[c];
-  __syncthreads();
-
-  const int n_rows = int(g.n - first_row < kFusedThreads ? g.n - first_row : kFusedThreads);
-  float *sh = g.sh + first_row * stride, *sh_first = first.sh + first_row * stride,
-        *sh_second = second.sh + first_row * stride;
-  const auto gradient_of = [&](int of_row, int column) {
-    const int k = column / 3;
-    return k < kCoefficients ? bases[k][of_row] * d_colors[column - 3 * k][of_row] : 0.0f;
-  };
-  const auto rate_of = [&](int column) { return column < 3 ? u.settings.sh_dc : u.settings.sh_rest; };
-  if (stride % 4 == 0) {
-    for (int i = int(threadIdx.x); i < n_rows * stride / 4; i += kFusedThreads) {
-      const int of_row = 4 * i / stride, column = 4 * i - of_row * stride;
-      const float4 gradient = make_float4(gradient_of(of_row, column), gradient_of(of_row, column + 1),
-                                          gradient_of(of_row, column + 2), gradient_of(of_row, column + 3));
-      const float rest = u.settings.sh_rest;
-      const float4 rate =
-          column == 0 ? make_float4(rate_of(0), rate_of(1), rate_of(2), rest) : make_float4(rest, rest, rest, rest);
-      adam4(sh, sh_first, sh_second, i, gradient, rate, u.rates);
-    }
-  } else {
-    for (int i = int(threadIdx.x); i < n_rows * stride; i += kFusedThreads) {
-      const int of_row = i / stride, column = i - of_row * stride;
-      adam(sh[i], gradient_of(of_row, column), sh_first[i], sh_second[i], rate_of(column), u.rates);
-    }
-  }
-}
-
-// Calls launch(std::integral_constant of the degree).
-template <class Launch>
-void for_degree(int degree, Launch&& launch) {
-  switch (degree) {
-    case 0:
-      return launch(std::integral_constant<int, 0>());
-    case 1:
-      return launch(std::integral_constant<int, 1>());
-    case 2:
-      return launch(std::integral_constant<int, 2>());
-    default:
-      return launch(std::integral_constant<int, 3>());
-  }
-}
-
 }  // namespace
 
-size_t queued_project_scratch(int64_t n_gaussians) {
-  return LookBack::n_bytes(n_blocks_of(n_gaussians, kThreads));
-}
-
 void queue_project(cudaStream_t stream, const Gaussians& g, const Late<View<float>>& view, const Camera& camera,
-                   const RasterSettings& settings, void* scratch, const Projected& out, ProjectedCounts* counts) {
-  Arena arena(scratch);
-  const LookBack look_back = LookBack::of(arena, n_blocks_of(g.n, kThreads));
-  const Grid grid = {camera.tiles_x(), camera.tiles_y()};
-  for_degree(settings.sh_degree, [&](auto degree) {
-    project_kernel<degree>
-        <<<n_blocks_of(g.n, kThreads), kThreads, 0, stream>>>(g, view, settings, grid, look_back, out, counts);
-  });
-  check_launch("project");
+                   const RasterSettings& settings, const Projected& out, ProjectedCounts* counts) {
+  launch_project(stream, g, view, camera, settings, InPlace{}, out, counts);
 }
 
 }  // namespace cuda
 
 size_t project_scratch(const Cuda&, int64_t n_gaussians) {
-  return cuda::queued_project_scratch(n_gaussians) + sizeof(ProjectedCounts);
+  return cuda::LookBack::n_bytes(n_gaussians) + sizeof(ProjectedCounts);
 }
 
 ProjectedCounts project(const Cuda& backend, const Gaussians& g, const Camera& camera, const RasterSettings& settings,
@@ -423,12 +257,12 @@ ProjectedCounts project(const Cuda& backend, const Gaussians& g, const Camera& c
     check(cudaMemsetAsync(out.instance_offsets, 0, sizeof(int64_t), stream), "project");
     return {0, 0};
   }
-  const size_t n_bytes = cuda::queued_project_scratch(g.n);
-  ProjectedCounts* on_device = reinterpret_cast<ProjectedCounts*>(static_cast<char*>(scratch) + n_bytes);
-  check(cudaMemsetAsync(scratch, 0, n_bytes, stream), "project");
-  cuda::queue_project(stream, g, cuda::Late<cuda::View<float>>(cuda::view_of<float>(camera)), camera, settings, scratch,
-                      out, on_device);
-  ProjectedCounts counts;
+  Arena arena(scratch);
+  const cuda::LookBack look_back = cuda::LookBack::of(arena, g.n);
+  check(cudaMemsetAsync(scratch, 0, arena.used(), stream), "project");
+  ProjectedCounts counts, *on_device = arena.take<ProjectedCounts>(1);
+  cuda::launch_project(stream, g, cuda::Late<cuda::View<float>>(cuda::view_of<float>(camera)), camera, settings,
+                       cuda::Compacted{look_back}, out, on_device);
   check(cudaMemcpyAsync(&counts, on_device, sizeof(counts), cudaMemcpyDeviceToHost, stream), "project");
   check(cudaStreamSynchronize(stream), "project");
   return counts;
@@ -455,32 +289,6 @@ void project_vjp(const Cuda& backend, const Gaussians& g, const Camera& camera, 
         g, view, settings, projected, d_splats, d_g);
   });
   check_launch("project'");
-}
-
-size_t project_vjp_update_scratch(const Cuda&, const Gaussians&) {
-  return 0;
-}
-
-void cuda::queue_project_vjp_update(cudaStream_t stream, const Gaussians& values, const Late<UpdateInputs>& inputs,
-                                    const Camera& camera, const RasterSettings& settings, const Projected& projected,
-                                    const Late<ProjectedCounts>& counts, const SplatGradients& gradients,
-                                    const AdamMoments& moments, const uint32_t* is_halted) {
-  const float2 half_size = make_float2(0.5f * float(camera.width), 0.5f * float(camera.height));
-  for_degree(settings.sh_degree, [&](auto degree) {
-    project_vjp_update_kernel<degree><<<n_blocks_of(values.n, kFusedThreads), kFusedThreads, 0, stream>>>(
-        values, inputs, settings, half_size, projected, counts, gradients, moments, is_halted);
-  });
-  check_launch("project' and update");
-}
-
-void project_vjp_update(const Cuda& backend, const Gaussians& values, const Camera& camera,
-                        const RasterSettings& settings, const Projected& projected, const float* d_splats,
-                        const AdamMoments& moments, const AdamSettings& adam, void*) {
-  if (values.n == 0) return;
-  const cuda::UpdateInputs inputs = {cuda::view_of<float>(camera), adam, cuda::AdamRates::of(adam), {}};
-  cuda::queue_project_vjp_update(stream_of(backend), values, cuda::Late<cuda::UpdateInputs>(inputs), camera, settings,
-                                 projected, cuda::Late<ProjectedCounts>(ProjectedCounts{projected.n, 0}),
-                                 {cuda::SplatRows::kGradients, const_cast<float*>(d_splats)}, moments, nullptr);
 }
 
 }  // namespace spaceport

@@ -4,6 +4,7 @@
 
 #include "adam.cuh"
 #include "launch.cuh"
+#include "look_back.cuh"
 #include "scalar.h"
 #include "splat_math.h"
 
@@ -23,6 +24,7 @@ struct Late {
     return late;
   }
   __device__ T get() const { return place != nullptr ? *place : value; }
+  __device__ const T* place_or_value() const { return place != nullptr ? place : &value; }
   // Called by a whole block, which must synchronise before it reads `shared`.
   __device__ void copy_to(T& shared) const {
     static_assert(sizeof(T) % sizeof(uint32_t) == 0, "copied by words");
@@ -48,20 +50,20 @@ __device__ inline void gradient_of_moments(const Conic<float>& conic, float opac
   row[5] = m[0] / opacity;
 }
 
-// Needs `scratch` to be zero. out.instance_offsets may be null.
-size_t queued_project_scratch(int64_t n_gaussians);
-void queue_project(cudaStream_t, const Gaussians&, const Late<View<float>>&, const Camera& size, const RasterSettings&,
-                   void* scratch, const Projected& out, ProjectedCounts* counts);
+// What stands for the depth of a Gaussian that is not visible: larger than any.
+constexpr uint32_t kNoDepth = 0xffffffffu;
 
-// `projected.n` and `out.n_instances` are capacities. Depths behind the true count are larger than any number.
-// Instances that do not fit are left out.
-struct QueuedTileScratch {
-  size_t n_bytes;
-  size_t n_zeros;  // of these, the first must be zero
-};
-QueuedTileScratch queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& size);
-void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& counts, const Camera& size, void* scratch,
-                const Tiles& out);
+// Writes each splat at the row of its Gaussian; where none is visible, nothing but kNoDepth. out.gaussian_from_splat
+// and out.instance_offsets are not used. Adds to `counts`.
+void queue_project(cudaStream_t, const Gaussians&, const Late<View<float>>&, const Camera& size, const RasterSettings&,
+                   const Projected& out, ProjectedCounts* counts);
+
+// Each LookBack is one of as many rows as there are Gaussians, and zero.
+// `projected.n` and `out.n_instances` are capacities: `counts` says how many splats have a depth, and touch how many
+// tiles. Instances that do not fit are left out.
+size_t queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& size);
+void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& counts, const Camera& size,
+                const LookBack&, void* scratch, const Tiles& out);
 
 // The sums that give a splat's gradient, [M, 9], which must be zero at the start. `d_image.transmittance` may be null.
 void queue_blend_vjp(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
@@ -78,16 +80,23 @@ struct UpdateInputs {
   AdamRates rates;
   DensityStatistics statistics;  // null: nobody asks
 };
-// Gradients by the splats, or the sums that blend' made; those are zero afterwards.
+// Gradients by the splats, or the sums that blend' made; those are zero afterwards. Without a gaussian_from_splat,
+// splats lie at the rows of their Gaussians.
 enum class SplatRows { kGradients, kMoments };
 struct SplatGradients {
   SplatRows kind;
   float* rows;  // [M, 9]
 };
-// With `is_halted` set on the device it changes nothing (but the moments); null: never.
+// Which rows the update takes.
+struct UpdateRule {
+  const uint32_t* is_halted;  // on the device: set, nothing changes (but sums become zero); null: never
+  int32_t* up_to_date;        // [N] the step that a row has last made, for the rows that contributed; null: all rows
+  LookBack look_back;         // unless all rows are taken; then splats must lie at the rows of their Gaussians
+};
+size_t queued_update_scratch(int64_t n_gaussians);
 void queue_project_vjp_update(cudaStream_t, const Gaussians& values, const Late<UpdateInputs>&, const Camera& size,
-                              const RasterSettings&, const Projected&, const Late<ProjectedCounts>& counts,
-                              const SplatGradients&, const AdamMoments&, const uint32_t* is_halted);
+                              const RasterSettings&, const Projected&, const SplatGradients&, const AdamMoments&,
+                              const UpdateRule&, void* scratch);
 
 }  // namespace cuda
 }  // namespace spaceport

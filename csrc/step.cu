@@ -37,9 +37,10 @@ __global__ void book_kernel(const double* means, const ProjectedCounts* counts, 
 }
 
 struct StepScratch {
-  void* project;
-  void* tile;
-  size_t n_zeros;  // bytes from `project` on that must be zero at the start of a step
+  char* zeros;  // what must be zero at the start of a step
+  size_t n_zeros;
+  LookBack tile, update;
+  void *tile_scratch, *update_scratch;
   DeviceInputs* inputs;
   Projected projected;
   ProjectedCounts* counts;
@@ -51,17 +52,16 @@ struct StepScratch {
   static StepScratch of(Arena& arena, const StepSize& size, const Camera& camera) {
     const int64_t n = size.n_gaussians, n_pixels = int64_t(size.width) * size.height;
     const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
-    const QueuedTileScratch tile = queued_tile_scratch(n, size.n_instances, camera);
     const Cuda any = {nullptr};
     StepScratch s = {};
-    const size_t start = arena.used();
-    s.project = arena.take<char>(int64_t(queued_project_scratch(n)));
-    s.n_zeros = arena.used() - start + tile.n_zeros;  // those of tile follow at once
-    s.tile = arena.take<char>(int64_t(tile.n_bytes));
-    s.inputs = arena.take<DeviceInputs>(1);
-    s.projected = {arena.take<Splat>(n),   arena.take<int32_t>(n), nullptr, n,
-                   arena.take<TileSet>(n), arena.take<float>(n)};
+    s.zeros = arena.take<char>(0);
+    for (LookBack* look_back : {&s.tile, &s.update}) *look_back = LookBack::of(arena, n);
     s.counts = arena.take<ProjectedCounts>(1);
+    s.n_zeros = arena.used();
+    s.tile_scratch = arena.take<char>(int64_t(queued_tile_scratch(n, size.n_instances, camera)));
+    s.update_scratch = arena.take<char>(int64_t(queued_update_scratch(n)));
+    s.inputs = arena.take<DeviceInputs>(1);
+    s.projected = {arena.take<Splat>(n), nullptr, nullptr, n, arena.take<TileSet>(n), arena.take<float>(n)};
     s.tiles = {arena.take<int64_t>(n_tiles + 1), arena.take<int32_t>(size.n_instances), nullptr, size.n_instances};
     s.image = {arena.take<float>(3 * n_pixels), arena.take<float>(n_pixels),
                arena.take<int32_t>(hits_size(any, size.n_instances, camera))};
@@ -83,11 +83,9 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
                 const RasterSettings& raster, const LossSettings& loss_settings, const StepBook& book) {
   const auto view = Late<View<float>>::at(&s.inputs->update.view);
   const auto counts = Late<ProjectedCounts>::at(s.counts);
-  const int64_t n = buffers.values.n;
-  check(cudaMemsetAsync(s.project, 0, s.n_zeros, stream), "step");
-  check(cudaMemsetAsync(s.projected.depths, 0xff, size_t(n) * sizeof(float), stream), "step");
-  queue_project(stream, buffers.values, view, camera, raster, s.project, s.projected, s.counts);
-  queue_tile(stream, s.projected, counts, camera, s.tile, s.tiles);
+  check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
+  queue_project(stream, buffers.values, view, camera, raster, s.projected, s.counts);
+  queue_tile(stream, s.projected, counts, camera, s.tile, s.tile_scratch, s.tiles);
   blend(Cuda{stream}, s.projected, s.tiles, camera, raster, s.image);
   const LossImages images = {s.image.color, nullptr, camera.width, camera.height};
   queue_loss(stream, images, Late<const uint8_t*>::at(&s.inputs->photo), loss_settings, s.loss,
@@ -95,8 +93,8 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
   book_kernel<<<1, 1, 0, stream>>>(s.means, s.counts, s.tiles.n_instances, double(loss_settings.ssim_weight), book);
   queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, buffers.sums);
   queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
-                           s.projected, counts, {SplatRows::kMoments, buffers.sums}, buffers.moments,
-                           &book.device->is_halted);
+                           s.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
+                           {&book.device->is_halted, buffers.up_to_date, s.update}, s.update_scratch);
   check_launch("step");
 }
 

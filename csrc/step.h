@@ -12,8 +12,9 @@ namespace spaceport {
 struct StepBuffers {
   Gaussians values;
   AdamMoments moments;
-  float* sums;    // [N, 9], zero before the first step
-  void* scratch;  // step_scratch bytes
+  float* sums;          // [N, 9], zero before the first step
+  int32_t* up_to_date;  // [N] the step that each row has last made; null: every row makes every step
+  void* scratch;        // step_scratch bytes
 };
 struct StepSize {
   int64_t n_gaussians;
@@ -22,6 +23,10 @@ struct StepSize {
   int width, height;
 };
 size_t step_scratch(const Cuda&, const StepSize&);
+
+// Rows that did not contribute to the image miss the steps of Adam until they do again; this makes up for them in all
+// rows, up to and with settings.step.
+void catch_up(const Cuda&, const Gaussians& values, const AdamMoments&, int32_t* up_to_date, const AdamSettings&);
 
 // How far the steps have come: kept on the device, and copied to the host behind every step.
 struct StepProgress {

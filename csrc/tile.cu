@@ -14,7 +14,7 @@ namespace cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kLookBackRows;
 constexpr int kDepthBits = 32;  // of a positive float, which sort like the number; more than any stands for no splat
 
 struct Grid {
@@ -32,8 +32,6 @@ int bits_for(uint64_t largest) {
 // The number of a tile, or `n_tiles`: a place in the list that holds nothing.
 template <class Key>
 struct TileScratch {
-  LookBack look_back;
-  size_t n_zeros;
   uint32_t* sorted_depths;     // [M]
   int32_t *splats, *by_depth;  // [M]
   Key *tiles, *sorted_tiles;   // [I]
@@ -43,8 +41,6 @@ struct TileScratch {
 
   static TileScratch of(Arena& arena, int64_t n_splats, int64_t n_instances, int n_tile_bits) {
     TileScratch s;
-    s.look_back = LookBack::of(arena, n_blocks_of(n_splats, kThreads));
-    s.n_zeros = arena.used();
     s.sorted_depths = arena.take<uint32_t>(n_splats);
     s.splats = arena.take<int32_t>(n_splats);
     s.by_depth = arena.take<int32_t>(n_splats);
@@ -200,16 +196,16 @@ auto with_narrowest_key(const Camera& camera, WithKey&& with_key) {
 
 }  // namespace
 
-QueuedTileScratch queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& camera) {
+size_t queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& camera) {
   return with_narrowest_key(camera, [&](auto key, const Grid&, int n_bits) {
     Arena arena(nullptr);
-    const auto scratch = TileScratch<decltype(key)>::of(arena, n_splats, n_instances, n_bits);
-    return QueuedTileScratch{arena.used(), scratch.n_zeros};
+    TileScratch<decltype(key)>::of(arena, n_splats, n_instances, n_bits);
+    return arena.used();
   });
 }
 
 void queue_tile(cudaStream_t stream, const Projected& projected, const Late<ProjectedCounts>& counts,
-                const Camera& camera, void* memory, const Tiles& out) {
+                const Camera& camera, const LookBack& look_back, void* memory, const Tiles& out) {
   with_narrowest_key(camera, [&](auto key, const Grid& grid, int n_bits) {
     using Key = decltype(key);
     const int64_t n = projected.n, n_instances = out.n_instances, n_tiles = grid.n_tiles();
@@ -219,7 +215,7 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
     numbers_kernel<<<n_blocks, kThreads, 0, stream>>>(s.splats, n);
     size_t n_bytes = s.n_library_bytes;
     s.sort_by_depth(s.library, n_bytes, projected.depths, n, stream);
-    list_kernel<Key><<<n_blocks, kThreads, 0, stream>>>(projected, counts, s.by_depth, s.look_back, grid,
+    list_kernel<Key><<<n_blocks, kThreads, 0, stream>>>(projected, counts, s.by_depth, look_back, grid,
                                                         List<Key>{s.tiles, s.listed, n_instances});
     s.sort_by_tile(s.library, n_bytes, out.splat_from_instance, n_instances, n_bits, stream);
     offsets_kernel<<<n_blocks_of(n_instances + 1, kThreads), kThreads, 0, stream>>>(s.sorted_tiles, n_instances,
@@ -231,7 +227,7 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
 }  // namespace cuda
 
 size_t tile_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, const Camera& camera) {
-  return cuda::queued_tile_scratch(n_splats, n_instances, camera).n_bytes;
+  return cuda::LookBack::n_bytes(n_splats) + cuda::queued_tile_scratch(n_splats, n_instances, camera);
 }
 
 void tile(const Cuda& backend, const Projected& projected, const Camera& camera, void* memory, const Tiles& out) {
@@ -241,10 +237,13 @@ void tile(const Cuda& backend, const Projected& projected, const Camera& camera,
     check(cudaMemsetAsync(out.offsets, 0, size_t(n_tiles + 1) * sizeof(int64_t), stream), "tile");
     return;
   }
-  const size_t n_zeros = cuda::queued_tile_scratch(projected.n, out.n_instances, camera).n_zeros;
+  Arena arena(memory);
+  const cuda::LookBack look_back = cuda::LookBack::of(arena, projected.n);
+  const size_t n_zeros = arena.used();
   check(cudaMemsetAsync(memory, 0, n_zeros, stream), "tile");
   const ProjectedCounts counts = {projected.n, out.n_instances};
-  cuda::queue_tile(stream, projected, cuda::Late<ProjectedCounts>(counts), camera, memory, out);
+  cuda::queue_tile(stream, projected, cuda::Late<ProjectedCounts>(counts), camera, look_back,
+                   static_cast<char*>(memory) + n_zeros, out);
 }
 
 }  // namespace spaceport

@@ -43,6 +43,7 @@ class StepGraph:
         first: Gaussians,
         second: Gaussians,
         sums: Array,
+        up_to_date: Array | None,
         scratch: Array,
         n_instances: int,
         width: int,
@@ -79,6 +80,9 @@ def project_vjp(
 def step_scratch(
     backend: Cuda, n: int, n_coefficients: int, n_instances: int, width: int, height: int
 ) -> int: ...
+def catch_up(
+    backend: Cuda, values: Gaussians, first: Gaussians, second: Gaussians, up_to_date: Array, adam: Any
+) -> None: ...
 def tile_scratch(backend: Backend, n_splats: int, n_instances: int, camera: Camera) -> int: ...
 def tile(backend: Backend, projected: Projected, camera: Camera, scratch: Array, out: Tiles) -> None: ...
 def blend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import torch
@@ -23,9 +24,20 @@ _PROGRESS = np.dtype(
         ("unused", np.uint32),
     ]
 )
-HEADROOM = 1.2
+HEADROOM = 1.1
 """Memory for this many times the instances that a step needed."""
 MOST_INSTANCES = 2**31 - 1
+
+
+class UpdateRule(Enum):
+    """Which rows Adam moves in a step."""
+
+    ALL = "all"
+    """Every row, every step: as `ops.update` does."""
+    CONTRIBUTING = "contributing"
+    """Rows whose gradient is not zero. The others make up for it when theirs is not, or when the values are asked for:
+    decay and drift of the steps that they missed, at the learning rates of now. What is rendered in between is the same
+    but for rows that would have drifted into the image."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +58,23 @@ class TrainingStep:
 
     A step is queued and nobody waits for it. Whether the tiles' lists fitted their memory is seen on the device: a step
     that did not fit changed nothing, nor did those behind it; they are repeated with more memory. `n_instances` is the
-    memory to begin with.
+    memory to begin with. Between `settle` and the next step, values and moments are what the rule says.
     """
 
-    def __init__(self, values: Gaussians, moments: ops.AdamMoments, n_instances: int = 0) -> None:
+    def __init__(
+        self,
+        values: Gaussians,
+        moments: ops.AdamMoments,
+        rule: UpdateRule = UpdateRule.CONTRIBUTING,
+        n_instances: int = 0,
+    ) -> None:
         if not values.means.is_cuda or not hasattr(_engine, "StepGraph"):
             raise BackendError("recorded steps need a GPU, and a build with SPACEPORT_CUDA=ON")
         device, n = values.means.device, len(values)
         self.n_instances = n_instances if n_instances > 0 else max(4 * n, 1 << 16)
-        self._values, self._moments = values, moments
+        self._values, self._moments, self._rule = values, moments, rule
+        self._up_to_date: torch.Tensor | None = None
+        self._last: ops.AdamSettings | None = None
         self._sums = torch.zeros(n, _engine.SPLAT_GRADIENT_STRIDE, device=device)
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._progress = torch.zeros(_engine.STEP_PROGRESS_SIZE, dtype=torch.uint8, device=device)
@@ -65,18 +85,30 @@ class TrainingStep:
         self._n_confirmed = 0
 
     def run(self, inputs: StepInputs) -> None:
-        """Queues a step."""
+        """Queues a step; `adam.step` counts up by one."""
+        if self._last is None and self._rule is UpdateRule.CONTRIBUTING:
+            n = len(self._values)
+            self._up_to_date = torch.full((n,), inputs.adam.step - 1, dtype=torch.int32, device=self._sums.device)
+        self._last = inputs.adam
         self._confirm()
         self._unconfirmed.append(inputs)
         self._launch(inputs)
 
-    def settle(self) -> tuple[float, float]:
+    def wait(self) -> tuple[float, float]:
         """Waits until every step is done. Returns the sum of all losses so far, and the last."""
         while True:
             torch.cuda.current_stream().synchronize()
             self._confirm()
             if not self._unconfirmed:
                 return float(self._seen["loss_sum"][0]), float(self._seen["loss"][0])
+
+    def settle(self) -> tuple[float, float]:
+        """As `wait`; and rows that missed steps make up for them."""
+        losses = self.wait()
+        if self._up_to_date is not None:
+            backend, moments = ops.backend_of(self._sums), self._moments
+            _engine.catch_up(backend, self._values, moments.first, moments.second, self._up_to_date, self._last)
+        return losses
 
     def _confirm(self) -> None:
         """Forgets the steps that are done, and begins again with more memory where one did not fit."""
@@ -118,6 +150,7 @@ class TrainingStep:
             moments.first,
             moments.second,
             self._sums,
+            self._up_to_date,
             self._scratch,
             self.n_instances,
             width,

@@ -13,7 +13,7 @@ from scenes import assert_close, camera, random_gaussians
 from spaceport_gs import ops
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.pipeline.doctor import cuda_missing
-from spaceport_gs.step import StepInputs, TrainingStep
+from spaceport_gs.step import StepInputs, TrainingStep, UpdateRule
 from spaceport_gs.types import Camera, Image, RasterSettings, Statistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_missing()), reason=cuda_missing())]
@@ -92,12 +92,12 @@ def steps_by_verbs(gaussians: Gaussians, views: list[Camera], photo: torch.Tenso
 
 
 def recorded_steps(
-    gaussians: Gaussians, views: list[Camera], photo: torch.Tensor, n_instances: int = 0
+    gaussians: Gaussians, views: list[Camera], photo: torch.Tensor, rule: UpdateRule, n_instances: int = 0
 ) -> tuple[Gaussians, Statistics, TrainingStep]:
     values = gaussians.map(lambda a: a.clone())
     moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
     statistics = Statistics.empty(len(values), "cuda")
-    step = TrainingStep(values, moments, n_instances)
+    step = TrainingStep(values, moments, rule, n_instances)
     for i, view in enumerate(views):
         step.run(StepInputs(view, photo, SETTINGS, ops.LossSettings(), rates(i + 1), statistics))
     step.settle()
@@ -118,15 +118,16 @@ def some_views(n: int) -> list[Camera]:
 def assert_same_steps(a: tuple[Gaussians, Statistics], b: tuple[Gaussians, Statistics]) -> None:
     """Sums of floats differ in their order from run to run; Adam's first steps are as long for a tiny gradient."""
     for x, y in zip(a[0].arrays(), b[0].arrays(), strict=True):
-        assert float((x - y).abs().mean()) < 2e-5
+        assert float((x - y).abs().mean()) < 5e-5
     torch.testing.assert_close(a[1].gradient_sums, b[1].gradient_sums, rtol=2e-2, atol=1e-6)
     assert float((a[1].n_visible != b[1].n_visible).float().mean()) < 1e-3
 
 
-def test_recorded_steps_are_the_verbs() -> None:
+@pytest.mark.parametrize("rule", list(UpdateRule))
+def test_recorded_steps_are_the_verbs(rule: UpdateRule) -> None:
     gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(6)
     photo = photo_for(views[0]).cuda()
-    values, statistics, step = recorded_steps(gaussians, views, photo)
+    values, statistics, step = recorded_steps(gaussians, views, photo, rule)
     assert_same_steps((values, statistics), steps_by_verbs(gaussians, views, photo))
     total, last = step.settle()
     assert 0 < last < total
@@ -135,9 +136,25 @@ def test_recorded_steps_are_the_verbs() -> None:
 def test_steps_that_do_not_fit_are_repeated() -> None:
     gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(6)
     photo = photo_for(views[0]).cuda()
-    values, statistics, step = recorded_steps(gaussians, views, photo, n_instances=1)
+    values, statistics, step = recorded_steps(gaussians, views, photo, UpdateRule.CONTRIBUTING, n_instances=1)
     assert step.n_instances > 20_000
     assert_same_steps((values, statistics), steps_by_verbs(gaussians, views, photo))
+
+
+def test_rows_that_miss_steps_make_up_for_them() -> None:
+    """Views to the left, then to the right: most rows end with steps behind them that they did not make. And there and
+    back: rows come back with one step from where they were left, where a dense Adam would have carried them on."""
+    gaussians = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda())
+    view = camera(160, 240, 260.0)
+    left, right = replace(view, cx=240.0), replace(view, cx=-80.0)
+    photo = photo_for(view).cuda()
+    for views, share in (([left] * 8 + [right] * 24, 0.01), (([left] * 8 + [right] * 8) * 2, 0.15)):
+        dense = recorded_steps(gaussians, views, photo, UpdateRule.ALL)[0]
+        lazy = recorded_steps(gaussians, views, photo, UpdateRule.CONTRIBUTING)[0]
+        for start, a, b in zip(*(g.arrays() for g in (gaussians, dense, lazy)), strict=True):
+            moved, apart = float((a - start).abs().mean()), float((a - b).abs().mean())
+            print(moved, apart)
+            assert apart < share * moved
 
 
 def test_recorded_steps_of_views_of_several_sizes() -> None:

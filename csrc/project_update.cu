@@ -1,0 +1,489 @@
+// project' and Adam in one: a gradient never goes through memory. Two ways to the same end: every row at every step, or
+// only the rows that contributed to the image. What the others miss, decay of their moments and the way that their
+// values drift on meanwhile, is made up for when they contribute again: both are geometric series.
+#define SPACEPORT_ISA cuda
+
+#include "look_back.cuh"
+#include "queued.cuh"
+#include "rows.cuh"
+
+namespace spaceport {
+namespace cuda {
+
+namespace {
+
+// Steps that a row has missed, as factors of its moments and of the way that it makes for them.
+struct Lag {
+  float first, second;  // beta^missed
+  float drift;          // in units of first moment / root of the second, at learning rate 1
+
+  __device__ static Lag none() { return {1.0f, 1.0f, 0.0f}; }
+  // The row made step `last`, and none since until `step`. Behind the first 64 steps no way is left to speak of.
+  __device__ static Lag between(int64_t last, int64_t step, const AdamRates& r) {
+    const int64_t n_missed = step - 1 - last;
+    if (n_missed <= 0) return none();
+    const float ratio = exp2f(r.log2_beta1 - 0.5f * r.log2_beta2), missed = float(n_missed);
+    float drift = 0.0f, power = 1.0f;
+    float first_left = exp2f(float(last) * r.log2_beta1), second_left = exp2f(float(last) * r.log2_beta2);
+    for (int i = 0; i < n_missed && i < 64; ++i) {
+      power *= ratio;
+      first_left *= r.beta1;
+      second_left *= r.beta2;
+      drift += power * sqrtf(1.0f - second_left) / (1.0f - first_left);  // with the corrections of that step
+    }
+    return {exp2f(missed * r.log2_beta1), exp2f(missed * r.log2_beta2), drift};
+  }
+};
+
+__device__ void catch_up(float& value, float& first, float& second, float rate, const AdamRates& r, const Lag& lag) {
+  value -= rate * lag.drift * first / (sqrtf(second) + r.epsilon);
+  first *= lag.first;
+  second *= lag.second;
+}
+
+__device__ void adam(float& value, float gradient, float& first, float& second, float rate, const AdamRates& r,
+                     const Lag& lag) {
+  if (lag.drift != 0.0f) catch_up(value, first, second, rate, r, lag);
+  adam(value, gradient, first, second, rate, r);
+}
+
+// A value with its moments. All of a thread's are read before any is written: the compiler would wait for each in turn,
+// because it cannot know that they lie apart.
+template <class T>
+struct Parameter {
+  T value, first, second;
+
+  __device__ static Parameter load(const float* values, const float* firsts, const float* seconds, int64_t at) {
+    return {reinterpret_cast<const T*>(values)[at], reinterpret_cast<const T*>(firsts)[at],
+            reinterpret_cast<const T*>(seconds)[at]};
+  }
+  __device__ void store(float* values, float* firsts, float* seconds, int64_t at) const {
+    reinterpret_cast<T*>(values)[at] = value;
+    reinterpret_cast<T*>(firsts)[at] = first;
+    reinterpret_cast<T*>(seconds)[at] = second;
+  }
+};
+
+__device__ void step(Parameter<float>& p, float gradient, float rate, const AdamRates& rates, const Lag& lag) {
+  adam(p.value, gradient, p.first, p.second, rate, rates, lag);
+}
+__device__ void step(Parameter<float4>& p, const float4& gradient, const float4& rate, const AdamRates& rates,
+                     const Lag& lag) {
+  adam(p.value.x, gradient.x, p.first.x, p.second.x, rate.x, rates, lag);
+  adam(p.value.y, gradient.y, p.first.y, p.second.y, rate.y, rates, lag);
+  adam(p.value.z, gradient.z, p.first.z, p.second.z, rate.z, rates, lag);
+  adam(p.value.w, gradient.w, p.first.w, p.second.w, rate.w, rates, lag);
+}
+
+// The gradient by one row: by its place and shape, and what that by its SH coefficients is made of.
+struct RowGradient {
+  RawShape<float> raw;
+  float opacity;
+  Vec3<float> color, direction;
+};
+// From the gradient by its splat, or the sums that stand for it. load_sh(columns) reads the row's SH coefficients.
+template <int kDegree, class LoadSh>
+__device__ RowGradient gradient_of_row(const Gaussians& g, int64_t row, const Splat& seen, const View<float>& view,
+                                       float low_pass, SplatRows kind, float d[kSplatGradientStride],
+                                       LoadSh&& load_sh) {
+  RowGradient gradient;
+  const RawShape<float> raw = raw_shape_of(g, row);
+  const Shape<float> s = shape_of(raw, view, low_pass);
+  if (kind == SplatRows::kMoments) gradient_of_moments(s.conic, seen.opacity, d);
+  gradient.raw = shape_of_vjp(raw, view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
+  gradient.opacity = d[5] * seen.opacity * (1.0f - seen.opacity);
+  gradient.color = {seen.red > 0.0f ? d[6] : 0.0f, seen.green > 0.0f ? d[7] : 0.0f, seen.blue > 0.0f ? d[8] : 0.0f};
+  const Vec3<float> offset = raw.mean - view.center;
+  gradient.direction = direction(offset);
+  float sh[3 * n_coefficients_of(kDegree)], d_basis[kMaxShCoefficients];
+  load_sh(sh);
+#pragma unroll
+  for (int k = 0; k < n_coefficients_of(kDegree); ++k) {
+    d_basis[k] = dot(Vec3<float>{sh[3 * k], sh[3 * k + 1], sh[3 * k + 2]}, gradient.color);
+  }
+  gradient.raw.mean = gradient.raw.mean + direction_vjp(offset, sh_basis_vjp(kDegree, gradient.direction, d_basis));
+  return gradient;
+}
+
+// Adam on all of a row but its SH coefficients.
+__device__ void update_shape(const Gaussians& g, const AdamMoments& moments, int64_t row, const RowGradient& gradient,
+                             const UpdateInputs& u, const Lag& lag) {
+  const Gaussians &first = moments.first, &second = moments.second;
+  Parameter<float> means[3], scales[3];
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    means[i] = Parameter<float>::load(g.means, first.means, second.means, 3 * row + i);
+    scales[i] = Parameter<float>::load(g.log_scales, first.log_scales, second.log_scales, 3 * row + i);
+  }
+  auto quaternion = Parameter<float4>::load(g.quaternions, first.quaternions, second.quaternions, row);
+  auto opacity = Parameter<float>::load(g.opacities, first.opacities, second.opacities, row);
+
+  const Vec3<float>&d_mean = gradient.raw.mean, &d_scale = gradient.raw.log_scale;
+  const float d_means[3] = {d_mean.x, d_mean.y, d_mean.z}, d_scales[3] = {d_scale.x, d_scale.y, d_scale.z};
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    step(means[i], d_means[i], u.settings.means, u.rates, lag);
+    step(scales[i], d_scales[i], u.settings.log_scales, u.rates, lag);
+    means[i].store(g.means, first.means, second.means, 3 * row + i);
+    scales[i].store(g.log_scales, first.log_scales, second.log_scales, 3 * row + i);
+  }
+  const Quaternion<float>& q = gradient.raw.quaternion;
+  const float rate = u.settings.quaternions;
+  step(quaternion, make_float4(q.w, q.x, q.y, q.z), make_float4(rate, rate, rate, rate), u.rates, lag);
+  quaternion.store(g.quaternions, first.quaternions, second.quaternions, row);
+  step(opacity, gradient.opacity, u.settings.opacities, u.rates, lag);
+  opacity.store(g.opacities, first.opacities, second.opacities, row);
+}
+
+struct UpdateJob {
+  Gaussians values;
+  AdamMoments moments;
+  Projected projected;
+  SplatGradients gradients;
+  const uint32_t* is_halted;
+  float low_pass;
+  float half_width, half_height;  // pixels
+
+  __device__ bool changes_nothing() const { return is_halted != nullptr && *is_halted != 0; }
+  __device__ void add_statistics(const DensityStatistics& statistics, int64_t row, const float* d) const {
+    statistics.gradient_sums[row] += hypotf(d[0] * half_width, d[1] * half_height);
+  }
+};
+
+// What the update of a row's SH coefficients needs: their gradient is the product of a basis value and of a colour's.
+struct ShRecord {
+  Vec3<float> direction, color;
+  Lag lag;
+  int32_t row;
+  float unused[2];
+};
+static_assert(sizeof(ShRecord) % sizeof(float4) == 0, "read by sixteen bytes");
+
+// A row that a thread updates, and its splat; -1 for none.
+struct Item {
+  int64_t row, splat;
+};
+
+// Every row, visible or not.
+struct AllRows {
+  static constexpr bool kCountVisible = true;
+
+  __device__ int64_t n(const UpdateJob& job) const { return job.values.n; }
+  __device__ Item item(const UpdateJob& job, int64_t i) const {
+    if (job.projected.gaussian_from_splat == nullptr) {
+      return {i, __float_as_uint(job.projected.depths[i]) != kNoDepth ? i : -1};
+    }
+    return {i, splat_of(job.projected, i)};
+  }
+  __device__ Lag lag(const Item&, const UpdateInputs&) const { return Lag::none(); }
+
+ private:
+  // Gaussians of splats ascend.
+  __device__ static int64_t splat_of(const Projected& projected, int64_t row) {
+    int64_t low = 0, high = projected.n;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (projected.gaussian_from_splat[middle] < row) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low < projected.n && projected.gaussian_from_splat[low] == row ? low : -1;
+  }
+};
+
+// The rows of a list, visible all, which may have missed steps.
+struct ListedRows {
+  const int32_t* rows;
+  const ProjectedCounts* counts;  // as its n_splats
+  int32_t* up_to_date;
+  static constexpr bool kCountVisible = false;  // done when they were listed
+
+  __device__ int64_t n(const UpdateJob&) const { return counts->n_splats; }
+  __device__ Item item(const UpdateJob&, int64_t i) const { return {rows[i], rows[i]}; }
+  __device__ Lag lag(const Item& item, const UpdateInputs& u) const {
+    const Lag lag = Lag::between(up_to_date[item.row], u.settings.step, u.rates);
+    up_to_date[item.row] = int32_t(u.settings.step);
+    return lag;
+  }
+};
+
+// Takes the gradient or the sums of a splat; sums are left zero.
+__device__ void take_row(const SplatGradients& gradients, int64_t splat, float d[kSplatGradientStride]) {
+  float* row = gradients.rows + splat * kSplatGradientStride;
+#pragma unroll
+  for (int i = 0; i < kSplatGradientStride; ++i) d[i] = row[i];
+  if (gradients.kind == SplatRows::kGradients) return;
+#pragma unroll
+  for (int i = 0; i < kSplatGradientStride; ++i) row[i] = 0.0f;
+}
+
+constexpr int kRows = 128;  // of a block
+
+// The gradients of rows, and Adam on all but their SH coefficients: one thread a row.
+template <int kDegree, class Rows>
+__global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, Rows rows,
+                                                                Late<UpdateInputs> late_inputs, ShRecord* records) {
+  constexpr int kColumns = 3 * n_coefficients_of(kDegree);
+  __shared__ float4 staged_fours[kRows * StagedRows<kColumns>::kStride];
+  __shared__ int64_t splat_rows[kRows];
+  __shared__ UpdateInputs u;
+  const int64_t i = int64_t(blockIdx.x) * kRows + threadIdx.x, n = rows.n(job);
+  if (i - threadIdx.x >= n) return;
+  late_inputs.copy_to(u);
+  const Item item = i < n ? rows.item(job, i) : Item{-1, -1};
+  splat_rows[threadIdx.x] = item.splat >= 0 ? item.row : -1;
+  const int stride = 3 * job.values.n_coefficients;
+  const StagedRows<kColumns> staged = {staged_fours + threadIdx.x / 32 * 32 * StagedRows<kColumns>::kStride};
+  __syncthreads();
+  if (StagedRows<kColumns>::fit(stride)) {
+    staged.template load<32, 32>(job.values.sh, stride, int(threadIdx.x % 32),
+                                 [&](int slot) { return splat_rows[threadIdx.x / 32 * 32 + slot]; });
+  }
+  __syncwarp();
+  const bool changes_nothing = job.changes_nothing();
+  RowGradient gradient = {};
+  if (item.splat >= 0) {
+    float d[kSplatGradientStride];
+    take_row(job.gradients, item.splat, d);
+    gradient = gradient_of_row<kDegree>(job.values, item.row, job.projected.splats[item.splat], u.view, job.low_pass,
+                                        job.gradients.kind, d, [&](float* sh) {
+                                          if (StagedRows<kColumns>::fit(stride)) {
+                                            staged.get(int(threadIdx.x % 32), sh);
+                                          } else {
+                                            load_row<kColumns>(job.values.sh + item.row * stride, sh);
+                                          }
+                                        });
+    if (u.statistics.gradient_sums != nullptr && !changes_nothing) {
+      job.add_statistics(u.statistics, item.row, d);
+      if (Rows::kCountVisible) u.statistics.n_visible[item.row] += 1.0f;
+    }
+  }
+  if (item.row < 0 || changes_nothing) return;
+  const Lag lag = rows.lag(item, u);
+  update_shape(job.values, job.moments, item.row, gradient, u, lag);
+  records[i] = {gradient.direction, gradient.color, lag, int32_t(item.row), {}};
+}
+
+constexpr int kShRows = 64, kShThreads = 256;  // of a block
+
+// Adam on the SH coefficients of the rows that have a record: neighbouring threads take neighbouring coefficients, four
+// at a time where the rows' length allows it.
+template <int kDegree, class Rows>
+__global__ __launch_bounds__(kShThreads) void update_sh_kernel(UpdateJob job, Rows rows, Late<UpdateInputs> late_inputs,
+                                                               const ShRecord* records) {
+  constexpr int kCoefficients = n_coefficients_of(kDegree);
+  __shared__ float bases[kCoefficients][kShRows + 1];
+  __shared__ float colors[3][kShRows + 1];
+  __shared__ int32_t row_of[kShRows];
+  __shared__ Lag lag_of[kShRows];
+  __shared__ AdamRates rates;
+  __shared__ float dc, rest;
+  const int64_t first = int64_t(blockIdx.x) * kShRows, left_over = rows.n(job) - first;
+  if (left_over <= 0 || job.changes_nothing()) return;
+  const int n = int(left_over < kShRows ? left_over : kShRows), thread = int(threadIdx.x);
+  if (thread < n) {
+    const ShRecord record = records[first + thread];
+    float basis[kMaxShCoefficients];
+    sh_basis(kDegree, record.direction, basis);
+#pragma unroll
+    for (int k = 0; k < kCoefficients; ++k) bases[k][thread] = basis[k];
+    colors[0][thread] = record.color.x;
+    colors[1][thread] = record.color.y;
+    colors[2][thread] = record.color.z;
+    row_of[thread] = record.row;
+    lag_of[thread] = record.lag;
+  } else if (thread == kShRows) {
+    const UpdateInputs& u = *late_inputs.place_or_value();
+    rates = u.rates;
+    dc = u.settings.sh_dc;
+    rest = u.settings.sh_rest;
+  }
+  __syncthreads();
+  const auto gradient_of = [&](int slot, int column) {
+    const int k = column / 3;
+    return k < kCoefficients ? bases[k][slot] * colors[column - 3 * k][slot] : 0.0f;
+  };
+  const int stride = 3 * job.values.n_coefficients;
+  float *values = job.values.sh, *firsts = job.moments.first.sh, *seconds = job.moments.second.sh;
+  if (stride % 4 == 0) {
+    const int n_fours = stride / 4;
+    for (int i = thread; i < n * n_fours; i += kShThreads) {
+      const int slot = i / n_fours, four = i - slot * n_fours, column = 4 * four;
+      const int64_t at = int64_t(row_of[slot]) * n_fours + four;
+      auto p = Parameter<float4>::load(values, firsts, seconds, at);
+      const float4 gradient = make_float4(gradient_of(slot, column), gradient_of(slot, column + 1),
+                                          gradient_of(slot, column + 2), gradient_of(slot, column + 3));
+      step(p, gradient, column == 0 ? make_float4(dc, dc, dc, rest) : make_float4(rest, rest, rest, rest), rates,
+           lag_of[slot]);
+      p.store(values, firsts, seconds, at);
+    }
+  } else {
+    for (int i = thread; i < n * stride; i += kShThreads) {
+      const int slot = i / stride, column = i - slot * stride;
+      const int64_t at = int64_t(row_of[slot]) * stride + column;
+      auto p = Parameter<float>::load(values, firsts, seconds, at);
+      step(p, gradient_of(slot, column), column < 3 ? dc : rest, rates, lag_of[slot]);
+      p.store(values, firsts, seconds, at);
+    }
+  }
+}
+
+constexpr int kThreads = kLookBackRows;
+
+// Lists the rows whose sums are not all zero, in their order, and counts all visible ones. Splats lie at their rows.
+__global__ __launch_bounds__(kThreads) void list_contributing_kernel(UpdateJob job, Late<UpdateInputs> late_inputs,
+                                                                     LookBack look_back, int32_t* listed,
+                                                                     ProjectedCounts* n_listed) {
+  __shared__ float sums[kThreads * kSplatGradientStride];
+  __shared__ unsigned block;
+  __shared__ int64_t first_of_block;
+  if (threadIdx.x == 0) block = atomicAdd(look_back.ticket, 1u);
+  __syncthreads();
+  const int64_t first = int64_t(block) * kThreads, row = first + threadIdx.x, n = job.values.n;
+  const int n_rows = int(n - first < kThreads ? n - first : kThreads);
+  const bool is_visible = row < n && __float_as_uint(job.projected.depths[row]) != kNoDepth;
+  bool contributes = false;
+  if (__syncthreads_or(is_visible) != 0) {
+    const float* from = job.gradients.rows + first * kSplatGradientStride;
+    for (int i = int(threadIdx.x); i < n_rows * kSplatGradientStride; i += kThreads) sums[i] = from[i];
+    __syncthreads();
+    if (is_visible) {
+#pragma unroll
+      for (int i = 0; i < kSplatGradientStride; ++i) {
+        contributes |= sums[threadIdx.x * kSplatGradientStride + i] != 0.0f;
+      }
+      float* n_visible = late_inputs.place_or_value()->statistics.n_visible;
+      if (n_visible != nullptr && !job.changes_nothing()) n_visible[row] += 1.0f;
+    }
+  }
+  const BlockSums counted = block_sums<kThreads>({contributes, 0});
+  if (threadIdx.x < 32) {
+    const uint64_t before = sum_before(look_back.counts, block, counted.total.splats);
+    if (threadIdx.x == 0) {
+      first_of_block = int64_t(before);
+      if (block == gridDim.x - 1) *n_listed = {first_of_block + counted.total.splats, 0};
+    }
+  }
+  __syncthreads();
+  if (contributes) listed[first_of_block + counted.before.splats] = int32_t(row);
+}
+
+// One table of parameters with its moments, each [N, n_columns]; the first columns may have a rate of their own.
+struct Table {
+  float *values, *first, *second;
+  int n_columns, n_leading;
+  float leading_rate, rate;
+};
+struct Tables {
+  Table tables[5];
+};
+
+// All rows that have missed steps make up for them.
+__global__ __launch_bounds__(kRows) void catch_up_kernel(Tables all, int64_t n, int64_t step, AdamRates rates,
+                                                         int32_t* up_to_date) {
+  __shared__ Lag lags[kRows];
+  const int64_t first_row = int64_t(blockIdx.x) * kRows;
+  const int n_rows = int(n - first_row < kRows ? n - first_row : kRows);
+  if (int(threadIdx.x) < n_rows) {
+    const int64_t row = first_row + threadIdx.x;
+    lags[threadIdx.x] = Lag::between(up_to_date[row], step + 1, rates);
+    up_to_date[row] = int32_t(step);
+  }
+  __syncthreads();
+  for (const Table& table : all.tables) {
+    for (int i = int(threadIdx.x); i < n_rows * table.n_columns; i += kRows) {
+      const int row = i / table.n_columns;
+      if (lags[row].drift == 0.0f) continue;
+      const int64_t at = first_row * table.n_columns + i;
+      const float rate = i - row * table.n_columns < table.n_leading ? table.leading_rate : table.rate;
+      catch_up(table.values[at], table.first[at], table.second[at], rate, rates, lags[row]);
+    }
+  }
+}
+
+struct UpdateScratch {
+  ShRecord* records;  // [N]
+  int32_t* listed;    // [N]
+  ProjectedCounts* n_listed;
+
+  static UpdateScratch of(Arena& arena, int64_t n_gaussians) {
+    return {arena.take<ShRecord>(n_gaussians), arena.take<int32_t>(n_gaussians), arena.take<ProjectedCounts>(1)};
+  }
+};
+
+template <class Rows>
+void launch_update(cudaStream_t stream, const UpdateJob& job, int sh_degree, const Rows& rows,
+                   const Late<UpdateInputs>& inputs, ShRecord* records) {
+  const int64_t n = job.values.n;
+  for_degree(sh_degree, [&](auto degree) {
+    update_shape_kernel<degree><<<n_blocks_of(n, kRows), kRows, 0, stream>>>(job, rows, inputs, records);
+    update_sh_kernel<degree><<<n_blocks_of(n, kShRows), kShThreads, 0, stream>>>(job, rows, inputs, records);
+  });
+}
+
+}  // namespace
+
+size_t queued_update_scratch(int64_t n_gaussians) {
+  Arena arena(nullptr);
+  UpdateScratch::of(arena, n_gaussians);
+  return arena.used();
+}
+
+void queue_project_vjp_update(cudaStream_t stream, const Gaussians& values, const Late<UpdateInputs>& inputs,
+                              const Camera& camera, const RasterSettings& settings, const Projected& projected,
+                              const SplatGradients& gradients, const AdamMoments& moments, const UpdateRule& rule,
+                              void* memory) {
+  Arena arena(memory);
+  const UpdateScratch s = UpdateScratch::of(arena, values.n);
+  const UpdateJob job = {values,
+                         moments,
+                         projected,
+                         gradients,
+                         rule.is_halted,
+                         settings.low_pass,
+                         0.5f * float(camera.width),
+                         0.5f * float(camera.height)};
+  if (rule.up_to_date == nullptr) {
+    launch_update(stream, job, settings.sh_degree, AllRows{}, inputs, s.records);
+  } else {
+    list_contributing_kernel<<<n_blocks_of(values.n, kThreads), kThreads, 0, stream>>>(job, inputs, rule.look_back,
+                                                                                       s.listed, s.n_listed);
+    launch_update(stream, job, settings.sh_degree, ListedRows{s.listed, s.n_listed, rule.up_to_date}, inputs,
+                  s.records);
+  }
+  check_launch("project' and update");
+}
+
+}  // namespace cuda
+
+size_t project_vjp_update_scratch(const Cuda&, const Gaussians& values) {
+  return cuda::queued_update_scratch(values.n);
+}
+
+void project_vjp_update(const Cuda& backend, const Gaussians& values, const Camera& camera,
+                        const RasterSettings& settings, const Projected& projected, const float* d_splats,
+                        const AdamMoments& moments, const AdamSettings& adam, void* scratch) {
+  if (values.n == 0) return;
+  const cuda::UpdateInputs inputs = {cuda::view_of<float>(camera), adam, cuda::AdamRates::of(adam), {}};
+  cuda::queue_project_vjp_update(stream_of(backend), values, cuda::Late<cuda::UpdateInputs>(inputs), camera, settings,
+                                 projected, {cuda::SplatRows::kGradients, const_cast<float*>(d_splats)}, moments, {},
+                                 scratch);
+}
+
+void catch_up(const Cuda& backend, const Gaussians& values, const AdamMoments& moments, int32_t* up_to_date,
+              const AdamSettings& a) {
+  if (values.n == 0) return;
+  const Gaussians &m = moments.first, &v = moments.second;
+  const cuda::Tables tables = {{{values.means, m.means, v.means, 3, 0, 0.0f, a.means},
+                                {values.log_scales, m.log_scales, v.log_scales, 3, 0, 0.0f, a.log_scales},
+                                {values.quaternions, m.quaternions, v.quaternions, 4, 0, 0.0f, a.quaternions},
+                                {values.opacities, m.opacities, v.opacities, 1, 0, 0.0f, a.opacities},
+                                {values.sh, m.sh, v.sh, 3 * values.n_coefficients, 3, a.sh_dc, a.sh_rest}}};
+  cuda::catch_up_kernel<<<n_blocks_of(values.n, cuda::kRows), cuda::kRows, 0, stream_of(backend)>>>(
+      tables, values.n, a.step, cuda::AdamRates::of(a), up_to_date);
+  check_launch("catch up");
+}
+
+}  // namespace spaceport

@@ -1,0 +1,100 @@
+// How kernels read and write the rows of Gaussians.
+#pragma once
+
+#include <type_traits>
+
+#include "scalar.h"
+#include "splat_math.h"
+
+namespace spaceport {
+namespace cuda {
+
+__device__ inline Vec3<float> load3(const float* table, int64_t row) {
+  return {table[3 * row], table[3 * row + 1], table[3 * row + 2]};
+}
+__device__ inline void store3(float* table, int64_t row, const Vec3<float>& value) {
+  table[3 * row] = value.x;
+  table[3 * row + 1] = value.y;
+  table[3 * row + 2] = value.z;
+}
+__device__ inline RawShape<float> raw_shape_of(const Gaussians& g, int64_t row) {
+  const float4 q = reinterpret_cast<const float4*>(g.quaternions)[row];
+  return {load3(g.means, row), load3(g.log_scales, row), {q.x, q.y, q.z, q.w}};
+}
+
+// Rows of SH coefficients in shared memory, four floats at a time: neighbouring lanes read neighbouring places of
+// global memory, then each reads its own row. An odd number of fours a row keeps lanes on different banks.
+template <int kColumns>
+struct StagedRows {
+  static constexpr int kFours = (kColumns + 3) / 4, kStride = kFours | 1;
+  float4* fours;  // [rows, kStride]
+
+  // Whether rows of `stride` floats can be read so.
+  __device__ static bool fit(int stride) { return stride % 4 == 0; }
+  // Called by all of `n_threads` threads; row_of(slot) is negative where nothing is wanted.
+  template <int kSlots, int kGroup, class RowOf>
+  __device__ void load(const float* table, int stride, int thread, RowOf&& row_of) const {
+    constexpr int kRounds = kSlots * kFours / kGroup;
+    constexpr int kBatch = kRounds % 4 == 0 ? 4 : kRounds % 7 == 0 ? 7 : kRounds;  // in flight at once
+    static_assert(kSlots * kFours % kGroup == 0 && kRounds % kBatch == 0, "whole rounds");
+#pragma unroll
+    for (int begin = 0; begin < kRounds; begin += kBatch) {
+      float4 four[kBatch];
+      bool is_wanted[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = thread + (begin + j) * kGroup, slot = i / kFours;
+        const int64_t row = row_of(slot);
+        is_wanted[j] = row >= 0;
+        if (is_wanted[j]) four[j] = reinterpret_cast<const float4*>(table)[row * (stride / 4) + i - slot * kFours];
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = thread + (begin + j) * kGroup, slot = i / kFours;
+        if (is_wanted[j]) fours[slot * kStride + i - slot * kFours] = four[j];
+      }
+    }
+  }
+  __device__ void get(int slot, float columns[kColumns]) const {
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
+      const float4 four = fours[slot * kStride + i];
+      const float values[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (4 * i + j < kColumns) columns[4 * i + j] = values[j];
+      }
+    }
+  }
+};
+
+// The first `kColumns` floats of a row, by one thread.
+template <int kColumns>
+__device__ void load_row(const float* row, float* columns) {
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) columns[i] = row[i];
+}
+
+// Fetches n floats to the second-level cache while there is other work.
+__device__ inline void prefetch_row(const float* row, int n) {
+  constexpr int kLine = 128 / int(sizeof(float));
+  for (int i = 0; i < n; i += kLine) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i));
+}
+
+// Calls launch(std::integral_constant of the degree).
+template <class Launch>
+void for_degree(int degree, Launch&& launch) {
+  switch (degree) {
+    case 0:
+      return launch(std::integral_constant<int, 0>());
+    case 1:
+      return launch(std::integral_constant<int, 1>());
+    case 2:
+      return launch(std::integral_constant<int, 2>());
+    default:
+      return launch(std::integral_constant<int, 3>());
+  }
+}
+
+}  // namespace cuda
+}  // namespace spaceport
