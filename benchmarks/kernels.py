@@ -21,7 +21,7 @@ import torch
 
 from spaceport_gs import _engine, ops
 from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.step import StepInputs, TrainingStep, UpdateRule
+from spaceport_gs.step import StepView, TrainingStep, UpdateRule
 from spaceport_gs.types import Camera, Image, RasterSettings, Statistics
 
 
@@ -319,14 +319,11 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         t = ops.tile(p, views[i])
         return p, t, ops.blend(p, t, views[i], settings)
 
+    step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
+
     def steps(rule: UpdateRule) -> Callable[[int], None]:
-        recorded, numbers = TrainingStep(gaussians, moments, rule), itertools.count(1)
-
-        def step(i: int) -> None:
-            adam = replace(rates, step=next(numbers))
-            recorded.run(StepInputs(views[i], photo, settings, ops.LossSettings(), adam))
-
-        return step
+        recorded, numbers = TrainingStep(gaussians, moments, statistics_of, rule), itertools.count(1)
+        return lambda i: recorded.run(step_views[i], replace(rates, step=next(numbers)))
 
     return {
         "project": lambda i: ops.project(gaussians, views[i], settings),

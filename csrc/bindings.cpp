@@ -151,7 +151,7 @@ class Reader {
     if (is_gpu()) {
       const Array<int32_t> touched = field<int32_t>(object, "touched", {n, sizeof(TileSet) / sizeof(int32_t)});
       p.touched = reinterpret_cast<TileSet*>(aligned(touched, "touched").data);
-      p.depths = field<float>(object, "depths", {n}).data;
+      p.depth_keys = reinterpret_cast<uint32_t*>(field<int32_t>(object, "depth_keys", {n}).data);
     }
     return p;
   }
@@ -464,8 +464,8 @@ void bind_step(py::module_& m) {
   m.attr("STEP_PROGRESS_SIZE") = sizeof(StepProgress);
   m.def(
       "step_scratch",
-      [](const Cuda& cuda, int64_t n, int n_coefficients, int64_t n_instances, int width, int height) {
-        return step_scratch(cuda, {n, n_coefficients, n_instances, width, height});
+      [](const Cuda& cuda, int64_t n, int64_t n_instances, int width, int height) {
+        return step_scratch(cuda, {n, n_instances, width, height});
       },
       "Bytes of scratch that a step needs.");
   m.def(
@@ -481,23 +481,31 @@ void bind_step(py::module_& m) {
         catch_up(cuda, v, moments, rows, a);
       },
       "Makes up for the steps that rows have missed, up to and with adam.step.");
+  py::class_<StepView>(m, "StepView", "A camera and its photo, read once.")
+      .def(py::init([](const Cuda& cuda, py::object camera, py::object photo) {
+        const Camera c = camera_of(camera);
+        return StepView{c, reader_of(cuda).array<uint8_t>(photo, "photo", {c.height, c.width, 3}).data};
+      }));
   py::class_<StepGraph>(m, "StepGraph", "A training step for images of one size, recorded.")
       .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object sums,
-                       py::object up_to_date, py::object scratch, int64_t n_instances, int width, int height,
-                       py::object settings, float ssim_weight, py::object progress, py::object progress_on_host) {
+                       py::object up_to_date, py::object statistics, py::object scratch, int64_t n_instances, int width,
+                       int height, py::object settings, float ssim_weight, py::object progress,
+                       py::object progress_on_host) {
         const Reader read = reader_of(cuda);
         const Gaussians v = read.gaussians(values);
         if (v.n < 1) refuse("values", "at least one Gaussian", "none");
         if (width < 1 || height < 1) refuse("width, height", "a positive size", shape_text({width, height}));
         if (n_instances < 1 || n_instances > INT32_MAX)
           refuse("n_instances", "1 to 2^31 - 1", std::to_string(n_instances));
-        const StepSize size = {v.n, v.n_coefficients, n_instances, width, height};
-        const StepBuffers buffers = {
-            v,
-            {read.gaussians_like(first, v), read.gaussians_like(second, v)},
-            read.array<float>(sums, "sums", {v.n, kSplatGradientStride}).data,
-            up_to_date.is_none() ? nullptr : read.array<int32_t>(up_to_date, "up_to_date", {v.n}).data,
-            read.scratch(scratch, step_scratch(cuda, size))};
+        const StepSize size = {v.n, n_instances, width, height};
+        StepBuffers buffers = {v,
+                               {read.gaussians_like(first, v), read.gaussians_like(second, v)},
+                               read.array<float>(sums, "sums", {v.n, kSplatGradientStride}).data,
+                               nullptr,
+                               {read.field<float>(statistics, "gradient_sums", {v.n}).data,
+                                read.field<float>(statistics, "n_visible", {v.n}).data},
+                               read.scratch(scratch, step_scratch(cuda, size))};
+        if (!up_to_date.is_none()) buffers.up_to_date = read.array<int32_t>(up_to_date, "up_to_date", {v.n}).data;
         const int64_t n_bytes = sizeof(StepProgress);
         const StepBook book = {
             reinterpret_cast<StepProgress*>(read.array<uint8_t>(progress, "progress", {n_bytes}).data),
@@ -505,17 +513,11 @@ void bind_step(py::module_& m) {
                 Reader("cpu").array<uint8_t>(progress_on_host, "progress_on_host", {n_bytes}).data)};
         return new StepGraph(buffers, size, raster_settings_of(settings, v.n_coefficients), {ssim_weight}, book);
       }))
-      .def("launch", [](const StepGraph& graph, const Cuda& cuda, py::object camera, py::object photo, py::object adam,
-                        py::object statistics) {
-        const Reader read = reader_of(cuda);
-        StepInputs inputs = {camera_of(camera), nullptr, adam_settings_of(adam), {}};
-        inputs.photo = read.array<uint8_t>(photo, "photo", {inputs.camera.height, inputs.camera.width, 3}).data;
-        if (!statistics.is_none()) {
-          inputs.statistics = {read.field<float>(statistics, "gradient_sums", {graph.n_gaussians()}).data,
-                               read.field<float>(statistics, "n_visible", {graph.n_gaussians()}).data};
-        }
+      .def("launch", [](const StepGraph& graph, const Cuda& cuda, const StepView& view, py::object adam,
+                        bool gathers_statistics) {
+        const AdamSettings a = adam_settings_of(adam);
         Unlocked unlocked;
-        graph.launch(cuda, inputs);
+        graph.launch(cuda, {view, a, gathers_statistics});
       });
 }
 #endif

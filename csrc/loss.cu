@@ -200,7 +200,7 @@ __device__ void write_means(const LossScratch& scratch, int64_t n_sums, double n
   }
 }
 
-__global__ __launch_bounds__(kThreads, 5) void gradient_kernel(LossImages images, Late<const uint8_t*> late_photo,
+__global__ __launch_bounds__(kThreads, 4) void gradient_kernel(LossImages images, Late<const uint8_t*> late_photo,
                                                                LossScratch scratch, float l1_factor, float ssim_factor,
                                                                LossOutput out) {
   if (blockIdx.x == 0 && blockIdx.y == 0) {

@@ -134,7 +134,7 @@ struct Compacted {
     __syncthreads();
     return number;
   }
-  __device__ void place(unsigned block, int64_t row, int64_t, const Candidate& c, const Projected& out,
+  __device__ void place(unsigned block, int64_t row, int64_t, const Candidate& c, float near, const Projected& out,
                         ProjectedCounts* counts) const {
     __shared__ uint64_t sum_of_others;
     const BlockSums sums = block_sums<kThreads>({c.touched.n > 0, c.touched.n});
@@ -154,17 +154,17 @@ struct Compacted {
     write(out, before.n_splats, c);
     out.gaussian_from_splat[before.n_splats] = int32_t(row);
     out.instance_offsets[before.n_splats] = before.n_instances;
-    out.depths[before.n_splats] = c.splat.depth;
+    out.depth_keys[before.n_splats] = depth_key(c.splat.depth, near);
   }
 };
 
 // A splat lies where its Gaussian does: no block waits for another.
 struct InPlace {
   __device__ unsigned block() const { return blockIdx.x; }
-  __device__ void place(unsigned, int64_t row, int64_t n_rows, const Candidate& c, const Projected& out,
+  __device__ void place(unsigned, int64_t row, int64_t n_rows, const Candidate& c, float near, const Projected& out,
                         ProjectedCounts* counts) const {
     if (c.touched.n > 0) write(out, row, c);
-    if (row < n_rows) out.depths[row] = c.touched.n > 0 ? c.splat.depth : __uint_as_float(kNoDepth);
+    if (row < n_rows) out.depth_keys[row] = c.touched.n > 0 ? depth_key(c.splat.depth, near) : kNoDepth;
     const BlockSums sums = block_sums<kThreads>({c.touched.n > 0, c.touched.n});
     if (threadIdx.x == 0 && sums.total.splats > 0) {
       using Word = unsigned long long;
@@ -186,7 +186,7 @@ __global__ __launch_bounds__(kThreads, 3) void project_kernel(Gaussians g, Late<
   extern __shared__ float4 staged[];
   color<kDegree>(g, row - threadIdx.x % 32, candidate,
                  staged + threadIdx.x / 32 * 32 * StagedRows<3 * n_coefficients_of(kDegree)>::kStride);
-  placing.place(block, row, g.n, candidate, out, counts);
+  placing.place(block, row, g.n, candidate, settings.near, out, counts);
 }
 
 template <class Placing>

@@ -3,6 +3,8 @@
 // values drift on meanwhile, is made up for when they contribute again: both are geometric series.
 #define SPACEPORT_ISA cuda
 
+#include <algorithm>
+
 #include "look_back.cuh"
 #include "queued.cuh"
 #include "rows.cuh"
@@ -83,20 +85,22 @@ struct RowGradient {
 };
 // From the gradient by its splat, or the sums that stand for it. load_sh(columns) reads the row's SH coefficients.
 template <int kDegree, class LoadSh>
-__device__ RowGradient gradient_of_row(const Gaussians& g, int64_t row, const Splat& seen, const View<float>& view,
-                                       float low_pass, SplatRows kind, float d[kSplatGradientStride],
-                                       LoadSh&& load_sh) {
+__device__ RowGradient gradient_of_row(const Gaussians& g, int64_t row, const View<float>& view, float low_pass,
+                                       SplatRows kind, float d[kSplatGradientStride], LoadSh&& load_sh) {
   RowGradient gradient;
   const RawShape<float> raw = raw_shape_of(g, row);
   const Shape<float> s = shape_of(raw, view, low_pass);
-  if (kind == SplatRows::kMoments) gradient_of_moments(s.conic, seen.opacity, d);
+  const float opacity = sigmoid(g.opacities[row]);
+  if (kind == SplatRows::kMoments) gradient_of_moments(s.conic, opacity, d);
   gradient.raw = shape_of_vjp(raw, view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
-  gradient.opacity = d[5] * seen.opacity * (1.0f - seen.opacity);
-  gradient.color = {seen.red > 0.0f ? d[6] : 0.0f, seen.green > 0.0f ? d[7] : 0.0f, seen.blue > 0.0f ? d[8] : 0.0f};
+  gradient.opacity = d[5] * opacity * (1.0f - opacity);
   const Vec3<float> offset = raw.mean - view.center;
   gradient.direction = direction(offset);
-  float sh[3 * n_coefficients_of(kDegree)], d_basis[kMaxShCoefficients];
+  float sh[3 * n_coefficients_of(kDegree)], basis[kMaxShCoefficients], d_basis[kMaxShCoefficients];
   load_sh(sh);
+  sh_basis(kDegree, gradient.direction, basis);
+  const Vec3<float> color = color_of(kDegree, basis, sh);
+  gradient.color = {color.x > 0.0f ? d[6] : 0.0f, color.y > 0.0f ? d[7] : 0.0f, color.z > 0.0f ? d[8] : 0.0f};
 #pragma unroll
   for (int k = 0; k < n_coefficients_of(kDegree); ++k) {
     d_basis[k] = dot(Vec3<float>{sh[3 * k], sh[3 * k + 1], sh[3 * k + 2]}, gradient.color);
@@ -159,19 +163,19 @@ struct ShRecord {
 };
 static_assert(sizeof(ShRecord) % sizeof(float4) == 0, "read by sixteen bytes");
 
-// A row that a thread updates, and its splat; -1 for none.
+// A row that a thread updates, and where its splat's gradient or sums are; -1 for none.
 struct Item {
-  int64_t row, splat;
+  int64_t row, gradient;
 };
 
 // Every row, visible or not.
 struct AllRows {
-  static constexpr bool kCountVisible = true;
+  static constexpr bool kSeesAll = true;
 
   __device__ int64_t n(const UpdateJob& job) const { return job.values.n; }
   __device__ Item item(const UpdateJob& job, int64_t i) const {
     if (job.projected.gaussian_from_splat == nullptr) {
-      return {i, __float_as_uint(job.projected.depths[i]) != kNoDepth ? i : -1};
+      return {i, job.projected.depth_keys[i] != kNoDepth ? i : -1};
     }
     return {i, splat_of(job.projected, i)};
   }
@@ -193,15 +197,15 @@ struct AllRows {
   }
 };
 
-// The rows of a list, visible all, which may have missed steps.
+// The rows of a list, with their sums in its order. They may have missed steps.
 struct ListedRows {
   const int32_t* rows;
-  const ProjectedCounts* counts;  // as its n_splats
+  const int* n_rows;
   int32_t* up_to_date;
-  static constexpr bool kCountVisible = false;  // done when they were listed
+  static constexpr bool kSeesAll = false;  // visible rows were counted, and their sums cleared, for the list
 
-  __device__ int64_t n(const UpdateJob&) const { return counts->n_splats; }
-  __device__ Item item(const UpdateJob&, int64_t i) const { return {rows[i], rows[i]}; }
+  __device__ int64_t n(const UpdateJob&) const { return *n_rows; }
+  __device__ Item item(const UpdateJob&, int64_t i) const { return {rows[i], i}; }
   __device__ Lag lag(const Item& item, const UpdateInputs& u) const {
     const Lag lag = Lag::between(up_to_date[item.row], u.settings.step, u.rates);
     up_to_date[item.row] = int32_t(u.settings.step);
@@ -209,17 +213,8 @@ struct ListedRows {
   }
 };
 
-// Takes the gradient or the sums of a splat; sums are left zero.
-__device__ void take_row(const SplatGradients& gradients, int64_t splat, float d[kSplatGradientStride]) {
-  float* row = gradients.rows + splat * kSplatGradientStride;
-#pragma unroll
-  for (int i = 0; i < kSplatGradientStride; ++i) d[i] = row[i];
-  if (gradients.kind == SplatRows::kGradients) return;
-#pragma unroll
-  for (int i = 0; i < kSplatGradientStride; ++i) row[i] = 0.0f;
-}
-
-constexpr int kRows = 128;  // of a block
+constexpr int kRows = 128;              // of a block
+constexpr unsigned kMostBlocks = 2640;  // several times what a large GPU holds
 
 // The gradients of rows, and Adam on all but their SH coefficients: one thread a row.
 template <int kDegree, class Rows>
@@ -233,31 +228,37 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
   if (i - threadIdx.x >= n) return;
   late_inputs.copy_to(u);
   const Item item = i < n ? rows.item(job, i) : Item{-1, -1};
-  splat_rows[threadIdx.x] = item.splat >= 0 ? item.row : -1;
-  const int stride = 3 * job.values.n_coefficients;
-  const StagedRows<kColumns> staged = {staged_fours + threadIdx.x / 32 * 32 * StagedRows<kColumns>::kStride};
+  splat_rows[threadIdx.x] = item.gradient >= 0 ? item.row : -1;
+  const int stride = 3 * job.values.n_coefficients, first_of_warp = int(threadIdx.x) / 32 * 32;
+  const StagedRows<kColumns> staged = {staged_fours + first_of_warp * StagedRows<kColumns>::kStride};
   __syncthreads();
   if (StagedRows<kColumns>::fit(stride)) {
     staged.template load<32, 32>(job.values.sh, stride, int(threadIdx.x % 32),
-                                 [&](int slot) { return splat_rows[threadIdx.x / 32 * 32 + slot]; });
+                                 [&](int slot) { return splat_rows[first_of_warp + slot]; });
   }
   __syncwarp();
   const bool changes_nothing = job.changes_nothing();
   RowGradient gradient = {};
-  if (item.splat >= 0) {
+  if (item.gradient >= 0) {
     float d[kSplatGradientStride];
-    take_row(job.gradients, item.splat, d);
-    gradient = gradient_of_row<kDegree>(job.values, item.row, job.projected.splats[item.splat], u.view, job.low_pass,
-                                        job.gradients.kind, d, [&](float* sh) {
-                                          if (StagedRows<kColumns>::fit(stride)) {
-                                            staged.get(int(threadIdx.x % 32), sh);
-                                          } else {
-                                            load_row<kColumns>(job.values.sh + item.row * stride, sh);
-                                          }
-                                        });
+    float* from = job.gradients.rows + item.gradient * kSplatGradientStride;
+#pragma unroll
+    for (int k = 0; k < kSplatGradientStride; ++k) d[k] = from[k];
+    if (Rows::kSeesAll && job.gradients.kind == SplatRows::kMoments) {
+#pragma unroll
+      for (int k = 0; k < kSplatGradientStride; ++k) from[k] = 0.0f;
+    }
+    gradient =
+        gradient_of_row<kDegree>(job.values, item.row, u.view, job.low_pass, job.gradients.kind, d, [&](float* sh) {
+          if (StagedRows<kColumns>::fit(stride)) {
+            staged.get(int(threadIdx.x % 32), sh);
+          } else {
+            load_row<kColumns>(job.values.sh + item.row * stride, sh);
+          }
+        });
     if (u.statistics.gradient_sums != nullptr && !changes_nothing) {
       job.add_statistics(u.statistics, item.row, d);
-      if (Rows::kCountVisible) u.statistics.n_visible[item.row] += 1.0f;
+      if (Rows::kSeesAll) u.statistics.n_visible[item.row] += 1.0f;
     }
   }
   if (item.row < 0 || changes_nothing) return;
@@ -267,6 +268,7 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
 }
 
 constexpr int kShRows = 64, kShThreads = 256;  // of a block
+constexpr unsigned kMostShBlocks = 2640;       // several times what a large GPU holds: they take turns
 
 // Adam on the SH coefficients of the rows that have a record: neighbouring threads take neighbouring coefficients, four
 // at a time where the rows' length allows it.
@@ -280,94 +282,117 @@ __global__ __launch_bounds__(kShThreads) void update_sh_kernel(UpdateJob job, Ro
   __shared__ Lag lag_of[kShRows];
   __shared__ AdamRates rates;
   __shared__ float dc, rest;
-  const int64_t first = int64_t(blockIdx.x) * kShRows, left_over = rows.n(job) - first;
-  if (left_over <= 0 || job.changes_nothing()) return;
-  const int n = int(left_over < kShRows ? left_over : kShRows), thread = int(threadIdx.x);
-  if (thread < n) {
-    const ShRecord record = records[first + thread];
-    float basis[kMaxShCoefficients];
-    sh_basis(kDegree, record.direction, basis);
-#pragma unroll
-    for (int k = 0; k < kCoefficients; ++k) bases[k][thread] = basis[k];
-    colors[0][thread] = record.color.x;
-    colors[1][thread] = record.color.y;
-    colors[2][thread] = record.color.z;
-    row_of[thread] = record.row;
-    lag_of[thread] = record.lag;
-  } else if (thread == kShRows) {
+  if (job.changes_nothing()) return;
+  const int64_t n_rows = rows.n(job);
+  const int thread = int(threadIdx.x), stride = 3 * job.values.n_coefficients;
+  float *values = job.values.sh, *firsts = job.moments.first.sh, *seconds = job.moments.second.sh;
+  if (thread == 0) {
     const UpdateInputs& u = *late_inputs.place_or_value();
     rates = u.rates;
     dc = u.settings.sh_dc;
     rest = u.settings.sh_rest;
   }
-  __syncthreads();
   const auto gradient_of = [&](int slot, int column) {
     const int k = column / 3;
     return k < kCoefficients ? bases[k][slot] * colors[column - 3 * k][slot] : 0.0f;
   };
-  const int stride = 3 * job.values.n_coefficients;
-  float *values = job.values.sh, *firsts = job.moments.first.sh, *seconds = job.moments.second.sh;
-  if (stride % 4 == 0) {
-    const int n_fours = stride / 4;
-    for (int i = thread; i < n * n_fours; i += kShThreads) {
-      const int slot = i / n_fours, four = i - slot * n_fours, column = 4 * four;
-      const int64_t at = int64_t(row_of[slot]) * n_fours + four;
-      auto p = Parameter<float4>::load(values, firsts, seconds, at);
-      const float4 gradient = make_float4(gradient_of(slot, column), gradient_of(slot, column + 1),
-                                          gradient_of(slot, column + 2), gradient_of(slot, column + 3));
-      step(p, gradient, column == 0 ? make_float4(dc, dc, dc, rest) : make_float4(rest, rest, rest, rest), rates,
-           lag_of[slot]);
-      p.store(values, firsts, seconds, at);
+  for (int64_t first = int64_t(blockIdx.x) * kShRows; first < n_rows; first += int64_t(gridDim.x) * kShRows) {
+    const int n = int(n_rows - first < kShRows ? n_rows - first : kShRows);
+    __syncthreads();
+    if (thread < n) {
+      const ShRecord record = records[first + thread];
+      float basis[kMaxShCoefficients];
+      sh_basis(kDegree, record.direction, basis);
+#pragma unroll
+      for (int k = 0; k < kCoefficients; ++k) bases[k][thread] = basis[k];
+      colors[0][thread] = record.color.x;
+      colors[1][thread] = record.color.y;
+      colors[2][thread] = record.color.z;
+      row_of[thread] = record.row;
+      lag_of[thread] = record.lag;
     }
-  } else {
-    for (int i = thread; i < n * stride; i += kShThreads) {
-      const int slot = i / stride, column = i - slot * stride;
-      const int64_t at = int64_t(row_of[slot]) * stride + column;
-      auto p = Parameter<float>::load(values, firsts, seconds, at);
-      step(p, gradient_of(slot, column), column < 3 ? dc : rest, rates, lag_of[slot]);
-      p.store(values, firsts, seconds, at);
+    __syncthreads();
+    if (stride % 4 == 0) {
+      constexpr int kAtOnce = 3;  // read before any is written: the compiler cannot know that they lie apart
+      const int n_fours = stride / 4;
+      for (int begin = thread; begin < n * n_fours; begin += kAtOnce * kShThreads) {
+        Parameter<float4> p[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int i = begin + j * kShThreads, slot = i / n_fours;
+          if (i < n * n_fours) {
+            p[j] =
+                Parameter<float4>::load(values, firsts, seconds, int64_t(row_of[slot]) * n_fours + i - slot * n_fours);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int i = begin + j * kShThreads, slot = i / n_fours, four = i - slot * n_fours, column = 4 * four;
+          if (i >= n * n_fours) continue;
+          const float4 gradient = make_float4(gradient_of(slot, column), gradient_of(slot, column + 1),
+                                              gradient_of(slot, column + 2), gradient_of(slot, column + 3));
+          step(p[j], gradient, column == 0 ? make_float4(dc, dc, dc, rest) : make_float4(rest, rest, rest, rest), rates,
+               lag_of[slot]);
+          p[j].store(values, firsts, seconds, int64_t(row_of[slot]) * n_fours + four);
+        }
+      }
+    } else {
+      for (int i = thread; i < n * stride; i += kShThreads) {
+        const int slot = i / stride, column = i - slot * stride;
+        const int64_t at = int64_t(row_of[slot]) * stride + column;
+        auto p = Parameter<float>::load(values, firsts, seconds, at);
+        step(p, gradient_of(slot, column), column < 3 ? dc : rest, rates, lag_of[slot]);
+        p.store(values, firsts, seconds, at);
+      }
     }
   }
 }
 
 constexpr int kThreads = kLookBackRows;
 
-// Lists the rows whose sums are not all zero, in their order, and counts all visible ones. Splats lie at their rows.
+// Rows whose sums are not all zero, and those sums. Within a block of 256 rows they keep their order.
+struct Contributing {
+  int32_t* rows;  // [N]
+  float* sums;    // [N, 9]
+  int* n;
+};
+
+// Lists them, clears the sums, and counts all visible rows. Splats lie at their rows.
 __global__ __launch_bounds__(kThreads) void list_contributing_kernel(UpdateJob job, Late<UpdateInputs> late_inputs,
-                                                                     LookBack look_back, int32_t* listed,
-                                                                     ProjectedCounts* n_listed) {
+                                                                     Contributing listed) {
   __shared__ float sums[kThreads * kSplatGradientStride];
-  __shared__ unsigned block;
-  __shared__ int64_t first_of_block;
-  if (threadIdx.x == 0) block = atomicAdd(look_back.ticket, 1u);
-  __syncthreads();
-  const int64_t first = int64_t(block) * kThreads, row = first + threadIdx.x, n = job.values.n;
+  __shared__ int16_t place_of[kThreads];
+  __shared__ int first_of_block;
+  const int64_t first = int64_t(blockIdx.x) * kThreads, row = first + threadIdx.x, n = job.values.n;
   const int n_rows = int(n - first < kThreads ? n - first : kThreads);
-  const bool is_visible = row < n && __float_as_uint(job.projected.depths[row]) != kNoDepth;
-  bool contributes = false;
-  if (__syncthreads_or(is_visible) != 0) {
-    const float* from = job.gradients.rows + first * kSplatGradientStride;
-    for (int i = int(threadIdx.x); i < n_rows * kSplatGradientStride; i += kThreads) sums[i] = from[i];
-    __syncthreads();
-    if (is_visible) {
+  const bool is_visible = row < n && job.projected.depth_keys[row] != kNoDepth;
+  if (__syncthreads_or(is_visible) == 0) return;
+  float* from = job.gradients.rows + first * kSplatGradientStride;
 #pragma unroll
-      for (int i = 0; i < kSplatGradientStride; ++i) {
-        contributes |= sums[threadIdx.x * kSplatGradientStride + i] != 0.0f;
-      }
-      float* n_visible = late_inputs.place_or_value()->statistics.n_visible;
-      if (n_visible != nullptr && !job.changes_nothing()) n_visible[row] += 1.0f;
-    }
-  }
-  const BlockSums counted = block_sums<kThreads>({contributes, 0});
-  if (threadIdx.x < 32) {
-    const uint64_t before = sum_before(look_back.counts, block, counted.total.splats);
-    if (threadIdx.x == 0) {
-      first_of_block = int64_t(before);
-      if (block == gridDim.x - 1) *n_listed = {first_of_block + counted.total.splats, 0};
-    }
+  for (int j = 0; j < kSplatGradientStride; ++j) {
+    const int i = int(threadIdx.x) + j * kThreads;
+    sums[i] = i < n_rows * kSplatGradientStride ? from[i] : 0.0f;
   }
   __syncthreads();
-  if (contributes) listed[first_of_block + counted.before.splats] = int32_t(row);
+  bool contributes = false;
+#pragma unroll
+  for (int i = 0; i < kSplatGradientStride; ++i) contributes |= sums[threadIdx.x * kSplatGradientStride + i] != 0.0f;
+  const BlockSums counted = block_sums<kThreads>({contributes, 0});
+  if (threadIdx.x == 0 && counted.total.splats > 0) first_of_block = atomicAdd(listed.n, int(counted.total.splats));
+  place_of[threadIdx.x] = int16_t(contributes ? int(counted.before.splats) : -1);
+  float* n_visible = late_inputs.place_or_value()->statistics.n_visible;
+  if (is_visible && n_visible != nullptr && !job.changes_nothing()) n_visible[row] += 1.0f;
+  if (counted.total.splats == 0) return;
+  __syncthreads();
+  if (contributes) listed.rows[first_of_block + counted.before.splats] = int32_t(row);
+#pragma unroll
+  for (int j = 0; j < kSplatGradientStride; ++j) {
+    const int i = int(threadIdx.x) + j * kThreads, of = i / kSplatGradientStride;
+    if (place_of[of] < 0) continue;
+    listed.sums[int64_t(first_of_block + place_of[of]) * kSplatGradientStride + i - of * kSplatGradientStride] =
+        sums[i];
+    from[i] = 0.0f;
+  }
 }
 
 // One table of parameters with its moments, each [N, n_columns]; the first columns may have a rate of their own.
@@ -405,11 +430,11 @@ __global__ __launch_bounds__(kRows) void catch_up_kernel(Tables all, int64_t n, 
 
 struct UpdateScratch {
   ShRecord* records;  // [N]
-  int32_t* listed;    // [N]
-  ProjectedCounts* n_listed;
+  Contributing contributing;
 
-  static UpdateScratch of(Arena& arena, int64_t n_gaussians) {
-    return {arena.take<ShRecord>(n_gaussians), arena.take<int32_t>(n_gaussians), arena.take<ProjectedCounts>(1)};
+  static UpdateScratch of(Arena& arena, int64_t n_gaussians, int* n_contributing) {
+    return {arena.take<ShRecord>(n_gaussians),
+            {arena.take<int32_t>(n_gaussians), arena.take<float>(n_gaussians * kSplatGradientStride), n_contributing}};
   }
 };
 
@@ -417,9 +442,10 @@ template <class Rows>
 void launch_update(cudaStream_t stream, const UpdateJob& job, int sh_degree, const Rows& rows,
                    const Late<UpdateInputs>& inputs, ShRecord* records) {
   const int64_t n = job.values.n;
+  const unsigned n_sh_blocks = std::min(n_blocks_of(n, kShRows), kMostShBlocks);
   for_degree(sh_degree, [&](auto degree) {
     update_shape_kernel<degree><<<n_blocks_of(n, kRows), kRows, 0, stream>>>(job, rows, inputs, records);
-    update_sh_kernel<degree><<<n_blocks_of(n, kShRows), kShThreads, 0, stream>>>(job, rows, inputs, records);
+    update_sh_kernel<degree><<<n_sh_blocks, kShThreads, 0, stream>>>(job, rows, inputs, records);
   });
 }
 
@@ -427,7 +453,7 @@ void launch_update(cudaStream_t stream, const UpdateJob& job, int sh_degree, con
 
 size_t queued_update_scratch(int64_t n_gaussians) {
   Arena arena(nullptr);
-  UpdateScratch::of(arena, n_gaussians);
+  UpdateScratch::of(arena, n_gaussians, nullptr);
   return arena.used();
 }
 
@@ -436,22 +462,22 @@ void queue_project_vjp_update(cudaStream_t stream, const Gaussians& values, cons
                               const SplatGradients& gradients, const AdamMoments& moments, const UpdateRule& rule,
                               void* memory) {
   Arena arena(memory);
-  const UpdateScratch s = UpdateScratch::of(arena, values.n);
-  const UpdateJob job = {values,
-                         moments,
-                         projected,
-                         gradients,
-                         rule.is_halted,
-                         settings.low_pass,
-                         0.5f * float(camera.width),
-                         0.5f * float(camera.height)};
+  const UpdateScratch s = UpdateScratch::of(arena, values.n, rule.n_contributing);
+  UpdateJob job = {values,
+                   moments,
+                   projected,
+                   gradients,
+                   rule.is_halted,
+                   settings.low_pass,
+                   0.5f * float(camera.width),
+                   0.5f * float(camera.height)};
   if (rule.up_to_date == nullptr) {
     launch_update(stream, job, settings.sh_degree, AllRows{}, inputs, s.records);
   } else {
-    list_contributing_kernel<<<n_blocks_of(values.n, kThreads), kThreads, 0, stream>>>(job, inputs, rule.look_back,
-                                                                                       s.listed, s.n_listed);
-    launch_update(stream, job, settings.sh_degree, ListedRows{s.listed, s.n_listed, rule.up_to_date}, inputs,
-                  s.records);
+    list_contributing_kernel<<<n_blocks_of(values.n, kThreads), kThreads, 0, stream>>>(job, inputs, s.contributing);
+    job.gradients.rows = s.contributing.sums;
+    const ListedRows rows = {s.contributing.rows, s.contributing.n, rule.up_to_date};
+    launch_update(stream, job, settings.sh_degree, rows, inputs, s.records);
   }
   check_launch("project' and update");
 }

@@ -50,17 +50,22 @@ __device__ inline void gradient_of_moments(const Conic<float>& conic, float opac
   row[5] = m[0] / opacity;
 }
 
-// What stands for the depth of a Gaussian that is not visible: larger than any.
-constexpr uint32_t kNoDepth = 0xffffffffu;
+// Depths as the bits of a float, from the near plane on, to one part in a million and over sixteen octaves: as much as
+// three passes of a radix sort take. Splats that agree to that keep the order of their rows.
+constexpr int kDepthKeyBits = 24;
+constexpr uint32_t kNoDepth = (1u << kDepthKeyBits) - 1;  // of a Gaussian that is not visible
+__device__ inline uint32_t depth_key(float depth, float near) {
+  const uint32_t key = (__float_as_uint(depth) - __float_as_uint(near)) >> 3;
+  return key < kNoDepth ? key : kNoDepth - 1;
+}
 
 // Writes each splat at the row of its Gaussian; where none is visible, nothing but kNoDepth. out.gaussian_from_splat
 // and out.instance_offsets are not used. Adds to `counts`.
 void queue_project(cudaStream_t, const Gaussians&, const Late<View<float>>&, const Camera& size, const RasterSettings&,
                    const Projected& out, ProjectedCounts* counts);
 
-// Each LookBack is one of as many rows as there are Gaussians, and zero.
 // `projected.n` and `out.n_instances` are capacities: `counts` says how many splats have a depth, and touch how many
-// tiles. Instances that do not fit are left out.
+// tiles. Instances that do not fit are left out. The LookBack is one of as many rows as there are splats, and zero.
 size_t queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& size);
 void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& counts, const Camera& size,
                 const LookBack&, void* scratch, const Tiles& out);
@@ -91,7 +96,7 @@ struct SplatGradients {
 struct UpdateRule {
   const uint32_t* is_halted;  // on the device: set, nothing changes (but sums become zero); null: never
   int32_t* up_to_date;        // [N] the step that a row has last made, for the rows that contributed; null: all rows
-  LookBack look_back;         // unless all rows are taken; then splats must lie at the rows of their Gaussians
+  int* n_contributing;        // zero; unless all rows are taken. Splats must lie at the rows of their Gaussians then
 };
 size_t queued_update_scratch(int64_t n_gaussians);
 void queue_project_vjp_update(cudaStream_t, const Gaussians& values, const Late<UpdateInputs>&, const Camera& size,

@@ -39,7 +39,8 @@ __global__ void book_kernel(const double* means, const ProjectedCounts* counts, 
 struct StepScratch {
   char* zeros;  // what must be zero at the start of a step
   size_t n_zeros;
-  LookBack tile, update;
+  LookBack tile;
+  int* n_contributing;
   void *tile_scratch, *update_scratch;
   DeviceInputs* inputs;
   Projected projected;
@@ -55,13 +56,14 @@ struct StepScratch {
     const Cuda any = {nullptr};
     StepScratch s = {};
     s.zeros = arena.take<char>(0);
-    for (LookBack* look_back : {&s.tile, &s.update}) *look_back = LookBack::of(arena, n);
+    s.tile = LookBack::of(arena, n);
+    s.n_contributing = arena.take<int>(1);
     s.counts = arena.take<ProjectedCounts>(1);
     s.n_zeros = arena.used();
     s.tile_scratch = arena.take<char>(int64_t(queued_tile_scratch(n, size.n_instances, camera)));
     s.update_scratch = arena.take<char>(int64_t(queued_update_scratch(n)));
     s.inputs = arena.take<DeviceInputs>(1);
-    s.projected = {arena.take<Splat>(n), nullptr, nullptr, n, arena.take<TileSet>(n), arena.take<float>(n)};
+    s.projected = {arena.take<Splat>(n), nullptr, nullptr, n, arena.take<TileSet>(n), arena.take<uint32_t>(n)};
     s.tiles = {arena.take<int64_t>(n_tiles + 1), arena.take<int32_t>(size.n_instances), nullptr, size.n_instances};
     s.image = {arena.take<float>(3 * n_pixels), arena.take<float>(n_pixels),
                arena.take<int32_t>(hits_size(any, size.n_instances, camera))};
@@ -94,7 +96,7 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
   queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, buffers.sums);
   queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
                            s.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
-                           {&book.device->is_halted, buffers.up_to_date, s.update}, s.update_scratch);
+                           {&book.device->is_halted, buffers.up_to_date, s.n_contributing}, s.update_scratch);
   check_launch("step");
 }
 
@@ -110,7 +112,7 @@ size_t step_scratch(const Cuda&, const StepSize& size) {
 struct StepGraph::Recorded {
   cudaGraphExec_t graph;
   cuda::DeviceInputs* inputs;
-  int64_t n_gaussians;
+  DensityStatistics statistics;
   int width, height;
 };
 
@@ -138,7 +140,7 @@ StepGraph::StepGraph(const StepBuffers& buffers, const StepSize& size, const Ras
   cudaStreamDestroy(stream);
   if (!failure.empty()) throw std::runtime_error(failure);
   check(error, "step");
-  recorded_ = new Recorded{executable, scratch.inputs, size.n_gaussians, size.width, size.height};
+  recorded_ = new Recorded{executable, scratch.inputs, buffers.statistics, size.width, size.height};
 }
 
 StepGraph::~StepGraph() {
@@ -146,18 +148,15 @@ StepGraph::~StepGraph() {
   delete recorded_;
 }
 
-int64_t StepGraph::n_gaussians() const {
-  return recorded_->n_gaussians;
-}
-
 void StepGraph::launch(const Cuda& backend, const StepInputs& inputs) const {
-  if (inputs.camera.width != recorded_->width || inputs.camera.height != recorded_->height) {
+  if (inputs.view.camera.width != recorded_->width || inputs.view.camera.height != recorded_->height) {
     throw std::invalid_argument("camera: the step was recorded for images of another size");
   }
   const cudaStream_t stream = stream_of(backend);
   const cuda::DeviceInputs on_device = {
-      {cuda::view_of<float>(inputs.camera), inputs.adam, cuda::AdamRates::of(inputs.adam), inputs.statistics},
-      inputs.photo};
+      {cuda::view_of<float>(inputs.view.camera), inputs.adam, cuda::AdamRates::of(inputs.adam),
+       inputs.gathers_statistics ? recorded_->statistics : DensityStatistics{}},
+      inputs.view.photo};
   cuda::set_inputs_kernel<<<1, 1, 0, stream>>>(on_device, recorded_->inputs);
   check_launch("step");
   check(cudaGraphLaunch(recorded_->graph, stream), "step");

@@ -12,13 +12,13 @@ namespace spaceport {
 struct StepBuffers {
   Gaussians values;
   AdamMoments moments;
-  float* sums;          // [N, 9], zero before the first step
-  int32_t* up_to_date;  // [N] the step that each row has last made; null: every row makes every step
-  void* scratch;        // step_scratch bytes
+  float* sums;                   // [N, 9], zero before the first step
+  int32_t* up_to_date;           // [N] the step that each row has last made; null: every row makes every step
+  DensityStatistics statistics;  // where a step adds what it saw, if it is told to
+  void* scratch;                 // step_scratch bytes
 };
 struct StepSize {
   int64_t n_gaussians;
-  int n_coefficients;
   int64_t n_instances;  // capacity
   int width, height;
 };
@@ -43,11 +43,14 @@ struct StepBook {
 };
 
 // What changes from step to step.
-struct StepInputs {
+struct StepView {
   Camera camera;
   const uint8_t* photo;  // [H, W, 3]
+};
+struct StepInputs {
+  StepView view;
   AdamSettings adam;
-  DensityStatistics statistics;  // null: not gathered
+  bool gathers_statistics;
 };
 
 class StepGraph {
@@ -58,7 +61,6 @@ class StepGraph {
   StepGraph(const StepGraph&) = delete;
   StepGraph& operator=(const StepGraph&) = delete;
 
-  int64_t n_gaussians() const;
   // The camera has the size that was recorded.
   void launch(const Cuda&, const StepInputs&) const;
 

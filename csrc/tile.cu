@@ -15,7 +15,6 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = kLookBackRows;
-constexpr int kDepthBits = 32;  // of a positive float, which sort like the number; more than any stands for no splat
 
 struct Grid {
   int tiles_x, tiles_y;
@@ -32,7 +31,7 @@ int bits_for(uint64_t largest) {
 // The number of a tile, or `n_tiles`: a place in the list that holds nothing.
 template <class Key>
 struct TileScratch {
-  uint32_t* sorted_depths;     // [M]
+  uint32_t* sorted_keys;       // [M]
   int32_t *splats, *by_depth;  // [M]
   Key *tiles, *sorted_tiles;   // [I]
   int32_t* listed;             // [I]
@@ -41,7 +40,7 @@ struct TileScratch {
 
   static TileScratch of(Arena& arena, int64_t n_splats, int64_t n_instances, int n_tile_bits) {
     TileScratch s;
-    s.sorted_depths = arena.take<uint32_t>(n_splats);
+    s.sorted_keys = arena.take<uint32_t>(n_splats);
     s.splats = arena.take<int32_t>(n_splats);
     s.by_depth = arena.take<int32_t>(n_splats);
     s.tiles = arena.take<Key>(n_instances);
@@ -54,9 +53,9 @@ struct TileScratch {
     s.library = arena.take<char>(int64_t(s.n_library_bytes));
     return s;
   }
-  void sort_by_depth(void* memory, size_t& n_bytes, const float* depths, int64_t n, cudaStream_t stream) const {
-    check(cub::DeviceRadixSort::SortPairs(memory, n_bytes, reinterpret_cast<const uint32_t*>(depths), sorted_depths,
-                                          splats, by_depth, n, 0, kDepthBits, stream),
+  void sort_by_depth(void* memory, size_t& n_bytes, const uint32_t* keys, int64_t n, cudaStream_t stream) const {
+    check(cub::DeviceRadixSort::SortPairs(memory, n_bytes, keys, sorted_keys, splats, by_depth, n, 0, kDepthKeyBits,
+                                          stream),
           "tile");
   }
   void sort_by_tile(void* memory, size_t& n_bytes, int32_t* out, int64_t n, int n_bits, cudaStream_t stream) const {
@@ -175,15 +174,28 @@ __global__ __launch_bounds__(kThreads) void list_kernel(Projected projected, Lat
   }
 }
 
-// Where the tiles' lists begin, from the sorted tiles of all instances.
+// Where the tiles' lists begin, from the sorted tiles of all instances: a thread looks at several that follow each
+// other.
 template <class Key>
 __global__ __launch_bounds__(kThreads) void offsets_kernel(const Key* tiles, int64_t n_instances, int64_t n_tiles,
                                                            int64_t* offsets) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i > n_instances) return;
-  const int64_t before = i == 0 ? -1 : int64_t(tiles[i - 1]);
-  const int64_t here = i == n_instances ? n_tiles : int64_t(tiles[i]);
-  for (int64_t tile = before + 1; tile <= here && tile <= n_tiles; ++tile) offsets[tile] = i;
+  constexpr int kKeys = 16 / int(sizeof(Key));
+  const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kKeys;
+  if (first > n_instances) return;
+  Key keys[kKeys];
+  if (first + kKeys <= n_instances) {
+    *reinterpret_cast<uint4*>(keys) = *reinterpret_cast<const uint4*>(tiles + first);
+  } else {
+    for (int i = 0; i < kKeys; ++i) keys[i] = first + i < n_instances ? tiles[first + i] : Key(n_tiles);
+  }
+  int64_t before = first == 0 ? -1 : int64_t(tiles[first - 1]);
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i) {
+    if (first + i > n_instances) return;
+    const int64_t here = first + i == n_instances ? n_tiles : int64_t(keys[i]);
+    for (int64_t tile = before + 1; tile <= here && tile <= n_tiles; ++tile) offsets[tile] = first + i;
+    before = here;
+  }
 }
 
 // Calls with_key(a number of the type that holds every tile's number, and one more).
@@ -214,12 +226,12 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
     const unsigned n_blocks = n_blocks_of(n, kThreads);
     numbers_kernel<<<n_blocks, kThreads, 0, stream>>>(s.splats, n);
     size_t n_bytes = s.n_library_bytes;
-    s.sort_by_depth(s.library, n_bytes, projected.depths, n, stream);
+    s.sort_by_depth(s.library, n_bytes, projected.depth_keys, n, stream);
     list_kernel<Key><<<n_blocks, kThreads, 0, stream>>>(projected, counts, s.by_depth, look_back, grid,
                                                         List<Key>{s.tiles, s.listed, n_instances});
     s.sort_by_tile(s.library, n_bytes, out.splat_from_instance, n_instances, n_bits, stream);
-    offsets_kernel<<<n_blocks_of(n_instances + 1, kThreads), kThreads, 0, stream>>>(s.sorted_tiles, n_instances,
-                                                                                    n_tiles, out.offsets);
+    offsets_kernel<<<n_blocks_of(n_instances + 1, kThreads * 16 / int64_t(sizeof(Key))), kThreads, 0, stream>>>(
+        s.sorted_tiles, n_instances, n_tiles, out.offsets);
     check_launch("tile");
   });
 }

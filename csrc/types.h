@@ -73,8 +73,8 @@ struct Projected {
   int64_t* instance_offsets;     // [M + 1], splat m owns the instances offsets[m] ... offsets[m + 1] - 1
   int64_t n;                     // M
   // What a GPU lists the tiles by; null on the CPU.
-  TileSet* touched;  // [M]
-  float* depths;     // [M]
+  TileSet* touched;      // [M]
+  uint32_t* depth_keys;  // [M] what the splats are sorted by
 };
 
 // An instance is one (splat, tile) pair; it is numbered in the order of emission: by splat, then by tile.

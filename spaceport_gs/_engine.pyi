@@ -6,7 +6,7 @@
 from typing import Any, Literal, TypedDict
 
 from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.types import Array, Camera, Image, Projected, RasterSettings, Tiles
+from spaceport_gs.types import Array, Camera, Image, Projected, RasterSettings, Statistics, Tiles
 
 TILE_SIZE: int
 ALPHA_CUTOFF: float
@@ -35,6 +35,9 @@ class Cpu:
 class Cuda:
     def __init__(self, stream: int) -> None: ...
 
+class StepView:
+    def __init__(self, backend: Cuda, camera: Camera, photo: Array) -> None: ...
+
 class StepGraph:
     def __init__(
         self,
@@ -44,6 +47,7 @@ class StepGraph:
         second: Gaussians,
         sums: Array,
         up_to_date: Array | None,
+        statistics: Statistics,
         scratch: Array,
         n_instances: int,
         width: int,
@@ -53,7 +57,7 @@ class StepGraph:
         progress: Array,
         progress_on_host: Array,
     ) -> None: ...
-    def launch(self, backend: Cuda, camera: Camera, photo: Array, adam: Any, statistics: Statistics | None) -> None: ...
+    def launch(self, backend: Cuda, view: StepView, adam: Any, gathers_statistics: bool) -> None: ...
 
 Backend = Cpu | Cuda
 
@@ -77,9 +81,7 @@ def project_vjp(
     d_splats: Array,
     d_gaussians: Gaussians,
 ) -> None: ...
-def step_scratch(
-    backend: Cuda, n: int, n_coefficients: int, n_instances: int, width: int, height: int
-) -> int: ...
+def step_scratch(backend: Cuda, n: int, n_instances: int, width: int, height: int) -> int: ...
 def catch_up(
     backend: Cuda, values: Gaussians, first: Gaussians, second: Gaussians, up_to_date: Array, adam: Any
 ) -> None: ...

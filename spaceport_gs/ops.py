@@ -81,7 +81,8 @@ def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> P
         instance_offsets=_empty(like, n + 1, dtype=torch.int64),
     )
     if like.is_cuda:
-        out.touched, out.depths = _empty(like, n, _engine.TILE_SET_STRIDE, dtype=torch.int32), _empty(like, n)
+        out.touched = _empty(like, n, _engine.TILE_SET_STRIDE, dtype=torch.int32)
+        out.depth_keys = _empty(like, n, dtype=torch.int32)
     backend = backend_of(like)
     scratch = _scratch(like, _engine.project_scratch(backend, n))
     n_splats, n_instances = _engine.project(backend, gaussians, camera, settings, scratch, out)
@@ -91,7 +92,7 @@ def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> P
         out.instance_offsets[: n_splats + 1],
         n_instances,
         None if out.touched is None else out.touched[:n_splats],
-        None if out.depths is None else out.depths[:n_splats],
+        None if out.depth_keys is None else out.depth_keys[:n_splats],
     )
 
 
@@ -291,7 +292,7 @@ class _Rasterize(torch.autograd.Function):
             projected.gaussian_from_splat,
             projected.instance_offsets,
             projected.touched,
-            projected.depths,
+            projected.depth_keys,
             tiles.offsets,
             tiles.splat_from_instance,
             tiles.number_from_instance,
@@ -305,7 +306,9 @@ class _Rasterize(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *d_image: torch.Tensor) -> Any:  # type: ignore[override]
         saved = ctx.saved_tensors
-        gaussians, projected = Gaussians(*saved[:5]), Projected(*saved[5:8], ctx.n_instances, *saved[8:10])
+        gaussians = Gaussians(*saved[:5])
+        splats, gaussian_from_splat, instance_offsets, touched, depth_keys = saved[5:10]
+        projected = Projected(splats, gaussian_from_splat, instance_offsets, ctx.n_instances, touched, depth_keys)
         tiles, image = Tiles(*saved[10:13]), Image(*saved[13:])
         d_splats = blend_vjp(
             projected,

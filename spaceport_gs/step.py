@@ -40,17 +40,14 @@ class UpdateRule(Enum):
     but for rows that would have drifted into the image."""
 
 
-@dataclass(frozen=True)
-class StepInputs:
-    """What one step needs besides the Gaussians."""
+@dataclass(frozen=True, eq=False)
+class StepView:
+    """What a step looks at, and how. Made once for each view: what is prepared for it is found again by the object."""
 
     camera: Camera
-    photo: torch.Tensor  # [H, W, 3] uint8
+    photo: torch.Tensor  # [H, W, 3] uint8, on the GPU
     raster: RasterSettings
     loss: ops.LossSettings
-    adam: ops.AdamSettings
-    statistics: Statistics | None = None
-    """Where to add what the step saw of each Gaussian, if anywhere."""
 
 
 class TrainingStep:
@@ -65,6 +62,7 @@ class TrainingStep:
         self,
         values: Gaussians,
         moments: ops.AdamMoments,
+        statistics: Statistics,
         rule: UpdateRule = UpdateRule.CONTRIBUTING,
         n_instances: int = 0,
     ) -> None:
@@ -72,7 +70,7 @@ class TrainingStep:
             raise BackendError("recorded steps need a GPU, and a build with SPACEPORT_CUDA=ON")
         device, n = values.means.device, len(values)
         self.n_instances = n_instances if n_instances > 0 else max(4 * n, 1 << 16)
-        self._values, self._moments, self._rule = values, moments, rule
+        self._values, self._moments, self._statistics, self._rule = values, moments, statistics, rule
         self._up_to_date: torch.Tensor | None = None
         self._last: ops.AdamSettings | None = None
         self._sums = torch.zeros(n, _engine.SPLAT_GRADIENT_STRIDE, device=device)
@@ -80,19 +78,21 @@ class TrainingStep:
         self._progress = torch.zeros(_engine.STEP_PROGRESS_SIZE, dtype=torch.uint8, device=device)
         self._progress_on_host = torch.zeros_like(self._progress, device="cpu").pin_memory()
         self._seen = self._progress_on_host.numpy().view(_PROGRESS)
+        self._n_done, self._is_halted = self._seen["n_done"], self._seen["is_halted"]
         self._graphs: dict[tuple[int, int, RasterSettings, ops.LossSettings], _engine.StepGraph] = {}
-        self._unconfirmed: deque[StepInputs] = deque()
+        self._prepared: dict[StepView, tuple[_engine.StepGraph, _engine.StepView]] = {}
+        self._unconfirmed: deque[tuple[StepView, ops.AdamSettings, bool]] = deque()
         self._n_confirmed = 0
 
-    def run(self, inputs: StepInputs) -> None:
-        """Queues a step; `adam.step` counts up by one."""
+    def run(self, view: StepView, adam: ops.AdamSettings, gathers_statistics: bool = False) -> None:
+        """Queues a step; `adam.step` counts up by one. Statistics: adds what the step sees of each Gaussian."""
         if self._last is None and self._rule is UpdateRule.CONTRIBUTING:
             n = len(self._values)
-            self._up_to_date = torch.full((n,), inputs.adam.step - 1, dtype=torch.int32, device=self._sums.device)
-        self._last = inputs.adam
+            self._up_to_date = torch.full((n,), adam.step - 1, dtype=torch.int32, device=self._sums.device)
+        self._last = adam
         self._confirm()
-        self._unconfirmed.append(inputs)
-        self._launch(inputs)
+        self._unconfirmed.append((view, adam, gathers_statistics))
+        self._launch(view, adam, gathers_statistics)
 
     def wait(self) -> tuple[float, float]:
         """Waits until every step is done. Returns the sum of all losses so far, and the last."""
@@ -112,36 +112,45 @@ class TrainingStep:
 
     def _confirm(self) -> None:
         """Forgets the steps that are done, and begins again with more memory where one did not fit."""
-        if self._seen["is_halted"][0]:
+        if self._is_halted[0]:
             torch.cuda.current_stream().synchronize()
-        while self._n_confirmed < self._seen["n_done"][0]:
+        n_done = int(self._n_done[0])
+        while self._n_confirmed < n_done:
             self._unconfirmed.popleft()
             self._n_confirmed += 1
-        if self._seen["is_halted"][0]:
+        if self._is_halted[0]:
             needed = int(self._seen["n_instances"][0])
             if needed > MOST_INSTANCES:
-                raise MemoryError(f"{needed} pairs of splats and tiles in one image; at most {MOST_INSTANCES} are possible")
+                raise MemoryError(
+                    f"{needed} pairs of splats and tiles in one image; at most {MOST_INSTANCES} are possible"
+                )
             self.n_instances = min(int(HEADROOM * needed) + 1, MOST_INSTANCES)
-            self._graphs.clear()
-            self._seen["is_halted"] = 0
+            self._forget()
+            self._is_halted[0] = 0
             self._progress.copy_(self._progress_on_host)
-            for inputs in self._unconfirmed:
-                self._launch(inputs)
+            for step in self._unconfirmed:
+                self._launch(*step)
 
-    def _launch(self, inputs: StepInputs) -> None:
-        key = (inputs.camera.width, inputs.camera.height, inputs.raster, inputs.loss)
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = self._graphs[key] = self._record(*key)
-        graph.launch(ops.backend_of(self._sums), inputs.camera, inputs.photo, inputs.adam, inputs.statistics)
+    def _launch(self, view: StepView, adam: ops.AdamSettings, gathers_statistics: bool) -> None:
+        backend = ops.backend_of(self._sums)
+        prepared = self._prepared.get(view)
+        if prepared is None:
+            key = (view.camera.width, view.camera.height, view.raster, view.loss)
+            graph = self._graphs.get(key) or self._record(*key)
+            prepared = graph, _engine.StepView(backend, view.camera, view.photo)
+            self._graphs[key], self._prepared[view] = graph, prepared
+        prepared[0].launch(backend, prepared[1], adam, gathers_statistics)
+
+    def _forget(self) -> None:
+        self._graphs.clear()
+        self._prepared.clear()
 
     def _record(self, width: int, height: int, raster: RasterSettings, loss: ops.LossSettings) -> _engine.StepGraph:
         backend, values, moments = ops.backend_of(self._sums), self._values, self._moments
-        n_coefficients = values.sh.shape[1]
-        n_bytes = _engine.step_scratch(backend, len(values), n_coefficients, self.n_instances, width, height)
+        n_bytes = _engine.step_scratch(backend, len(values), self.n_instances, width, height)
         if len(self._scratch) < n_bytes:
             torch.cuda.current_stream().synchronize()  # recorded steps that still run have their buffers in it
-            self._graphs.clear()
+            self._forget()
             del self._scratch  # before there is another
             self._scratch = torch.empty(n_bytes, dtype=torch.uint8, device=self._sums.device)
         return _engine.StepGraph(
@@ -151,6 +160,7 @@ class TrainingStep:
             moments.second,
             self._sums,
             self._up_to_date,
+            self._statistics,
             self._scratch,
             self.n_instances,
             width,

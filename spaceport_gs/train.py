@@ -25,12 +25,13 @@ from spaceport_gs.gaussians import Gaussians, from_points
 from spaceport_gs.progress import Listener, Progress, ignore
 from spaceport_gs.scene import Scene, View, extent, farthest_views, split
 from spaceport_gs.schedule import Recipe, TrainSettings
-from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Statistics
+from spaceport_gs.types import Image, RasterSettings, Statistics
 
 if TYPE_CHECKING:
     import torch
 
     from spaceport_gs.ops import AdamSettings
+    from spaceport_gs.step import StepView
 
 STAGE = "train"
 TELL_EVERY = 25  # steps
@@ -72,17 +73,17 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
 
     with _signals() as stop:
         while state.phase.name != "done":
-            with _timed(state):
-                seen = stepper.backpropagate(state)
-            if _is_check_due(run, state, seen.moment):  # before growth, whose new rows need steps to find their place
+            previous = state.moment
+            state.step += 1
+            state.moment = min(previous + _pace(run, state), run.recipe.steps)
+            if _is_check_due(run, state, previous):  # before growth, whose new rows need steps to find their place
                 stepper.settle(state)
                 _check(run, state)
             with _timed(state):
-                stepper.update(state, seen)
-            if state.step % TELL_EVERY == 0 or state.phase.name == "finish":  # which ends with a check
-                stepper.settle(state)
-            _advance_phase(run, state)
+                stepper.step(state, previous)
+            _advance_phase(run, state, stepper)
             if state.step % TELL_EVERY == 0 or state.phase.name == "done":
+                stepper.wait(state)
                 listen(_progress(run, state, stepper.last_loss))
             if stop:
                 stepper.settle(state)
@@ -186,15 +187,55 @@ def _timed(state: State) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What a step saw of its view."""
+class _Plan:
+    """What a step does besides looking at its view."""
 
-    camera: Camera
-    settings: RasterSettings
-    projected: Projected
-    d_splats: torch.Tensor  # [M, 9]
-    moment: float
-    """Before the step."""
+    adam: AdamSettings
+    previous: float
+    """Moment before the step."""
+    gathers: bool
+    """Adds to the statistics of growth."""
+    is_growth_due: bool
+    """Or a reset of opacities."""
+
+    @staticmethod
+    def of(run: _Run, state: State, previous: float) -> _Plan:
+        recipe, in_main = run.recipe, state.phase.name == "main"
+        is_due = schedule.grows(recipe, previous, state.moment) or schedule.resets_opacity(
+            recipe, previous, state.moment
+        )
+        return _Plan(_adam(run, state), previous, in_main and previous < recipe.growth_until, in_main and is_due)
+
+
+class _Recorded:
+    """The recorded step of a GPU on certain rows, with what it keeps of each view."""
+
+    def __init__(self, rows: Rows, statistics: Statistics, d_ssim_weight: float) -> None:
+        from spaceport_gs import ops
+        from spaceport_gs.step import TrainingStep
+
+        self.rows, self.statistics = rows, statistics
+        self._loss = ops.LossSettings(d_ssim_weight)
+        self._step = TrainingStep(rows.values, ops.AdamMoments(*rows.companions), statistics)
+        self._views: dict[tuple[str, int, RasterSettings], StepView] = {}
+        self._booked = 0.0
+
+    def run(self, view: View, photo: torch.Tensor, settings: RasterSettings, plan: _Plan) -> None:
+        from spaceport_gs.step import StepView
+
+        key = (view.name, view.camera.width, settings)
+        if key not in self._views:
+            self._views[key] = StepView(view.camera, photo, settings, self._loss)
+        self._step.run(self._views[key], plan.adam, plan.gathers)
+
+    def wait(self) -> tuple[float, float]:
+        """Sum of the losses since the last call, and the last loss."""
+        total, last = self._step.wait()
+        added, self._booked = total - self._booked, total
+        return added, last
+
+    def settle(self) -> None:
+        self._step.settle()
 
 
 class _Stepper:
@@ -206,59 +247,70 @@ class _Stepper:
         self._resized: dict[str, View] = {}
         self._photos: dict[str, torch.Tensor] = {}
         self._losses: list[torch.Tensor] = []
+        self._recorded: _Recorded | None = None
         self.last_loss = math.nan
 
-    def backpropagate(self, state: State) -> _Seen:
-        """Begins the next step: its view forward, and back to the splats."""
+    def step(self, state: State, previous: float) -> None:
+        """One step, with the growth and the reset of opacities that are due in it. `previous`: the moment before it."""
+        recipe, view = self._run.recipe, self._view(state, previous)
+        settings = RasterSettings(schedule.sh_degree(recipe, previous), low_pass=schedule.low_pass(self._level))
+        plan = _Plan.of(self._run, state, previous)
+        if state.rows.values.means.is_cuda and not plan.is_growth_due:
+            self._record(state).run(view, self._photo(view), settings, plan)
+        else:
+            self.settle(state)
+            self._recorded = None
+            self._step_by_verbs(state, view, settings, plan)
+
+    def _step_by_verbs(self, state: State, view: View, settings: RasterSettings, plan: _Plan) -> None:
         from spaceport_gs import ops
 
-        run, recipe = self._run, self._run.recipe
-        previous = state.moment
-        state.step += 1
-        state.moment = min(previous + _pace(run, state), recipe.steps)
-        view = self._view(state, previous)
         camera, values = view.camera, state.rows.values
-        settings = RasterSettings(schedule.sh_degree(recipe, previous), low_pass=schedule.low_pass(self._level))
-
         projected = ops.project(values, camera, settings)
         tiles = ops.tile(projected, camera)
         image = ops.blend(projected, tiles, camera, settings)
-        loss = ops.loss(image.color, self._photo(view), ops.LossSettings(recipe.d_ssim_weight))
+        loss = ops.loss(image.color, self._photo(view), ops.LossSettings(self._run.recipe.d_ssim_weight))
         d_image = Image(loss.d_color, image.transmittance.new_zeros(image.transmittance.shape))
         d_splats = ops.blend_vjp(projected, tiles, camera, settings, image, d_image)
         self._losses.append(loss.means)
-
-        if state.phase.name == "main" and previous < recipe.growth_until:
+        if plan.gathers:
             ops.density(projected, d_splats, camera, state.statistics)
-        return _Seen(camera, settings, projected, d_splats, previous)
+        if plan.is_growth_due:
+            gradient = ops.project_vjp(values, camera, settings, projected, d_splats)
+            gradient = self._densify(state, gradient, plan.previous)
+            first_moment, second_moment = state.rows.companions
+            ops.update(state.rows.values, gradient, first_moment, second_moment, plan.adam)
+        else:
+            moments = ops.AdamMoments(*state.rows.companions)
+            ops.project_vjp_update(values, camera, settings, projected, d_splats, moments, plan.adam)
 
-    def settle(self, state: State) -> None:
+    def _record(self, state: State) -> _Recorded:
+        """The recorded step on these rows; another where they were replaced."""
+        recorded = self._recorded
+        if recorded is None or recorded.rows is not state.rows or recorded.statistics is not state.statistics:
+            recorded = self._recorded = _Recorded(state.rows, state.statistics, self._run.recipe.d_ssim_weight)
+        return recorded
+
+    def wait(self, state: State) -> None:
         """Adds the losses since the last call to the state; a GPU is waited for here, and not at every step."""
         from spaceport_gs import ops
 
         with _timed(state):
             values = ops.values_of(self._losses, ops.LossSettings(self._run.recipe.d_ssim_weight))
-        for value in values:
-            state.loss_sum += value
-            self.last_loss = value
-        self._losses = []
+            for value in values:
+                state.loss_sum += value
+                self.last_loss = value
+            self._losses = []
+            if self._recorded is not None:
+                added, self.last_loss = self._recorded.wait()
+                state.loss_sum += added
 
-    def update(self, state: State, seen: _Seen) -> None:
-        """Ends the step: growth where it is due, and Adam."""
-        from spaceport_gs import ops
-
-        recipe, adam, values = self._run.recipe, _adam(self._run, state), state.rows.values
-        is_due = schedule.grows(recipe, seen.moment, state.moment) or schedule.resets_opacity(
-            recipe, seen.moment, state.moment
-        )
-        if state.phase.name == "main" and is_due:
-            gradient = ops.project_vjp(values, seen.camera, seen.settings, seen.projected, seen.d_splats)
-            gradient = self._densify(state, gradient, seen.moment)
-            first_moment, second_moment = state.rows.companions
-            ops.update(state.rows.values, gradient, first_moment, second_moment, adam)
-        else:
-            moments = ops.AdamMoments(*state.rows.companions)
-            ops.project_vjp_update(values, seen.camera, seen.settings, seen.projected, seen.d_splats, moments, adam)
+    def settle(self, state: State) -> None:
+        """As `wait`; and the state's rows may be read."""
+        self.wait(state)
+        if self._recorded is not None:
+            with _timed(state):
+                self._recorded.settle()
 
     def _densify(self, state: State, gradient: Gaussians, previous: float) -> Gaussians:
         """Growth, pruning and opacity resets that are due; new rows have no gradient, so this step leaves them alone."""
@@ -345,7 +397,7 @@ def _is_check_due(run: _Run, state: State, previous: float) -> bool:
 
 def _check(run: _Run, state: State) -> None:
     """Adds a line to the history, and keeps a snapshot of the main phase's best."""
-    since = state.step - (state.history[-1].step if state.history else 0)
+    since = state.step - (state.history[-1].step if state.history else 1)
     values, in_main = state.rows.values, state.phase.name == "main"
     settings = RasterSettings(sh_degree=schedule.sh_degree(run.recipe, state.moment))
     probes = mean_psnr(values, run.probes, settings) if state.phase.name != "finish" else None
@@ -375,7 +427,7 @@ def _armed_probes(run: _Run, state: State, until: int) -> list[float]:
     return [check.psnr_probes for check in armed if check.psnr_probes is not None]
 
 
-def _advance_phase(run: _Run, state: State) -> None:
+def _advance_phase(run: _Run, state: State, stepper: _Stepper) -> None:
     """main → cool → finish → done; without a plateau rule main → done."""
     recipe, rule, phase = run.recipe, run.recipe.plateau, state.phase
 
@@ -393,6 +445,7 @@ def _advance_phase(run: _Run, state: State) -> None:
         reason = schedule.plateau(rule, armed) if checked_now and armed else None
         if reason is not None:
             reason = f"plateau at step {state.step}: {reason}"
+            stepper.settle(state)
             _restore_better(state, max(armed), armed[-1], rule.max_decline)
         elif state.moment >= schedule.last_main_moment(recipe):
             reason = _limit(run, state)
@@ -401,6 +454,7 @@ def _advance_phase(run: _Run, state: State) -> None:
     elif rule is not None and phase.name == "cool":
         if is_over or state.moment - phase.moment >= schedule.cool_down_length(rule, phase.moment):
             before = _armed_probes(run, state, until=phase.step)
+            stepper.settle(state)
             cooled = mean_psnr(state.rows.values, run.probes) if state.best is not None else None
             if before and cooled is not None:
                 _restore_better(state, max(before), cooled, rule.max_loss)
@@ -409,6 +463,7 @@ def _advance_phase(run: _Run, state: State) -> None:
     elif rule is not None and phase.name == "finish":
         if is_over or state.moment - phase.moment >= rule.cool_down:
             if not state.history or state.history[-1].step != state.step:
+                stepper.settle(state)
                 _check(run, state)
             enter("done", phase.reason)
 

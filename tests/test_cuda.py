@@ -13,7 +13,7 @@ from scenes import assert_close, camera, random_gaussians
 from spaceport_gs import ops
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.pipeline.doctor import cuda_missing
-from spaceport_gs.step import StepInputs, TrainingStep, UpdateRule
+from spaceport_gs.step import StepView, TrainingStep, UpdateRule
 from spaceport_gs.types import Camera, Image, RasterSettings, Statistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_missing()), reason=cuda_missing())]
@@ -97,9 +97,9 @@ def recorded_steps(
     values = gaussians.map(lambda a: a.clone())
     moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
     statistics = Statistics.empty(len(values), "cuda")
-    step = TrainingStep(values, moments, rule, n_instances)
+    step = TrainingStep(values, moments, statistics, rule, n_instances)
     for i, view in enumerate(views):
-        step.run(StepInputs(view, photo, SETTINGS, ops.LossSettings(), rates(i + 1), statistics))
+        step.run(StepView(view, photo, SETTINGS, ops.LossSettings()), rates(i + 1), gathers_statistics=True)
     step.settle()
     return values, statistics, step
 
@@ -111,8 +111,7 @@ def rates(step: int) -> ops.AdamSettings:
 def some_views(n: int) -> list[Camera]:
     view = camera(320, 240, 260.0)
     shifts = torch.linspace(-0.3, 0.3, n)
-    poses = [view.cam_from_world + [[0, 0, 0, float(x)], [0, 0, 0, 0], [0, 0, 0, 0]] for x in shifts]
-    return [replace(view, cam_from_world=pose) for pose in poses]
+    return [replace(view, cx=view.cx + 100 * float(x)) for x in shifts]
 
 
 def assert_same_steps(a: tuple[Gaussians, Statistics], b: tuple[Gaussians, Statistics]) -> None:
@@ -160,10 +159,11 @@ def test_rows_that_miss_steps_make_up_for_them() -> None:
 def test_recorded_steps_of_views_of_several_sizes() -> None:
     gaussians = random_gaussians(3_000, scale=0.05).map(lambda a: a.cuda())
     values = gaussians.map(lambda a: a.clone())
-    step = TrainingStep(values, ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values)))
+    moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
+    step = TrainingStep(values, moments, Statistics.empty(len(values), "cuda"))
     for i, size in enumerate([(64, 48), (640, 427), (64, 48), (1, 1), (640, 427)]):
         view = camera(*size, focal=0.8 * size[0])
-        step.run(StepInputs(view, photo_for(view).cuda(), SETTINGS, ops.LossSettings(), rates(i + 1)))
+        step.run(StepView(view, photo_for(view).cuda(), SETTINGS, ops.LossSettings()), rates(i + 1))
         step.settle()
     assert all(bool(a.isfinite().all()) for a in values.arrays())
     assert not torch.equal(values.means, gaussians.means)
@@ -173,9 +173,10 @@ def test_a_step_with_nothing_visible() -> None:
     values = random_gaussians(100).map(lambda a: a.cuda())
     before = values.map(lambda a: a.clone())
     values.means[:, 2] = -5.0
-    step = TrainingStep(values, ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values)))
+    moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
+    step = TrainingStep(values, moments, Statistics.empty(len(values), "cuda"))
     view = camera()
-    step.run(StepInputs(view, photo_for(view).cuda(), SETTINGS, ops.LossSettings(), rates(1)))
+    step.run(StepView(view, photo_for(view).cuda(), SETTINGS, ops.LossSettings()), rates(1))
     assert step.settle()[1] > 0
     assert torch.equal(values.sh, before.sh)
 

@@ -282,7 +282,7 @@ def test_tiles_hold_every_pixel_that_is_reached(device: str) -> None:
     for t in range(len(offsets) - 1):
         splats = tiles.splat_from_instance[offsets[t] : offsets[t + 1]].long()
         depths = projected.splats[splats, 9]
-        assert bool((depths[1:] >= depths[:-1]).all())
+        assert bool((depths[1:] >= depths[:-1] * (1 - 2e-6)).all())  # a GPU sorts by a little less than a float
         listed |= {(t, int(s)) for s in splats}
     assert len(listed) == len(tiles.splat_from_instance) == projected.n_instances
     if tiles.number_from_instance is not None:
