@@ -14,6 +14,7 @@ constexpr uint64_t kSumSoFar = uint64_t(2) << 62;  // of the block and all befor
 constexpr uint64_t kCountBits = kOwnCount - 1;
 
 constexpr int kLookBackRows = 256;  // of a block, one a thread
+constexpr int kWindows = 4;         // of 32 blocks that one look takes in
 
 // Zero at the start.
 struct LookBack {
@@ -40,20 +41,27 @@ __device__ inline uint64_t sum_before(uint64_t* state, int64_t block, uint64_t o
   }
   if (lane == 0) shared_state[block] = kOwnCount | own;
   uint64_t sum = 0;
-  for (int64_t last = block - 1;; last -= 32) {
-    const int64_t mine = last - lane;
-    uint64_t word = kSumSoFar;  // before the first block there is nothing
-    if (mine >= 0) {
-      do {
-        word = shared_state[mine];
-      } while (word == 0);
+  bool is_done = false;
+  for (int64_t last = block - 1; !is_done; last -= 32 * kWindows) {
+    uint64_t words[kWindows];  // asked for at once: as many blocks may be running, and each question takes its time
+#pragma unroll
+    for (int w = 0; w < kWindows; ++w) {
+      const int64_t mine = last - 32 * w - lane;
+      words[w] = kSumSoFar;  // before the first block there is nothing
+      if (mine >= 0) words[w] = shared_state[mine];
     }
-    const unsigned ends = __ballot_sync(kAllLanes, (word & kSumSoFar) != 0);
-    const int n_used = ends == 0 ? 32 : __ffs(int(ends));  // up to the nearest block that knows its sum
-    uint64_t part = lane < n_used ? word & kCountBits : 0;
-    for (int step = 16; step > 0; step /= 2) part += __shfl_xor_sync(kAllLanes, part, step);
-    sum += part;
-    if (ends != 0) break;
+#pragma unroll
+    for (int w = 0; w < kWindows; ++w) {
+      if (is_done) break;
+      const int64_t mine = last - 32 * w - lane;
+      while (words[w] == 0) words[w] = shared_state[mine];
+      const unsigned ends = __ballot_sync(kAllLanes, (words[w] & kSumSoFar) != 0);
+      const int n_used = ends == 0 ? 32 : __ffs(int(ends));  // up to the nearest block that knows its sum
+      uint64_t part = lane < n_used ? words[w] & kCountBits : 0;
+      for (int step = 16; step > 0; step /= 2) part += __shfl_xor_sync(kAllLanes, part, step);
+      sum += part;
+      is_done = ends != 0;
+    }
   }
   if (lane == 0) shared_state[block] = kSumSoFar | (sum + own);
   return sum;

@@ -85,12 +85,11 @@ struct RowGradient {
 };
 // From the gradient by its splat, or the sums that stand for it. load_sh(columns) reads the row's SH coefficients.
 template <int kDegree, class LoadSh>
-__device__ RowGradient gradient_of_row(const Gaussians& g, int64_t row, const View<float>& view, float low_pass,
+__device__ RowGradient gradient_of_row(const RawShape<float>& raw, float logit, const View<float>& view, float low_pass,
                                        SplatRows kind, float d[kSplatGradientStride], LoadSh&& load_sh) {
   RowGradient gradient;
-  const RawShape<float> raw = raw_shape_of(g, row);
   const Shape<float> s = shape_of(raw, view, low_pass);
-  const float opacity = sigmoid(g.opacities[row]);
+  const float opacity = sigmoid(logit);
   if (kind == SplatRows::kMoments) gradient_of_moments(s.conic, opacity, d);
   gradient.raw = shape_of_vjp(raw, view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
   gradient.opacity = d[5] * opacity * (1.0f - opacity);
@@ -109,34 +108,67 @@ __device__ RowGradient gradient_of_row(const Gaussians& g, int64_t row, const Vi
   return gradient;
 }
 
-// Adam on all of a row but its SH coefficients.
-__device__ void update_shape(const Gaussians& g, const AdamMoments& moments, int64_t row, const RowGradient& gradient,
-                             const UpdateInputs& u, const Lag& lag) {
-  const Gaussians &first = moments.first, &second = moments.second;
-  Parameter<float> means[3], scales[3];
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    means[i] = Parameter<float>::load(g.means, first.means, second.means, 3 * row + i);
-    scales[i] = Parameter<float>::load(g.log_scales, first.log_scales, second.log_scales, 3 * row + i);
+// All of a row but its SH coefficients, with its moments. Everything is read before anything is written: the compiler
+// would wait for each value in turn, because it cannot know that they lie apart.
+struct RowShape {
+  RawShape<float> raw;
+  float logit;
+};
+struct FetchedShape {
+  WarpRows::Fetched means, log_scales;
+  float4 quaternion;
+  float logit;
+};
+__device__ FetchedShape fetch_shape(const Gaussians& g, const WarpRows& rows, int32_t row) {
+  FetchedShape f = {rows.fetch(g.means), rows.fetch(g.log_scales), {}, 0.0f};
+  if (row >= 0) {
+    f.quaternion = reinterpret_cast<const float4*>(g.quaternions)[row];
+    f.logit = g.opacities[row];
   }
-  auto quaternion = Parameter<float4>::load(g.quaternions, first.quaternions, second.quaternions, row);
-  auto opacity = Parameter<float>::load(g.opacities, first.opacities, second.opacities, row);
+  return f;
+}
+__device__ RowShape own_shape(const FetchedShape& f, const WarpRows& rows) {
+  const float4& q = f.quaternion;
+  return {{rows.own(f.means), rows.own(f.log_scales), {q.x, q.y, q.z, q.w}}, f.logit};
+}
+__device__ void write_shape(const Gaussians& g, const WarpRows& rows, int32_t row, const RowShape& shape) {
+  rows.store(g.means, shape.raw.mean);
+  rows.store(g.log_scales, shape.raw.log_scale);
+  if (row < 0) return;
+  const Quaternion<float>& q = shape.raw.quaternion;
+  reinterpret_cast<float4*>(g.quaternions)[row] = make_float4(q.w, q.x, q.y, q.z);
+  g.opacities[row] = shape.logit;
+}
 
-  const Vec3<float>&d_mean = gradient.raw.mean, &d_scale = gradient.raw.log_scale;
-  const float d_means[3] = {d_mean.x, d_mean.y, d_mean.z}, d_scales[3] = {d_scale.x, d_scale.y, d_scale.z};
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    step(means[i], d_means[i], u.settings.means, u.rates, lag);
-    step(scales[i], d_scales[i], u.settings.log_scales, u.rates, lag);
-    means[i].store(g.means, first.means, second.means, 3 * row + i);
-    scales[i].store(g.log_scales, first.log_scales, second.log_scales, 3 * row + i);
-  }
-  const Quaternion<float>& q = gradient.raw.quaternion;
-  const float rate = u.settings.quaternions;
-  step(quaternion, make_float4(q.w, q.x, q.y, q.z), make_float4(rate, rate, rate, rate), u.rates, lag);
-  quaternion.store(g.quaternions, first.quaternions, second.quaternions, row);
-  step(opacity, gradient.opacity, u.settings.opacities, u.rates, lag);
-  opacity.store(g.opacities, first.opacities, second.opacities, row);
+__device__ void adam(Vec3<float>& value, const Vec3<float>& gradient, Vec3<float>& first, Vec3<float>& second,
+                     float rate, const AdamRates& r, const Lag& lag) {
+  adam(value.x, gradient.x, first.x, second.x, rate, r, lag);
+  adam(value.y, gradient.y, first.y, second.y, rate, r, lag);
+  adam(value.z, gradient.z, first.z, second.z, rate, r, lag);
+}
+__device__ void adam(Quaternion<float>& value, const Quaternion<float>& gradient, Quaternion<float>& first,
+                     Quaternion<float>& second, float rate, const AdamRates& r, const Lag& lag) {
+  adam(value.w, gradient.w, first.w, second.w, rate, r, lag);
+  adam(value.x, gradient.x, first.x, second.x, rate, r, lag);
+  adam(value.y, gradient.y, first.y, second.y, rate, r, lag);
+  adam(value.z, gradient.z, first.z, second.z, rate, r, lag);
+}
+
+// Adam on all of the rows of a warp but their SH coefficients.
+__device__ void update_shapes(const Gaussians& g, const AdamMoments& moments, const WarpRows& rows, int32_t row,
+                              RowShape& value, const RowGradient& gradient, const UpdateInputs& u, const Lag& lag) {
+  const FetchedShape firsts = fetch_shape(moments.first, rows, row), seconds = fetch_shape(moments.second, rows, row);
+  RowShape first = own_shape(firsts, rows), second = own_shape(seconds, rows);
+  const AdamSettings& rate = u.settings;
+  adam(value.raw.mean, gradient.raw.mean, first.raw.mean, second.raw.mean, rate.means, u.rates, lag);
+  adam(value.raw.log_scale, gradient.raw.log_scale, first.raw.log_scale, second.raw.log_scale, rate.log_scales, u.rates,
+       lag);
+  adam(value.raw.quaternion, gradient.raw.quaternion, first.raw.quaternion, second.raw.quaternion, rate.quaternions,
+       u.rates, lag);
+  adam(value.logit, gradient.opacity, first.logit, second.logit, rate.opacities, u.rates, lag);
+  write_shape(g, rows, row, value);
+  write_shape(moments.first, rows, row, first);
+  write_shape(moments.second, rows, row, second);
 }
 
 struct UpdateJob {
@@ -222,6 +254,7 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
                                                                 Late<UpdateInputs> late_inputs, ShRecord* records) {
   constexpr int kColumns = 3 * n_coefficients_of(kDegree);
   __shared__ float4 staged_fours[kRows * StagedRows<kColumns>::kStride];
+  __shared__ float exchange[kRows / 32][96];
   __shared__ int64_t splat_rows[kRows];
   __shared__ UpdateInputs u;
   const int64_t i = int64_t(blockIdx.x) * kRows + threadIdx.x, n = rows.n(job);
@@ -238,6 +271,8 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
   }
   __syncwarp();
   const bool changes_nothing = job.changes_nothing();
+  const WarpRows warp_rows(int32_t(item.row), exchange[threadIdx.x / 32]);
+  RowShape value = own_shape(fetch_shape(job.values, warp_rows, int32_t(item.row)), warp_rows);
   RowGradient gradient = {};
   if (item.gradient >= 0) {
     float d[kSplatGradientStride];
@@ -249,7 +284,7 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
       for (int k = 0; k < kSplatGradientStride; ++k) from[k] = 0.0f;
     }
     gradient =
-        gradient_of_row<kDegree>(job.values, item.row, u.view, job.low_pass, job.gradients.kind, d, [&](float* sh) {
+        gradient_of_row<kDegree>(value.raw, value.logit, u.view, job.low_pass, job.gradients.kind, d, [&](float* sh) {
           if (StagedRows<kColumns>::fit(stride)) {
             staged.get(int(threadIdx.x % 32), sh);
           } else {
@@ -261,10 +296,10 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
       if (Rows::kSeesAll) u.statistics.n_visible[item.row] += 1.0f;
     }
   }
-  if (item.row < 0 || changes_nothing) return;
-  const Lag lag = rows.lag(item, u);
-  update_shape(job.values, job.moments, item.row, gradient, u, lag);
-  records[i] = {gradient.direction, gradient.color, lag, int32_t(item.row), {}};
+  if (changes_nothing) return;
+  const Lag lag = item.row >= 0 ? rows.lag(item, u) : Lag::none();
+  update_shapes(job.values, job.moments, warp_rows, int32_t(item.row), value, gradient, u, lag);
+  if (item.row >= 0) records[i] = {gradient.direction, gradient.color, lag, int32_t(item.row), {}};
 }
 
 constexpr int kShRows = 64, kShThreads = 256;  // of a block

@@ -5,6 +5,7 @@
 
 #include "scalar.h"
 #include "splat_math.h"
+#include "warp.cuh"
 
 namespace spaceport {
 namespace cuda {
@@ -74,6 +75,57 @@ __device__ void load_row(const float* row, float* columns) {
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) columns[i] = row[i];
 }
+
+// The rows that the lanes of a warp have, of tables with three floats a row. Lanes read and write neighbouring floats,
+// not each its own row in three goes, and exchange them in shared memory. All lanes take part; a row may be -1: none.
+class WarpRows {
+ public:
+  // `exchange` holds 96 floats of the warp's own.
+  __device__ WarpRows(int32_t row, float* exchange) : exchange_(exchange) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      const int of = (lane() + 32 * k) / 3;
+      const int32_t of_row = __shfl_sync(kAllLanes, row, of);
+      at_[k] = of_row < 0 ? -1 : 3 * int64_t(of_row) + (lane() + 32 * k) % 3;
+    }
+  }
+  // As they lie in memory, one every 32 floats; `own` sorts them by lane.
+  struct Fetched {
+    float values[3];
+  };
+  __device__ Fetched fetch(const float* table) const {
+    Fetched f = {};
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      if (at_[k] >= 0) f.values[k] = table[at_[k]];
+    }
+    return f;
+  }
+  __device__ Vec3<float> own(const Fetched& f) const {
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < 3; ++k) exchange_[lane() + 32 * k] = f.values[k];
+    __syncwarp();
+    return {exchange_[3 * lane()], exchange_[3 * lane() + 1], exchange_[3 * lane() + 2]};
+  }
+  __device__ void store(float* table, const Vec3<float>& own) const {
+    __syncwarp();
+    exchange_[3 * lane()] = own.x;
+    exchange_[3 * lane() + 1] = own.y;
+    exchange_[3 * lane() + 2] = own.z;
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      if (at_[k] >= 0) table[at_[k]] = exchange_[lane() + 32 * k];
+    }
+  }
+
+ private:
+  __device__ static int lane() { return int(threadIdx.x % 32); }
+
+  float* exchange_;
+  int64_t at_[3];
+};
 
 // Fetches n floats to the second-level cache while there is other work.
 __device__ inline void prefetch_row(const float* row, int n) {

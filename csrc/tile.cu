@@ -14,7 +14,9 @@ namespace cuda {
 
 namespace {
 
-constexpr int kThreads = kLookBackRows;
+constexpr int kThreads = 256;
+constexpr int kListThreads = 512;  // long blocks: fewer that wait for each other
+static_assert(kListThreads >= kLookBackRows, "a LookBack of the splats suffices");
 
 struct Grid {
   int tiles_x, tiles_y;
@@ -70,7 +72,7 @@ __global__ __launch_bounds__(kThreads) void numbers_kernel(int32_t* numbers, int
 }
 
 // What a block lists before it writes it out, so that neighbouring lanes write neighbouring places.
-constexpr unsigned kStaged = 3072;
+constexpr unsigned kStaged = 5120;
 
 template <class Key>
 struct List {
@@ -114,9 +116,9 @@ __device__ unsigned list_far_splat(const Splat& splat, int32_t number, const Gri
 // A block lists the instances of its splats, which follow each other in the order of depth. What is projected with
 // another camera than `grid` stands for lists no more than its share, and fills what is left of it with no tile.
 template <class Key>
-__global__ __launch_bounds__(kThreads) void list_kernel(Projected projected, Late<ProjectedCounts> late_counts,
-                                                        const int32_t* by_depth, LookBack look_back, Grid grid,
-                                                        List<Key> list) {
+__global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected, Late<ProjectedCounts> late_counts,
+                                                            const int32_t* by_depth, LookBack look_back, Grid grid,
+                                                            List<Key> list) {
   __shared__ Key staged_tiles[kStaged];
   __shared__ int32_t staged_splats[kStaged];
   __shared__ unsigned block;
@@ -124,15 +126,15 @@ __global__ __launch_bounds__(kThreads) void list_kernel(Projected projected, Lat
   if (threadIdx.x == 0) block = atomicAdd(look_back.ticket, 1u);
   __syncthreads();
   const ProjectedCounts counts = late_counts.get();
-  for (int64_t i = counts.n_instances + int64_t(block) * kThreads + threadIdx.x; i < list.n;
-       i += int64_t(gridDim.x) * kThreads) {
+  for (int64_t i = counts.n_instances + int64_t(block) * kListThreads + threadIdx.x; i < list.n;
+       i += int64_t(gridDim.x) * kListThreads) {
     list.tiles[i] = Key(grid.n_tiles());
   }
-  if (int64_t(block) * kThreads >= counts.n_splats) return;
-  const int64_t i = int64_t(block) * kThreads + threadIdx.x;
+  if (int64_t(block) * kListThreads >= counts.n_splats) return;
+  const int64_t i = int64_t(block) * kListThreads + threadIdx.x;
   const int32_t splat = i < counts.n_splats ? by_depth[i] : 0;
   const TileSet touched = i < counts.n_splats ? projected.touched[splat] : TileSet{};
-  const BlockSums sums = block_sums<kThreads>({0, touched.n});
+  const BlockSums sums = block_sums<kListThreads>({0, touched.n});
   if (threadIdx.x < 32) {
     const uint64_t before = sum_before(look_back.counts, block, sums.total.instances);
     if (threadIdx.x == 0) first_of_block = int64_t(before);
@@ -159,7 +161,7 @@ __global__ __launch_bounds__(kThreads) void list_kernel(Projected projected, Lat
   }
   __syncthreads();
   if (is_staged) {
-    for (unsigned at = threadIdx.x; at < sums.total.instances; at += kThreads) {
+    for (unsigned at = threadIdx.x; at < sums.total.instances; at += kListThreads) {
       list.put(first_of_block + at, staged_tiles[at], staged_splats[at]);
     }
     __syncthreads();  // far splats' places above hold nothing yet
@@ -223,12 +225,11 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
     const int64_t n = projected.n, n_instances = out.n_instances, n_tiles = grid.n_tiles();
     Arena arena(memory);
     const auto s = TileScratch<Key>::of(arena, n, n_instances, n_bits);
-    const unsigned n_blocks = n_blocks_of(n, kThreads);
-    numbers_kernel<<<n_blocks, kThreads, 0, stream>>>(s.splats, n);
+    numbers_kernel<<<n_blocks_of(n, kThreads), kThreads, 0, stream>>>(s.splats, n);
     size_t n_bytes = s.n_library_bytes;
     s.sort_by_depth(s.library, n_bytes, projected.depth_keys, n, stream);
-    list_kernel<Key><<<n_blocks, kThreads, 0, stream>>>(projected, counts, s.by_depth, look_back, grid,
-                                                        List<Key>{s.tiles, s.listed, n_instances});
+    list_kernel<Key><<<n_blocks_of(n, kListThreads), kListThreads, 0, stream>>>(
+        projected, counts, s.by_depth, look_back, grid, List<Key>{s.tiles, s.listed, n_instances});
     s.sort_by_tile(s.library, n_bytes, out.splat_from_instance, n_instances, n_bits, stream);
     offsets_kernel<<<n_blocks_of(n_instances + 1, kThreads * 16 / int64_t(sizeof(Key))), kThreads, 0, stream>>>(
         s.sorted_tiles, n_instances, n_tiles, out.offsets);
