@@ -487,10 +487,10 @@ void bind_step(py::module_& m) {
         return StepView{c, reader_of(cuda).array<uint8_t>(photo, "photo", {c.height, c.width, 3}).data};
       }));
   py::class_<StepGraph>(m, "StepGraph", "A training step for images of one size, recorded.")
-      .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object sums,
-                       py::object up_to_date, py::object statistics, py::object scratch, int64_t n_instances, int width,
-                       int height, py::object settings, float ssim_weight, py::object progress,
-                       py::object progress_on_host) {
+      .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object numbers,
+                       py::object sums, py::object up_to_date, py::object statistics, py::object scratch,
+                       int64_t n_instances, int width, int height, py::object settings, float ssim_weight,
+                       py::object progress, py::object progress_on_host) {
         const Reader read = reader_of(cuda);
         const Gaussians v = read.gaussians(values);
         if (v.n < 1) refuse("values", "at least one Gaussian", "none");
@@ -500,6 +500,7 @@ void bind_step(py::module_& m) {
         const StepSize size = {v.n, n_instances, width, height};
         StepBuffers buffers = {v,
                                {read.gaussians_like(first, v), read.gaussians_like(second, v)},
+                               read.array<int32_t>(numbers, "numbers", {v.n}).data,
                                read.array<float>(sums, "sums", {v.n, kSplatGradientStride}).data,
                                nullptr,
                                {read.field<float>(statistics, "gradient_sums", {v.n}).data,

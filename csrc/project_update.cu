@@ -49,20 +49,19 @@ __device__ void adam(float& value, float gradient, float& first, float& second, 
   adam(value, gradient, first, second, rate, r);
 }
 
-// A value with its moments. All of a thread's are read before any is written: the compiler would wait for each in turn,
-// because it cannot know that they lie apart.
+// A value with its moments. They are used once in a step: they need not stay in a cache.
 template <class T>
 struct Parameter {
   T value, first, second;
 
   __device__ static Parameter load(const float* values, const float* firsts, const float* seconds, int64_t at) {
-    return {reinterpret_cast<const T*>(values)[at], reinterpret_cast<const T*>(firsts)[at],
-            reinterpret_cast<const T*>(seconds)[at]};
+    return {__ldcs(reinterpret_cast<const T*>(values) + at), __ldcs(reinterpret_cast<const T*>(firsts) + at),
+            __ldcs(reinterpret_cast<const T*>(seconds) + at)};
   }
   __device__ void store(float* values, float* firsts, float* seconds, int64_t at) const {
-    reinterpret_cast<T*>(values)[at] = value;
-    reinterpret_cast<T*>(firsts)[at] = first;
-    reinterpret_cast<T*>(seconds)[at] = second;
+    __stcs(reinterpret_cast<T*>(values) + at, value);
+    __stcs(reinterpret_cast<T*>(firsts) + at, first);
+    __stcs(reinterpret_cast<T*>(seconds) + at, second);
   }
 };
 

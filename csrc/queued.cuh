@@ -65,10 +65,11 @@ void queue_project(cudaStream_t, const Gaussians&, const Late<View<float>>&, con
                    const Projected& out, ProjectedCounts* counts);
 
 // `projected.n` and `out.n_instances` are capacities: `counts` says how many splats have a depth, and touch how many
-// tiles. Instances that do not fit are left out. The LookBack is one of as many rows as there are splats, and zero.
+// tiles. Instances that do not fit are left out. The LookBack is one of as many rows as there are splats, and zero;
+// `numbers` are 0, 1, 2, ...
 size_t queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& size);
 void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& counts, const Camera& size,
-                const LookBack&, void* scratch, const Tiles& out);
+                const LookBack&, const int32_t* numbers, void* scratch, const Tiles& out);
 
 // The sums that give a splat's gradient, [M, 9], which must be zero at the start. `d_image.transmittance` may be null.
 void queue_blend_vjp(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,

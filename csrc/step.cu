@@ -87,7 +87,7 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
   const auto counts = Late<ProjectedCounts>::at(s.counts);
   check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
   queue_project(stream, buffers.values, view, camera, raster, s.projected, s.counts);
-  queue_tile(stream, s.projected, counts, camera, s.tile, s.tile_scratch, s.tiles);
+  queue_tile(stream, s.projected, counts, camera, s.tile, buffers.numbers, s.tile_scratch, s.tiles);
   blend(Cuda{stream}, s.projected, s.tiles, camera, raster, s.image);
   const LossImages images = {s.image.color, nullptr, camera.width, camera.height};
   queue_loss(stream, images, Late<const uint8_t*>::at(&s.inputs->photo), loss_settings, s.loss,

@@ -12,6 +12,7 @@ namespace spaceport {
 struct StepBuffers {
   Gaussians values;
   AdamMoments moments;
+  const int32_t* numbers;        // [N] 0, 1, 2, ...
   float* sums;                   // [N, 9], zero before the first step
   int32_t* up_to_date;           // [N] the step that each row has last made; null: every row makes every step
   DensityStatistics statistics;  // where a step adds what it saw, if it is told to

@@ -33,30 +33,30 @@ int bits_for(uint64_t largest) {
 // The number of a tile, or `n_tiles`: a place in the list that holds nothing.
 template <class Key>
 struct TileScratch {
-  uint32_t* sorted_keys;       // [M]
-  int32_t *splats, *by_depth;  // [M]
-  Key *tiles, *sorted_tiles;   // [I]
-  int32_t* listed;             // [I]
+  uint32_t* sorted_keys;      // [M]
+  int32_t* by_depth;          // [M]
+  Key *tiles, *sorted_tiles;  // [I]
+  int32_t* listed;            // [I]
   char* library;
   size_t n_library_bytes;
 
   static TileScratch of(Arena& arena, int64_t n_splats, int64_t n_instances, int n_tile_bits) {
     TileScratch s;
     s.sorted_keys = arena.take<uint32_t>(n_splats);
-    s.splats = arena.take<int32_t>(n_splats);
     s.by_depth = arena.take<int32_t>(n_splats);
     s.tiles = arena.take<Key>(n_instances);
     s.sorted_tiles = arena.take<Key>(n_instances);
     s.listed = arena.take<int32_t>(n_instances);
     size_t by_depth = 0, by_tile = 0;
-    s.sort_by_depth(nullptr, by_depth, nullptr, n_splats, nullptr);
+    s.sort_by_depth(nullptr, by_depth, nullptr, nullptr, n_splats, nullptr);
     s.sort_by_tile(nullptr, by_tile, nullptr, n_instances, n_tile_bits, nullptr);
     s.n_library_bytes = by_depth > by_tile ? by_depth : by_tile;
     s.library = arena.take<char>(int64_t(s.n_library_bytes));
     return s;
   }
-  void sort_by_depth(void* memory, size_t& n_bytes, const uint32_t* keys, int64_t n, cudaStream_t stream) const {
-    check(cub::DeviceRadixSort::SortPairs(memory, n_bytes, keys, sorted_keys, splats, by_depth, n, 0, kDepthKeyBits,
+  void sort_by_depth(void* memory, size_t& n_bytes, const uint32_t* keys, const int32_t* numbers, int64_t n,
+                     cudaStream_t stream) const {
+    check(cub::DeviceRadixSort::SortPairs(memory, n_bytes, keys, sorted_keys, numbers, by_depth, n, 0, kDepthKeyBits,
                                           stream),
           "tile");
   }
@@ -219,15 +219,15 @@ size_t queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& 
 }
 
 void queue_tile(cudaStream_t stream, const Projected& projected, const Late<ProjectedCounts>& counts,
-                const Camera& camera, const LookBack& look_back, void* memory, const Tiles& out) {
+                const Camera& camera, const LookBack& look_back, const int32_t* numbers, void* memory,
+                const Tiles& out) {
   with_narrowest_key(camera, [&](auto key, const Grid& grid, int n_bits) {
     using Key = decltype(key);
     const int64_t n = projected.n, n_instances = out.n_instances, n_tiles = grid.n_tiles();
     Arena arena(memory);
     const auto s = TileScratch<Key>::of(arena, n, n_instances, n_bits);
-    numbers_kernel<<<n_blocks_of(n, kThreads), kThreads, 0, stream>>>(s.splats, n);
     size_t n_bytes = s.n_library_bytes;
-    s.sort_by_depth(s.library, n_bytes, projected.depth_keys, n, stream);
+    s.sort_by_depth(s.library, n_bytes, projected.depth_keys, numbers, n, stream);
     list_kernel<Key><<<n_blocks_of(n, kListThreads), kListThreads, 0, stream>>>(
         projected, counts, s.by_depth, look_back, grid, List<Key>{s.tiles, s.listed, n_instances});
     s.sort_by_tile(s.library, n_bytes, out.splat_from_instance, n_instances, n_bits, stream);
@@ -239,24 +239,47 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
 
 }  // namespace cuda
 
+namespace cuda {
+namespace {
+
+struct VerbScratch {
+  LookBack look_back;
+  size_t n_zeros;
+  int32_t* numbers;  // [M]
+  void* rest;
+
+  static VerbScratch of(Arena& arena, int64_t n_splats, int64_t n_instances, const Camera& camera) {
+    VerbScratch s;
+    s.look_back = LookBack::of(arena, n_splats);
+    s.n_zeros = arena.used();
+    s.numbers = arena.take<int32_t>(n_splats);
+    s.rest = arena.take<char>(int64_t(queued_tile_scratch(n_splats, n_instances, camera)));
+    return s;
+  }
+};
+
+}  // namespace
+}  // namespace cuda
+
 size_t tile_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, const Camera& camera) {
-  return cuda::LookBack::n_bytes(n_splats) + cuda::queued_tile_scratch(n_splats, n_instances, camera);
+  Arena arena(nullptr);
+  cuda::VerbScratch::of(arena, n_splats, n_instances, camera);
+  return arena.used();
 }
 
 void tile(const Cuda& backend, const Projected& projected, const Camera& camera, void* memory, const Tiles& out) {
   const cudaStream_t stream = stream_of(backend);
-  const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
+  const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y(), n = projected.n;
   if (out.n_instances == 0) {
     check(cudaMemsetAsync(out.offsets, 0, size_t(n_tiles + 1) * sizeof(int64_t), stream), "tile");
     return;
   }
   Arena arena(memory);
-  const cuda::LookBack look_back = cuda::LookBack::of(arena, projected.n);
-  const size_t n_zeros = arena.used();
-  check(cudaMemsetAsync(memory, 0, n_zeros, stream), "tile");
-  const ProjectedCounts counts = {projected.n, out.n_instances};
-  cuda::queue_tile(stream, projected, cuda::Late<ProjectedCounts>(counts), camera, look_back,
-                   static_cast<char*>(memory) + n_zeros, out);
+  const cuda::VerbScratch s = cuda::VerbScratch::of(arena, n, out.n_instances, camera);
+  check(cudaMemsetAsync(memory, 0, s.n_zeros, stream), "tile");
+  cuda::numbers_kernel<<<n_blocks_of(n, cuda::kThreads), cuda::kThreads, 0, stream>>>(s.numbers, n);
+  const ProjectedCounts counts = {n, out.n_instances};
+  cuda::queue_tile(stream, projected, cuda::Late<ProjectedCounts>(counts), camera, s.look_back, s.numbers, s.rest, out);
 }
 
 }  // namespace spaceport

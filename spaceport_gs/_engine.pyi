@@ -45,6 +45,7 @@ class StepGraph:
         values: Gaussians,
         first: Gaussians,
         second: Gaussians,
+        numbers: Array,
         sums: Array,
         up_to_date: Array | None,
         statistics: Statistics,

@@ -69,10 +69,11 @@ class TrainingStep:
         if not values.means.is_cuda or not hasattr(_engine, "StepGraph"):
             raise BackendError("recorded steps need a GPU, and a build with SPACEPORT_CUDA=ON")
         device, n = values.means.device, len(values)
-        self.n_instances = n_instances if n_instances > 0 else max(4 * n, 1 << 16)
+        self.n_instances = n_instances if n_instances > 0 else max(2 * n, 1 << 16)
         self._values, self._moments, self._statistics, self._rule = values, moments, statistics, rule
         self._up_to_date: torch.Tensor | None = None
         self._last: ops.AdamSettings | None = None
+        self._numbers = torch.arange(n, dtype=torch.int32, device=device)
         self._sums = torch.zeros(n, _engine.SPLAT_GRADIENT_STRIDE, device=device)
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._progress = torch.zeros(_engine.STEP_PROGRESS_SIZE, dtype=torch.uint8, device=device)
@@ -158,6 +159,7 @@ class TrainingStep:
             values,
             moments.first,
             moments.second,
+            self._numbers,
             self._sums,
             self._up_to_date,
             self._statistics,

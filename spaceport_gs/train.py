@@ -210,13 +210,15 @@ class _Plan:
 class _Recorded:
     """The recorded step of a GPU on certain rows, with what it keeps of each view."""
 
-    def __init__(self, rows: Rows, statistics: Statistics, d_ssim_weight: float) -> None:
+    def __init__(self, rows: Rows, statistics: Statistics, d_ssim_weight: float, before: _Recorded | None) -> None:
         from spaceport_gs import ops
         from spaceport_gs.step import TrainingStep
 
         self.rows, self.statistics = rows, statistics
         self._loss = ops.LossSettings(d_ssim_weight)
-        self._step = TrainingStep(rows.values, ops.AdamMoments(*rows.companions), statistics)
+        share = len(rows.values) / len(before.rows.values) if before else 0.0
+        n_instances = round(share * before._step.n_instances) if before else 0
+        self._step = TrainingStep(rows.values, ops.AdamMoments(*rows.companions), statistics, n_instances=n_instances)
         self._views: dict[tuple[str, int, RasterSettings], StepView] = {}
         self._booked = 0.0
 
@@ -259,7 +261,6 @@ class _Stepper:
             self._record(state).run(view, self._photo(view), settings, plan)
         else:
             self.settle(state)
-            self._recorded = None
             self._step_by_verbs(state, view, settings, plan)
 
     def _step_by_verbs(self, state: State, view: View, settings: RasterSettings, plan: _Plan) -> None:
@@ -288,7 +289,8 @@ class _Stepper:
         """The recorded step on these rows; another where they were replaced."""
         recorded = self._recorded
         if recorded is None or recorded.rows is not state.rows or recorded.statistics is not state.statistics:
-            recorded = self._recorded = _Recorded(state.rows, state.statistics, self._run.recipe.d_ssim_weight)
+            weight = self._run.recipe.d_ssim_weight
+            recorded = self._recorded = _Recorded(state.rows, state.statistics, weight, recorded)
         return recorded
 
     def wait(self, state: State) -> None:
