@@ -99,7 +99,7 @@ __device__ void color(const Gaussians& g, int64_t first_row, Candidate& c, float
   if (StagedRows<kColumns>::fit(stride)) {
     staged.get(lane, sh);
   } else {
-    load_row<kColumns>(g.sh + (first_row + lane) * stride, sh);
+    load_row<kColumns>(g.sh + (first_row + lane) * stride, stride, sh);
   }
   const Vec3<float> color = color_of(kDegree, basis, sh);
   if (!(poison(color.x) + poison(color.y) + poison(color.z) == 0.0f)) c.touched = {};
@@ -221,14 +221,12 @@ __global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View
   const Vec3<float> offset = raw.mean - view.center;
   const Vec3<float> to_gaussian = direction(offset);
   sh_basis(kDegree, to_gaussian, basis);
-  load_row<kColumns>(g.sh + row * 3 * g.n_coefficients, sh);
+  load_row<kColumns>(g.sh + row * 3 * g.n_coefficients, 3 * g.n_coefficients, sh);
   const Vec3<float> color = color_of(kDegree, basis, sh);
   const Vec3<float> d_color = {color.x > 0.0f ? d[6] : 0.0f, color.y > 0.0f ? d[7] : 0.0f,
                                color.z > 0.0f ? d[8] : 0.0f};
   color_of_vjp(kDegree, basis, d_color, sh, d_basis);
-  float* d_sh = d_g.sh + row * 3 * g.n_coefficients;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) d_sh[i] = sh[i];
+  store_row<kColumns>(d_g.sh + row * 3 * g.n_coefficients, 3 * g.n_coefficients, sh);
 
   store3(d_g.means, row, d_raw.mean + direction_vjp(offset, sh_basis_vjp(kDegree, to_gaussian, d_basis)));
   store3(d_g.log_scales, row, d_raw.log_scale);

@@ -49,19 +49,18 @@ __device__ void adam(float& value, float gradient, float& first, float& second, 
   adam(value, gradient, first, second, rate, r);
 }
 
-// A value with its moments. They are used once in a step: they need not stay in a cache.
 template <class T>
 struct Parameter {
   T value, first, second;
 
   __device__ static Parameter load(const float* values, const float* firsts, const float* seconds, int64_t at) {
-    return {__ldcs(reinterpret_cast<const T*>(values) + at), __ldcs(reinterpret_cast<const T*>(firsts) + at),
-            __ldcs(reinterpret_cast<const T*>(seconds) + at)};
+    return {reinterpret_cast<const T*>(values)[at], reinterpret_cast<const T*>(firsts)[at],
+            reinterpret_cast<const T*>(seconds)[at]};
   }
   __device__ void store(float* values, float* firsts, float* seconds, int64_t at) const {
-    __stcs(reinterpret_cast<T*>(values) + at, value);
-    __stcs(reinterpret_cast<T*>(firsts) + at, first);
-    __stcs(reinterpret_cast<T*>(seconds) + at, second);
+    reinterpret_cast<T*>(values)[at] = value;
+    reinterpret_cast<T*>(firsts)[at] = first;
+    reinterpret_cast<T*>(seconds)[at] = second;
   }
 };
 
@@ -186,13 +185,11 @@ struct UpdateJob {
 };
 
 // What the update of a row's SH coefficients needs: their gradient is the product of a basis value and of a colour's.
-struct ShRecord {
+struct alignas(16) ShRecord {
   Vec3<float> direction, color;
   Lag lag;
   int32_t row;
-  float unused[2];
 };
-static_assert(sizeof(ShRecord) % sizeof(float4) == 0, "read by sixteen bytes");
 
 // A row that a thread updates, and where its splat's gradient or sums are; -1 for none.
 struct Item {
@@ -244,8 +241,7 @@ struct ListedRows {
   }
 };
 
-constexpr int kRows = 128;              // of a block
-constexpr unsigned kMostBlocks = 2640;  // several times what a large GPU holds
+constexpr int kRows = 128;  // of a block
 
 // The gradients of rows, and Adam on all but their SH coefficients: one thread a row.
 template <int kDegree, class Rows>
@@ -253,7 +249,7 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
                                                                 Late<UpdateInputs> late_inputs, ShRecord* records) {
   constexpr int kColumns = 3 * n_coefficients_of(kDegree);
   __shared__ float4 staged_fours[kRows * StagedRows<kColumns>::kStride];
-  __shared__ float exchange[kRows / 32][96];
+  __shared__ float exchange[kRows / 32][WarpRows::kFloats];
   __shared__ int64_t splat_rows[kRows];
   __shared__ UpdateInputs u;
   const int64_t i = int64_t(blockIdx.x) * kRows + threadIdx.x, n = rows.n(job);
@@ -287,7 +283,7 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
           if (StagedRows<kColumns>::fit(stride)) {
             staged.get(int(threadIdx.x % 32), sh);
           } else {
-            load_row<kColumns>(job.values.sh + item.row * stride, sh);
+            load_row<kColumns>(job.values.sh + item.row * stride, stride, sh);
           }
         });
     if (u.statistics.gradient_sums != nullptr && !changes_nothing) {
@@ -298,7 +294,7 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
   if (changes_nothing) return;
   const Lag lag = item.row >= 0 ? rows.lag(item, u) : Lag::none();
   update_shapes(job.values, job.moments, warp_rows, int32_t(item.row), value, gradient, u, lag);
-  if (item.row >= 0) records[i] = {gradient.direction, gradient.color, lag, int32_t(item.row), {}};
+  if (item.row >= 0) records[i] = {gradient.direction, gradient.color, lag, int32_t(item.row)};
 }
 
 constexpr int kShRows = 64, kShThreads = 256;  // of a block

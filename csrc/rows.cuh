@@ -69,18 +69,42 @@ struct StagedRows {
   }
 };
 
-// The first `kColumns` floats of a row, by one thread.
+// The first `kColumns` floats of a row of `stride`, by one thread; four at a time where all rows begin at such a place.
 template <int kColumns>
-__device__ void load_row(const float* row, float* columns) {
+__device__ void load_row(const float* row, int stride, float* columns) {
+  if (kColumns % 4 == 0 && stride % 4 == 0) {
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) columns[i] = row[i];
+    for (int i = 0; i < kColumns / 4; ++i) {
+      const float4 four = reinterpret_cast<const float4*>(row)[i];
+      columns[4 * i] = four.x;
+      columns[4 * i + 1] = four.y;
+      columns[4 * i + 2] = four.z;
+      columns[4 * i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) columns[i] = row[i];
+  }
+}
+template <int kColumns>
+__device__ void store_row(float* row, int stride, const float* columns) {
+  if (kColumns % 4 == 0 && stride % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kColumns / 4; ++i) {
+      reinterpret_cast<float4*>(row)[i] =
+          make_float4(columns[4 * i], columns[4 * i + 1], columns[4 * i + 2], columns[4 * i + 3]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) row[i] = columns[i];
+  }
 }
 
 // The rows that the lanes of a warp have, of tables with three floats a row. Lanes read and write neighbouring floats,
 // not each its own row in three goes, and exchange them in shared memory. All lanes take part; a row may be -1: none.
 class WarpRows {
  public:
-  // `exchange` holds 96 floats of the warp's own.
+  static constexpr int kFloats = 3 * 32;  // of `exchange`, which is the warp's own
   __device__ WarpRows(int32_t row, float* exchange) : exchange_(exchange) {
 #pragma unroll
     for (int k = 0; k < 3; ++k) {

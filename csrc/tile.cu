@@ -237,9 +237,6 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
   });
 }
 
-}  // namespace cuda
-
-namespace cuda {
 namespace {
 
 struct VerbScratch {

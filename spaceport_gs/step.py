@@ -24,7 +24,7 @@ _PROGRESS = np.dtype(
         ("unused", np.uint32),
     ]
 )
-HEADROOM = 1.1
+HEADROOM = 1.05
 """Memory for this many times the instances that a step needed."""
 MOST_INSTANCES = 2**31 - 1
 
@@ -90,10 +90,10 @@ class TrainingStep:
         if self._last is None and self._rule is UpdateRule.CONTRIBUTING:
             n = len(self._values)
             self._up_to_date = torch.full((n,), adam.step - 1, dtype=torch.int32, device=self._sums.device)
-        self._last = adam
         self._confirm()
-        self._unconfirmed.append((view, adam, gathers_statistics))
         self._launch(view, adam, gathers_statistics)
+        self._unconfirmed.append((view, adam, gathers_statistics))
+        self._last = adam
 
     def wait(self) -> tuple[float, float]:
         """Waits until every step is done. Returns the sum of all losses so far, and the last."""
@@ -127,20 +127,23 @@ class TrainingStep:
                 )
             self.n_instances = min(int(HEADROOM * needed) + 1, MOST_INSTANCES)
             self._forget()
+            for view, *_ in self._unconfirmed:  # where there is no memory for it, the next call tries again
+                self._prepare(view)
             self._is_halted[0] = 0
             self._progress.copy_(self._progress_on_host)
             for step in self._unconfirmed:
                 self._launch(*step)
 
     def _launch(self, view: StepView, adam: ops.AdamSettings, gathers_statistics: bool) -> None:
-        backend = ops.backend_of(self._sums)
-        prepared = self._prepared.get(view)
-        if prepared is None:
-            key = (view.camera.width, view.camera.height, view.raster, view.loss)
-            graph = self._graphs.get(key) or self._record(*key)
-            prepared = graph, _engine.StepView(backend, view.camera, view.photo)
-            self._graphs[key], self._prepared[view] = graph, prepared
-        prepared[0].launch(backend, prepared[1], adam, gathers_statistics)
+        graph, prepared = self._prepared.get(view) or self._prepare(view)
+        graph.launch(ops.backend_of(self._sums), prepared, adam, gathers_statistics)
+
+    def _prepare(self, view: StepView) -> tuple[_engine.StepGraph, _engine.StepView]:
+        key = (view.camera.width, view.camera.height, view.raster, view.loss)
+        graph = self._graphs.get(key) or self._record(*key)
+        prepared = graph, _engine.StepView(ops.backend_of(self._sums), view.camera, view.photo)
+        self._graphs[key], self._prepared[view] = graph, prepared
+        return prepared
 
     def _forget(self) -> None:
         self._graphs.clear()
@@ -152,7 +155,7 @@ class TrainingStep:
         if len(self._scratch) < n_bytes:
             torch.cuda.current_stream().synchronize()  # recorded steps that still run have their buffers in it
             self._forget()
-            del self._scratch  # before there is another
+            self._scratch = self._scratch[:0].clone()  # before there is another
             self._scratch = torch.empty(n_bytes, dtype=torch.uint8, device=self._sums.device)
         return _engine.StepGraph(
             backend,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from spaceport_gs.ops import AdamSettings
-    from spaceport_gs.step import StepView
+    from spaceport_gs.step import StepView, TrainingStep
 
 STAGE = "train"
 TELL_EVERY = 25  # steps
@@ -216,9 +216,11 @@ class _Recorded:
 
         self.rows, self.statistics = rows, statistics
         self._loss = ops.LossSettings(d_ssim_weight)
-        share = len(rows.values) / len(before.rows.values) if before else 0.0
-        n_instances = round(share * before._step.n_instances) if before else 0
-        self._step = TrainingStep(rows.values, ops.AdamMoments(*rows.companions), statistics, n_instances=n_instances)
+        n_instances = 0
+        if before is not None:  # as many tiles a row as before
+            n_instances = round(before._step.n_instances * len(rows.values) / len(before.rows.values))
+        moments = ops.AdamMoments(*rows.companions)
+        self._step: TrainingStep = TrainingStep(rows.values, moments, statistics, n_instances=n_instances)
         self._views: dict[tuple[str, int, RasterSettings], StepView] = {}
         self._booked = 0.0
 

@@ -152,8 +152,27 @@ def test_rows_that_miss_steps_make_up_for_them() -> None:
         lazy = recorded_steps(gaussians, views, photo, UpdateRule.CONTRIBUTING)[0]
         for start, a, b in zip(*(g.arrays() for g in (gaussians, dense, lazy)), strict=True):
             moved, apart = float((a - start).abs().mean()), float((a - b).abs().mean())
-            print(moved, apart)
             assert apart < share * moved
+
+
+def test_steps_without_memory_for_them_are_made_once_there_is() -> None:
+    gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(3)
+    photo = photo_for(views[0]).cuda()
+    values = gaussians.map(lambda a: a.clone())
+    moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
+    statistics = Statistics.empty(len(values), "cuda")
+    step = TrainingStep(values, moments, statistics)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            step.run(StepView(views[0], photo, SETTINGS, ops.LossSettings()), rates(1), gathers_statistics=True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for i, view in enumerate(views):
+        step.run(StepView(view, photo, SETTINGS, ops.LossSettings()), rates(i + 1), gathers_statistics=True)
+    step.settle()
+    assert_same_steps((values, statistics), steps_by_verbs(gaussians, views, photo))
 
 
 def test_recorded_steps_of_views_of_several_sizes() -> None:
