@@ -129,6 +129,7 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
   for (int64_t i = counts.n_instances + int64_t(block) * kListThreads + threadIdx.x; i < list.n;
        i += int64_t(gridDim.x) * kListThreads) {
     list.tiles[i] = Key(grid.n_tiles());
+    list.splats[i] = 0;  // the sort carries it along
   }
   if (int64_t(block) * kListThreads >= counts.n_splats) return;
   const int64_t i = int64_t(block) * kListThreads + threadIdx.x;
