@@ -1,7 +1,7 @@
 // project: raw parameters to splats on the image plane, one thread a Gaussian.
 //
-// Visible ones are written in the order of their rows, in one pass over them. Compiled without fused multiply-adds, as
-// tile.cu is: both find the tiles of a splat, and must agree.
+// The verb writes the visible ones one behind the other, in one pass over the rows; in a recorded step each stays at
+// its row. Compiled without fused multiply-adds, as tile.cu is: both find the tiles of a splat, and must agree.
 #define SPACEPORT_ISA cuda
 
 #include "look_back.cuh"
@@ -26,12 +26,10 @@ struct Grid {
   }
 };
 
-constexpr int kBoxSide = 8;  // tiles of a TileSet
-
 __device__ TileSet tiles_of(const Splat& splat, const Grid& grid) {
   const TileRows tiles(splat, grid.tiles_x, grid.tiles_y);
   const TileSpan box = tile_span(splat.x - splat.extent_x, splat.x + splat.extent_x, grid.tiles_x);
-  const bool is_in_box = box.end - box.begin <= kBoxSide && tiles.rows.end - tiles.rows.begin <= kBoxSide;
+  const bool is_in_box = box.end - box.begin <= kTileBoxSide && tiles.rows.end - tiles.rows.begin <= kTileBoxSide;
   TileSet set = {uint16_t(box.begin), uint16_t(tiles.rows.begin), 0, 0};
   for (int row = tiles.rows.begin; row < tiles.rows.end; ++row) {
     const TileSpan columns = tiles.columns(row);
@@ -39,7 +37,7 @@ __device__ TileSet tiles_of(const Splat& splat, const Grid& grid) {
     const unsigned n = unsigned(columns.end - columns.begin);
     set.n += n;
     if (is_in_box) {
-      const int first = (row - tiles.rows.begin) * kBoxSide + columns.begin - box.begin;
+      const int first = (row - tiles.rows.begin) * kTileBoxSide + columns.begin - box.begin;
       set.bits |= ((uint64_t(1) << n) - 1) << first;
     }
   }

@@ -32,7 +32,7 @@ struct StagedRows {
 
   // Whether rows of `stride` floats can be read so.
   __device__ static bool fit(int stride) { return stride % 4 == 0; }
-  // Called by all of `n_threads` threads; row_of(slot) is negative where nothing is wanted.
+  // Called by `kGroup` threads for `kSlots` rows; row_of(slot) is negative where nothing is wanted.
   template <int kSlots, int kGroup, class RowOf>
   __device__ void load(const float* table, int stride, int thread, RowOf&& row_of) const {
     constexpr int kRounds = kSlots * kFours / kGroup;

@@ -2,6 +2,8 @@
 
 #define SPACEPORT_ISA cuda
 
+#include <algorithm>
+
 #include "queued.cuh"
 
 namespace spaceport {
@@ -41,13 +43,12 @@ struct StepScratch {
   size_t n_zeros;
   LookBack tile;
   int* n_contributing;
-  void *tile_scratch, *update_scratch;
+  void* work;  // what tile, loss and update each use for themselves, one after the other
   DeviceInputs* inputs;
   Projected projected;
   ProjectedCounts* counts;
   Tiles tiles;
   Image image, d_image;
-  void* loss;
   double* means;
 
   static StepScratch of(Arena& arena, const StepSize& size, const Camera& camera) {
@@ -60,15 +61,15 @@ struct StepScratch {
     s.n_contributing = arena.take<int>(1);
     s.counts = arena.take<ProjectedCounts>(1);
     s.n_zeros = arena.used();
-    s.tile_scratch = arena.take<char>(int64_t(queued_tile_scratch(n, size.n_instances, camera)));
-    s.update_scratch = arena.take<char>(int64_t(queued_update_scratch(n)));
+    s.work =
+        arena.take<char>(int64_t(std::max({queued_tile_scratch(n, size.n_instances, camera), queued_update_scratch(n),
+                                           loss_scratch(any, size.width, size.height)})));
     s.inputs = arena.take<DeviceInputs>(1);
     s.projected = {arena.take<Splat>(n), nullptr, nullptr, n, arena.take<TileSet>(n), arena.take<uint32_t>(n)};
     s.tiles = {arena.take<int64_t>(n_tiles + 1), arena.take<int32_t>(size.n_instances), nullptr, size.n_instances};
     s.image = {arena.take<float>(3 * n_pixels), arena.take<float>(n_pixels),
                arena.take<int32_t>(hits_size(any, size.n_instances, camera))};
     s.d_image = {arena.take<float>(3 * n_pixels), nullptr, nullptr};
-    s.loss = arena.take<char>(int64_t(loss_scratch(any, size.width, size.height)));
     s.means = arena.take<double>(2);
     return s;
   }
@@ -87,16 +88,16 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
   const auto counts = Late<ProjectedCounts>::at(s.counts);
   check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
   queue_project(stream, buffers.values, view, camera, raster, s.projected, s.counts);
-  queue_tile(stream, s.projected, counts, camera, s.tile, buffers.numbers, s.tile_scratch, s.tiles);
+  queue_tile(stream, s.projected, counts, camera, s.tile, buffers.numbers, s.work, s.tiles);
   blend(Cuda{stream}, s.projected, s.tiles, camera, raster, s.image);
   const LossImages images = {s.image.color, nullptr, camera.width, camera.height};
-  queue_loss(stream, images, Late<const uint8_t*>::at(&s.inputs->photo), loss_settings, s.loss,
+  queue_loss(stream, images, Late<const uint8_t*>::at(&s.inputs->photo), loss_settings, s.work,
              {s.means, s.d_image.color});
   book_kernel<<<1, 1, 0, stream>>>(s.means, s.counts, s.tiles.n_instances, double(loss_settings.ssim_weight), book);
   queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, buffers.sums);
   queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
                            s.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
-                           {&book.device->is_halted, buffers.up_to_date, s.n_contributing}, s.update_scratch);
+                           {&book.device->is_halted, buffers.up_to_date, s.n_contributing}, s.work);
   check_launch("step");
 }
 

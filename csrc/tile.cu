@@ -156,7 +156,7 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
     unsigned at = sums.before.instances;
     for (uint64_t left_over = touched.bits; left_over != 0 && at < end; left_over &= left_over - 1, ++at) {
       const int bit = __ffsll(int64_t(left_over)) - 1;
-      const int row = touched.row + bit / 8, column = touched.column + bit % 8;
+      const int row = touched.row + bit / kTileBoxSide, column = touched.column + bit % kTileBoxSide;
       put(at, row < grid.tiles_y && column < grid.tiles_x ? row * grid.tiles_x + column : int(grid.n_tiles()));
     }
   }

@@ -58,6 +58,7 @@ struct Splat {
 };
 static_assert(sizeof(Splat) == kSplatStride * sizeof(float));
 
+constexpr int kTileBoxSide = 8;
 // The tiles that a splat touches. Those of a box of 8x8 tiles are bits, row by row; a splat that reaches further has
 // none set, and is asked again.
 struct TileSet {

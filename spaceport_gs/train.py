@@ -212,7 +212,7 @@ class _Recorded:
 
     def __init__(self, rows: Rows, statistics: Statistics, d_ssim_weight: float, before: _Recorded | None) -> None:
         from spaceport_gs import ops
-        from spaceport_gs.step import TrainingStep
+        from spaceport_gs.step import TrainingStep, UpdateRule
 
         self.rows, self.statistics = rows, statistics
         self._loss = ops.LossSettings(d_ssim_weight)
@@ -220,7 +220,7 @@ class _Recorded:
         if before is not None:  # as many tiles a row as before
             n_instances = round(before._step.n_instances * len(rows.values) / len(before.rows.values))
         moments = ops.AdamMoments(*rows.companions)
-        self._step: TrainingStep = TrainingStep(rows.values, moments, statistics, n_instances=n_instances)
+        self._step: TrainingStep = TrainingStep(rows.values, moments, statistics, UpdateRule.ALL, n_instances)
         self._views: dict[tuple[str, int, RasterSettings], StepView] = {}
         self._booked = 0.0
 
