@@ -1,6 +1,6 @@
 // project' and Adam in one: a gradient never goes through memory. Two ways to the same end: every row at every step, or
 // only the rows that contributed to the image. What the others miss, decay of their moments and the way that their
-// values drift on meanwhile, is made up for when they contribute again: both are geometric series.
+// values drift on meanwhile, is made up for when they contribute again, for all steps missed at once.
 #define SPACEPORT_ISA cuda
 
 #include <algorithm>

@@ -113,13 +113,14 @@ class TrainingStep:
 
     def _confirm(self) -> None:
         """Forgets the steps that are done, and begins again with more memory where one did not fit."""
-        if self._is_halted[0]:
+        is_halted = bool(self._is_halted[0])  # asked once: only what is read behind the wait belongs to it
+        if is_halted:
             torch.cuda.current_stream().synchronize()
         n_done = int(self._n_done[0])
         while self._n_confirmed < n_done:
             self._unconfirmed.popleft()
             self._n_confirmed += 1
-        if self._is_halted[0]:
+        if is_halted:
             needed = int(self._seen["n_instances"][0])
             if needed > MOST_INSTANCES:
                 raise MemoryError(

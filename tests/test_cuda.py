@@ -14,20 +14,29 @@ from spaceport_gs import ops
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.pipeline.doctor import cuda_missing
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
-from spaceport_gs.types import Camera, Image, RasterSettings, Statistics
+from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Statistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_missing()), reason=cuda_missing())]
 
 
-def step(gaussians: Gaussians, view: Camera, photo: torch.Tensor) -> tuple[Image, ops.Loss, Gaussians]:
-    settings = RasterSettings(background=(0.3, 0.2, 0.1))
-    projected = ops.project(gaussians, view, settings)
+SETTINGS = RasterSettings(background=(0.3, 0.2, 0.1))
+
+
+def to_splats(
+    gaussians: Gaussians, view: Camera, photo: torch.Tensor
+) -> tuple[Projected, Image, ops.Loss, torch.Tensor]:
+    """A view forward, and back to the splats: the last is their gradient."""
+    projected = ops.project(gaussians, view, SETTINGS)
     tiles = ops.tile(projected, view)
-    image = ops.blend(projected, tiles, view, settings)
+    image = ops.blend(projected, tiles, view, SETTINGS)
     loss = ops.loss(image.color, photo, ops.LossSettings())
     d_image = Image(loss.d_color, torch.zeros_like(image.transmittance))
-    d_splats = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
-    return image, loss, ops.project_vjp(gaussians, view, settings, projected, d_splats)
+    return projected, image, loss, ops.blend_vjp(projected, tiles, view, SETTINGS, image, d_image)
+
+
+def step(gaussians: Gaussians, view: Camera, photo: torch.Tensor) -> tuple[Image, ops.Loss, Gaussians]:
+    projected, image, loss, d_splats = to_splats(gaussians, view, photo)
+    return image, loss, ops.project_vjp(gaussians, view, SETTINGS, projected, d_splats)
 
 
 def photo_for(view: Camera, seed: int = 0) -> torch.Tensor:
@@ -72,20 +81,12 @@ def test_projection_is_stable_and_repeats() -> None:
         assert torch.equal(ops.tile(again, view).splat_from_instance, tiles.splat_from_instance)
 
 
-SETTINGS = RasterSettings(background=(0.3, 0.2, 0.1))
-
-
 def steps_by_verbs(gaussians: Gaussians, views: list[Camera], photo: torch.Tensor) -> tuple[Gaussians, Statistics]:
     values = gaussians.map(lambda a: a.clone())
     moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
     statistics = Statistics.empty(len(values), "cuda")
     for i, view in enumerate(views):
-        projected = ops.project(values, view, SETTINGS)
-        tiles = ops.tile(projected, view)
-        image = ops.blend(projected, tiles, view, SETTINGS)
-        loss = ops.loss(image.color, photo, ops.LossSettings())
-        d_image = Image(loss.d_color, torch.zeros_like(image.transmittance))
-        d_splats = ops.blend_vjp(projected, tiles, view, SETTINGS, image, d_image)
+        projected, _, _, d_splats = to_splats(values, view, photo)
         ops.density(projected, d_splats, view, statistics)
         ops.project_vjp_update(values, view, SETTINGS, projected, d_splats, moments, rates(i + 1))
     return values, statistics
