@@ -162,7 +162,7 @@ def test_steps_without_memory_for_them_are_made_once_there_is() -> None:
     values = gaussians.map(lambda a: a.clone())
     moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
     statistics = Statistics.empty(len(values), "cuda")
-    step = TrainingStep(values, moments, statistics)
+    step = TrainingStep(values, moments, statistics, n_instances=1 << 28)  # more than what torch keeps free could hold
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)
     try:
