@@ -195,6 +195,7 @@ void bind_verbs(py::module_& m) {
 #ifdef SPACEPORT_BUILD_CUDA
 void bind_step(py::module_& m) {
   m.attr("STEP_PROGRESS_SIZE") = sizeof(StepProgress);
+  m.attr("MOST_INSTANCES") = kMostInstances;
   m.def(
       "step_scratch",
       [](const Cuda& cuda, int64_t n, int64_t n_instances, int width, int height) {
@@ -215,25 +216,27 @@ void bind_step(py::module_& m) {
       },
       "Makes up for the steps that rows have missed, up to and with adam.step.");
   py::class_<StepView>(m, "StepView", "A camera and its photo, read once.")
-      .def(py::init([](const Cuda& cuda, py::object camera, py::object photo) {
+      .def(py::init([](const Cuda& cuda, py::object camera, py::object photo, py::object depth_limits) {
+        const Reader read = reader_of(cuda);
         const Camera c = camera_of(camera);
-        return StepView{c, reader_of(cuda).array<uint8_t>(photo, "photo", {c.height, c.width, 3}).data};
+        const int64_t n_tiles = int64_t(c.tiles_x()) * c.tiles_y();
+        return StepView{c, read.array<uint8_t>(photo, "photo", {c.height, c.width, 3}).data,
+                        reinterpret_cast<uint32_t*>(read.array<int32_t>(depth_limits, "depth_limits", {n_tiles}).data)};
       }));
   py::class_<StepGraph>(m, "StepGraph", "A training step for images of one size, recorded.")
-      .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object numbers,
-                       py::object sums, py::object up_to_date, py::object statistics, py::object scratch,
-                       int64_t n_instances, int width, int height, py::object settings, float ssim_weight,
-                       py::object progress, py::object progress_on_host) {
+      .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object sums,
+                       py::object up_to_date, py::object statistics, py::object scratch, int64_t n_instances, int width,
+                       int height, py::object settings, float ssim_weight, py::object progress,
+                       py::object progress_on_host) {
         const Reader read = reader_of(cuda);
         const Gaussians v = read.gaussians(values);
         if (v.n < 1) refuse("values", "at least one Gaussian", "none");
         if (width < 1 || height < 1) refuse("width, height", "a positive size", shape_text({width, height}));
-        if (n_instances < 1 || n_instances > INT32_MAX)
-          refuse("n_instances", "1 to 2^31 - 1", std::to_string(n_instances));
+        if (n_instances < 1 || n_instances > kMostInstances)
+          refuse("n_instances", "1 to " + std::to_string(kMostInstances), std::to_string(n_instances));
         const StepSize size = {v.n, n_instances, width, height};
         StepBuffers buffers = {v,
                                {read.gaussians_like(first, v), read.gaussians_like(second, v)},
-                               read.array<int32_t>(numbers, "numbers", {v.n}).data,
                                read.array<float>(sums, "sums", {v.n, kSplatGradientStride}).data,
                                nullptr,
                                {read.field<float>(statistics, "gradient_sums", {v.n}).data,

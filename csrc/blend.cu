@@ -7,7 +7,6 @@
 // colour less the prefix up to it, without a division to recover T.
 #define SPACEPORT_ISA cuda
 
-#include "look_back.cuh"
 #include "queued.cuh"
 
 namespace spaceport {
@@ -45,11 +44,12 @@ struct StagedSplat {
 struct SplatRows {
   float4 rows[3];
 
-  __device__ void set(const StagedSplat& s) {
+  __device__ void set(const StagedSplat& s, float depth = 0.0f) {
     rows[0] = make_float4(s.x, s.y, s.a, s.b);
     rows[1] = make_float4(s.c, s.log2_opacity, s.red, s.green);
-    rows[2] = make_float4(s.blue, __uint_as_float(s.sums), 0.0f, 0.0f);
+    rows[2] = make_float4(s.blue, __uint_as_float(s.sums), depth, 0.0f);
   }
+  __device__ float depth() const { return rows[2].z; }
   __device__ StagedSplat get() const {
     const float4 a = rows[0], b = rows[1], c = rows[2];
     return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, __float_as_uint(c.y)};
@@ -190,10 +190,22 @@ struct Grid {
 constexpr int kForwardThreads = 32 * kQuarters;
 constexpr int kGroups = kForwardThreads / 32;  // of splats that are staged at once
 
+// The limit of a tile for its next visit. A little behind the last splat that anybody looked at: until then everything
+// moves.
+__device__ void set_limit(const DepthLimits& depth_limits, int64_t tile, bool is_opaque, float last_depth, float near) {
+  constexpr uint32_t kMargin = 1u << (kDepthKeyBits - 4 - 4);  // a sixteenth of an octave, of sixteen
+  uint32_t* limits = depth_limits.limits.get();
+  if (limits == nullptr) return;
+  if (!is_opaque && limits[tile] != kNoLimit) *depth_limits.is_undone = 1;
+  limits[tile] = is_opaque ? depth_key(last_depth, near) + kMargin : kNoLimit;
+}
+
 __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* splats, Tiles tiles, Grid grid,
-                                                                RasterSettings settings, Image out) {
+                                                                RasterSettings settings, DepthLimits depth_limits,
+                                                                Image out) {
   __shared__ SplatRows staged[kForwardThreads];
   __shared__ unsigned reached[kGroups][kQuarters];  // which splats of a group can reach a quarter
+  __shared__ int n_groups_of[kQuarters];
   const int lane = int(threadIdx.x % 32), quarter = int(threadIdx.x / 32);
   const int64_t tile = blockIdx.x;
   const int left = int(tile % grid.tiles_x) * kTileSize, top = int(tile / grid.tiles_x) * kTileSize;
@@ -213,7 +225,7 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
       const int32_t number = tiles.splat_from_instance[batch + threadIdx.x];
       const Splat splat = load_splat(splats + number);
       const StagedSplat seen = StagedSplat::of(splat, number);
-      staged[threadIdx.x].set(seen);
+      staged[threadIdx.x].set(seen, splat.depth);
       reaches = quarters_reached(splat, seen.log2_opacity, float(left), float(top));
     }
 #pragma unroll
@@ -244,7 +256,17 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
       ++n_groups;
     }
   }
-  if (out.hits != nullptr && lane == 0) hits.n_groups[quarter] = n_groups;
+  if (lane == 0) {
+    if (out.hits != nullptr) hits.n_groups[quarter] = n_groups;
+    n_groups_of[quarter] = n_groups;
+  }
+  const bool is_opaque = __syncthreads_or(pixels.goes_on()) == 0;
+  if (threadIdx.x == 0) {
+    const int most_groups = max(max(n_groups_of[0], n_groups_of[1]), max(n_groups_of[2], n_groups_of[3]));
+    const int64_t n_seen = 32 * most_groups < end - begin ? 32 * most_groups : end - begin;
+    const float last_depth = n_seen > 0 ? staged[(n_seen - 1) % kForwardThreads].depth() : 0.0f;
+    set_limit(depth_limits, tile, is_opaque, last_depth, settings.near);
+  }
 #pragma unroll
   for (int p = 0; p < kPixels; ++p) {
     const int own_row = row + p * kPixelDistance;
@@ -393,12 +415,18 @@ int64_t hits_size(const Cuda&, int64_t n_instances, const Camera& camera) {
   return (n_instances / 32 + 2 * n_tiles) * cuda::kQuarters;
 }
 
+void cuda::queue_blend(cudaStream_t stream, const Projected& projected, const Tiles& tiles, const Camera& camera,
+                       const RasterSettings& settings, const DepthLimits& depth_limits, const Image& out) {
+  const Grid grid = Grid::of(camera);
+  blend_kernel<<<unsigned(grid.n_tiles), kForwardThreads, 0, stream>>>(projected.splats, tiles, grid, settings,
+                                                                       depth_limits, out);
+  check_launch("blend");
+}
+
 void blend(const Cuda& backend, const Projected& projected, const Tiles& tiles, const Camera& camera,
            const RasterSettings& settings, const Image& out) {
-  const cuda::Grid grid = cuda::Grid::of(camera);
-  cuda::blend_kernel<<<unsigned(grid.n_tiles), cuda::kForwardThreads, 0, stream_of(backend)>>>(projected.splats, tiles,
-                                                                                               grid, settings, out);
-  check_launch("blend");
+  const cuda::DepthLimits none = {cuda::Late<uint32_t*>(nullptr), nullptr};
+  cuda::queue_blend(stream_of(backend), projected, tiles, camera, settings, none, out);
 }
 
 size_t blend_vjp_scratch(const Cuda&, int64_t) {

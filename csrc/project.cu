@@ -4,7 +4,6 @@
 // its row. Compiled without fused multiply-adds, as tile.cu is: both find the tiles of a splat, and must agree.
 #define SPACEPORT_ISA cuda
 
-#include "look_back.cuh"
 #include "queued.cuh"
 #include "rows.cuh"
 #include "tile_spans.h"
@@ -19,45 +18,58 @@ constexpr int kThreads = kLookBackRows;
 struct Grid {
   int tiles_x, tiles_y;
 
-  // No more than a guess: the centre is less than an image away from the principal point.
-  __device__ bool may_see(const Lens<float>& lens, const Vec3<float>& point) const {
-    return fabsf(point.x) * lens.fx < point.z * float(tiles_x * kTileSize) &&
-           fabsf(point.y) * lens.fy < point.z * float(tiles_y * kTileSize);
+  // No more than a guess: the centre is less than an image away from the principal point, and not behind the limit of
+  // its tile.
+  __device__ bool may_see(const Lens<float>& lens, const Vec3<float>& point, const NearSide& near_side) const {
+    const float x = __fdividef(point.x * lens.fx, point.z), y = __fdividef(point.y * lens.fy, point.z);
+    if (!(fabsf(x) < float(tiles_x * kTileSize) && fabsf(y) < float(tiles_y * kTileSize))) return false;
+    const int column = int((x + lens.cx) / float(kTileSize)), row = int((y + lens.cy) / float(kTileSize));
+    const bool is_inside = column >= 0 && column < tiles_x && row >= 0 && row < tiles_y;
+    return !is_inside || near_side.holds(row * tiles_x + column);
   }
 };
 
-__device__ TileSet tiles_of(const Splat& splat, const Grid& grid) {
+struct Touched {
+  TileSet tiles;
+  bool is_seen;  // by some tile, were it not for the limits
+};
+__device__ Touched tiles_of(const Splat& splat, const Grid& grid, const NearSide& near_side) {
   const TileRows tiles(splat, grid.tiles_x, grid.tiles_y);
   const TileSpan box = tile_span(splat.x - splat.extent_x, splat.x + splat.extent_x, grid.tiles_x);
   const bool is_in_box = box.end - box.begin <= kTileBoxSide && tiles.rows.end - tiles.rows.begin <= kTileBoxSide;
   TileSet set = {uint16_t(box.begin), uint16_t(tiles.rows.begin), 0, 0};
+  bool is_seen = false;
   for (int row = tiles.rows.begin; row < tiles.rows.end; ++row) {
     const TileSpan columns = tiles.columns(row);
-    if (columns.begin >= columns.end) continue;
-    const unsigned n = unsigned(columns.end - columns.begin);
-    set.n += n;
-    if (is_in_box) {
-      const int first = (row - tiles.rows.begin) * kTileBoxSide + columns.begin - box.begin;
-      set.bits |= ((uint64_t(1) << n) - 1) << first;
+    is_seen |= columns.begin < columns.end;
+    for (int column = columns.begin; column < columns.end; ++column) {
+      if (!near_side.holds(row * grid.tiles_x + column)) continue;
+      ++set.n;
+      if (is_in_box) {
+        set.bits |= uint64_t(1) << ((row - tiles.rows.begin) * kTileBoxSide + column - box.begin);
+      }
     }
   }
-  return set;
+  return {set, is_seen};
 }
 
 // A row on its way to be a splat: all but its colour.
 struct Candidate {
   Splat splat;
-  TileSet touched;     // none where it is not visible
+  TileSet touched;     // none where it is not listed
+  uint32_t depth_key;  // or why it is not
   Vec3<float> offset;  // from the camera
 };
 __device__ Candidate candidate_of(const Gaussians& g, int64_t row, const View<float>& view,
-                                  const RasterSettings& settings, const Grid& grid) {
+                                  const RasterSettings& settings, const Grid& grid, const uint32_t* depth_limits) {
   Candidate c = {};
+  c.depth_key = kNoDepth;
   const float logit = g.opacities[row], opacity = sigmoid(logit);
   const RawShape<float> raw = raw_shape_of(g, row);
   const Vec3<float> point = point_in_cam(view, raw.mean);
   if (!(point.z >= settings.near) || !(opacity >= kAlphaCutoff)) return c;
-  if (grid.may_see(view.lens, point)) prefetch_row(g.sh + row * 3 * g.n_coefficients, 3 * g.n_coefficients);
+  const NearSide near_side = {depth_limits, depth_key(point.z, settings.near)};
+  if (grid.may_see(view.lens, point, near_side)) prefetch_row(g.sh + row * 3 * g.n_coefficients, 3 * g.n_coefficients);
   const Shape<float> s = shape_of(raw, view, settings.low_pass);
   if (!(norm_squared(raw.quaternion) >= kMinQuaternionNormSquared) || !(s.determinant > 0.0f)) return c;
   if (!(doubt_of(s, Vec3<float>{}, opacity, logit) == 0.0f)) return c;
@@ -75,7 +87,9 @@ __device__ Candidate candidate_of(const Gaussians& g, int64_t row, const View<fl
              sqrtf(level * s.covariance.xx),
              sqrtf(level * s.covariance.yy)};
   c.offset = raw.mean - view.center;
-  c.touched = tiles_of(c.splat, grid);
+  const Touched touched = tiles_of(c.splat, grid, near_side);
+  c.touched = touched.tiles;
+  c.depth_key = c.touched.n > 0 ? near_side.depth_key : touched.is_seen ? kHidden : kNoDepth;
   return c;
 }
 
@@ -100,7 +114,10 @@ __device__ void color(const Gaussians& g, int64_t first_row, Candidate& c, float
     load_row<kColumns>(g.sh + (first_row + lane) * stride, stride, sh);
   }
   const Vec3<float> color = color_of(kDegree, basis, sh);
-  if (!(poison(color.x) + poison(color.y) + poison(color.z) == 0.0f)) c.touched = {};
+  if (!(poison(color.x) + poison(color.y) + poison(color.z) == 0.0f)) {
+    c.touched = {};
+    c.depth_key = kNoDepth;
+  }
   c.splat.red = fmaxf(color.x, 0.0f);
   c.splat.green = fmaxf(color.y, 0.0f);
   c.splat.blue = fmaxf(color.z, 0.0f);
@@ -132,7 +149,7 @@ struct Compacted {
     __syncthreads();
     return number;
   }
-  __device__ void place(unsigned block, int64_t row, int64_t, const Candidate& c, float near, const Projected& out,
+  __device__ void place(unsigned block, int64_t row, int64_t, const Candidate& c, const Projected& out,
                         ProjectedCounts* counts) const {
     __shared__ uint64_t sum_of_others;
     const BlockSums sums = block_sums<kThreads>({c.touched.n > 0, c.touched.n});
@@ -152,17 +169,17 @@ struct Compacted {
     write(out, before.n_splats, c);
     out.gaussian_from_splat[before.n_splats] = int32_t(row);
     out.instance_offsets[before.n_splats] = before.n_instances;
-    out.depth_keys[before.n_splats] = depth_key(c.splat.depth, near);
+    out.depth_keys[before.n_splats] = c.depth_key;
   }
 };
 
 // A splat lies where its Gaussian does: no block waits for another.
 struct InPlace {
   __device__ unsigned block() const { return blockIdx.x; }
-  __device__ void place(unsigned, int64_t row, int64_t n_rows, const Candidate& c, float near, const Projected& out,
+  __device__ void place(unsigned, int64_t row, int64_t n_rows, const Candidate& c, const Projected& out,
                         ProjectedCounts* counts) const {
     if (c.touched.n > 0) write(out, row, c);
-    if (row < n_rows) out.depth_keys[row] = c.touched.n > 0 ? depth_key(c.splat.depth, near) : kNoDepth;
+    if (row < n_rows) out.depth_keys[row] = c.depth_key;
     const BlockSums sums = block_sums<kThreads>({c.touched.n > 0, c.touched.n});
     if (threadIdx.x == 0 && sums.total.splats > 0) {
       using Word = unsigned long long;
@@ -174,29 +191,31 @@ struct InPlace {
 
 template <int kDegree, class Placing>
 __global__ __launch_bounds__(kThreads, 3) void project_kernel(Gaussians g, Late<View<float>> late_view,
-                                                              RasterSettings settings, Grid grid, Placing placing,
-                                                              Projected out, ProjectedCounts* counts) {
+                                                              Late<uint32_t*> depth_limits, RasterSettings settings,
+                                                              Grid grid, Placing placing, Projected out,
+                                                              ProjectedCounts* counts) {
   const unsigned block = placing.block();
   const int64_t row = int64_t(block) * kThreads + threadIdx.x;
   const View<float> view = late_view.get();
   Candidate candidate = {};
-  if (row < g.n) candidate = candidate_of(g, row, view, settings, grid);
+  if (row < g.n) candidate = candidate_of(g, row, view, settings, grid, depth_limits.get());
   extern __shared__ float4 staged[];
   color<kDegree>(g, row - threadIdx.x % 32, candidate,
                  staged + threadIdx.x / 32 * 32 * StagedRows<3 * n_coefficients_of(kDegree)>::kStride);
-  placing.place(block, row, g.n, candidate, settings.near, out, counts);
+  placing.place(block, row, g.n, candidate, out, counts);
 }
 
 template <class Placing>
-void launch_project(cudaStream_t stream, const Gaussians& g, const Late<View<float>>& view, const Camera& camera,
-                    const RasterSettings& settings, const Placing& placing, const Projected& out,
-                    ProjectedCounts* counts) {
+void launch_project(cudaStream_t stream, const Gaussians& g, const Late<View<float>>& view,
+                    const Late<uint32_t*>& depth_limits, const Camera& camera, const RasterSettings& settings,
+                    const Placing& placing, const Projected& out, ProjectedCounts* counts) {
   const Grid grid = {camera.tiles_x(), camera.tiles_y()};
   for_degree(settings.sh_degree, [&](auto degree) {
     constexpr int kStaged = kThreads * StagedRows<3 * n_coefficients_of(degree)>::kStride * int(sizeof(float4));
     const auto kernel = project_kernel<degree, Placing>;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kStaged), "project");
-    kernel<<<n_blocks_of(g.n, kThreads), kThreads, kStaged, stream>>>(g, view, settings, grid, placing, out, counts);
+    kernel<<<n_blocks_of(g.n, kThreads), kThreads, kStaged, stream>>>(g, view, depth_limits, settings, grid, placing,
+                                                                      out, counts);
   });
   check_launch("project");
 }
@@ -235,9 +254,10 @@ __global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View
 
 }  // namespace
 
-void queue_project(cudaStream_t stream, const Gaussians& g, const Late<View<float>>& view, const Camera& camera,
-                   const RasterSettings& settings, const Projected& out, ProjectedCounts* counts) {
-  launch_project(stream, g, view, camera, settings, InPlace{}, out, counts);
+void queue_project(cudaStream_t stream, const Gaussians& g, const Late<View<float>>& view,
+                   const Late<uint32_t*>& depth_limits, const Camera& camera, const RasterSettings& settings,
+                   const Projected& out, ProjectedCounts* counts) {
+  launch_project(stream, g, view, depth_limits, camera, settings, InPlace{}, out, counts);
 }
 
 }  // namespace cuda
@@ -257,8 +277,8 @@ ProjectedCounts project(const Cuda& backend, const Gaussians& g, const Camera& c
   const cuda::LookBack look_back = cuda::LookBack::of(arena, g.n);
   check(cudaMemsetAsync(scratch, 0, arena.used(), stream), "project");
   ProjectedCounts counts, *on_device = arena.take<ProjectedCounts>(1);
-  cuda::launch_project(stream, g, cuda::Late<cuda::View<float>>(cuda::view_of<float>(camera)), camera, settings,
-                       cuda::Compacted{look_back}, out, on_device);
+  cuda::launch_project(stream, g, cuda::Late<cuda::View<float>>(cuda::view_of<float>(camera)),
+                       cuda::Late<uint32_t*>(nullptr), camera, settings, cuda::Compacted{look_back}, out, on_device);
   check(cudaMemcpyAsync(&counts, on_device, sizeof(counts), cudaMemcpyDeviceToHost, stream), "project");
   check(cudaStreamSynchronize(stream), "project");
   return counts;

@@ -11,10 +11,33 @@ namespace cuda {
 
 namespace {
 
+// Records what queue(stream) queues on a stream of its own; begin(stream) says into which graph.
+template <class Begin, class Queue>
+cudaGraph_t capture(Begin&& begin, Queue&& queue) {
+  cudaStream_t stream;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "step");
+  cudaGraph_t graph = nullptr;
+  cudaError_t error = begin(stream);
+  std::string failure;
+  if (error == cudaSuccess) {
+    try {
+      queue(stream);
+    } catch (const std::exception& thrown) {
+      failure = thrown.what();
+    }
+    error = cudaStreamEndCapture(stream, &graph);
+  }
+  cudaStreamDestroy(stream);
+  if (!failure.empty()) throw std::runtime_error(failure);
+  check(error, "step");
+  return graph;
+}
+
 // What the recorded kernels find on the device: written anew before every replay.
 struct DeviceInputs {
   UpdateInputs update;
   const uint8_t* photo;
+  uint32_t* depth_limits;
 };
 
 __global__ void set_inputs_kernel(DeviceInputs inputs, DeviceInputs* place) {
@@ -38,10 +61,80 @@ __global__ void book_kernel(const double* means, const ProjectedCounts* counts, 
   *book.host = progress;
 }
 
+#if CUDART_VERSION >= 12040
+__global__ void set_condition_kernel(cudaGraphConditionalHandle handle, const uint32_t* condition,
+                                     StepProgress* progress) {
+  cudaGraphSetConditional(handle, *condition);
+  progress->n_rendered_again += *condition;
+}
+
+// What a stream that is being captured has come to.
+struct Captured {
+  cudaGraph_t graph;
+  const cudaGraphNode_t* ends;
+  size_t n_ends;
+
+  static Captured by(cudaStream_t stream) {
+    Captured c;
+    cudaStreamCaptureStatus status;
+#if CUDART_VERSION >= 13000
+    check(cudaStreamGetCaptureInfo(stream, &status, nullptr, &c.graph, &c.ends, nullptr, &c.n_ends), "step");
+#else
+    check(cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, &c.graph, &c.ends, &c.n_ends), "step");
+#endif
+    return c;
+  }
+};
+
+// Records what queue(stream) queues, to happen where *condition is not zero when the graph comes to it.
+template <class Queue>
+void record_if(cudaStream_t stream, const uint32_t* condition, StepProgress* progress, Queue&& queue) {
+  cudaGraphConditionalHandle handle;
+  check(cudaGraphConditionalHandleCreate(&handle, Captured::by(stream).graph, 0, cudaGraphCondAssignDefault), "step");
+  set_condition_kernel<<<1, 1, 0, stream>>>(handle, condition, progress);
+  const Captured before = Captured::by(stream);
+  cudaGraphNodeParams node_params = {};
+  node_params.type = cudaGraphNodeTypeConditional;
+  node_params.conditional.handle = handle;
+  node_params.conditional.type = cudaGraphCondTypeIf;
+  node_params.conditional.size = 1;
+  cudaGraphNode_t node;
+#if CUDART_VERSION >= 13000
+  check(cudaGraphAddNode(&node, before.graph, before.ends, nullptr, before.n_ends, &node_params), "step");
+#else
+  check(cudaGraphAddNode(&node, before.graph, before.ends, before.n_ends, &node_params), "step");
+#endif
+  cudaGraph_t body = node_params.conditional.phGraph_out[0];
+  capture(
+      [&](cudaStream_t side) {
+        return cudaStreamBeginCaptureToGraph(side, body, nullptr, nullptr, 0, cudaStreamCaptureModeThreadLocal);
+      },
+      queue);
+#if CUDART_VERSION >= 13000
+  check(cudaStreamUpdateCaptureDependencies(stream, &node, nullptr, 1, cudaStreamSetCaptureDependencies), "step");
+#else
+  check(cudaStreamUpdateCaptureDependencies(stream, &node, 1, cudaStreamSetCaptureDependencies), "step");
+#endif
+}
+#endif
+
+// Whether a graph can decide for itself what to do: without it there are no depth limits, because nothing would make up
+// for those that are wrong.
+bool has_conditions() {
+#if CUDART_VERSION >= 12040
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver), "step");
+  return driver >= 12040;
+#else
+  return false;
+#endif
+}
+
 struct StepScratch {
   char* zeros;  // what must be zero at the start of a step
   size_t n_zeros;
-  LookBack tile;
+  TileState tile;
+  uint32_t* is_undone;
   int* n_contributing;
   void* work;  // what tile, loss and update each use for themselves, one after the other
   DeviceInputs* inputs;
@@ -57,7 +150,8 @@ struct StepScratch {
     const Cuda any = {nullptr};
     StepScratch s = {};
     s.zeros = arena.take<char>(0);
-    s.tile = LookBack::of(arena, n);
+    s.tile = TileState::of(arena, n, size.n_instances, camera);
+    s.is_undone = arena.take<uint32_t>(1);
     s.n_contributing = arena.take<int>(1);
     s.counts = arena.take<ProjectedCounts>(1);
     s.n_zeros = arena.used();
@@ -84,12 +178,18 @@ Camera camera_of(const StepSize& size) {
 
 void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScratch& s, const Camera& camera,
                 const RasterSettings& raster, const LossSettings& loss_settings, const StepBook& book) {
-  const auto view = Late<View<float>>::at(&s.inputs->update.view);
-  const auto counts = Late<ProjectedCounts>::at(s.counts);
-  check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
-  queue_project(stream, buffers.values, view, camera, raster, s.projected, s.counts);
-  queue_tile(stream, s.projected, counts, camera, s.tile, buffers.numbers, s.work, s.tiles);
-  blend(Cuda{stream}, s.projected, s.tiles, camera, raster, s.image);
+  const auto queue_image = [&](cudaStream_t stream) {
+    const auto limits = has_conditions() ? Late<uint32_t*>::at(&s.inputs->depth_limits) : Late<uint32_t*>(nullptr);
+    check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
+    queue_project(stream, buffers.values, Late<View<float>>::at(&s.inputs->update.view), limits, camera, raster,
+                  s.projected, s.counts);
+    queue_tile(stream, s.projected, Late<ProjectedCounts>::at(s.counts), limits, camera, s.tile, s.work, s.tiles);
+    queue_blend(stream, s.projected, s.tiles, camera, raster, {limits, s.is_undone}, s.image);
+  };
+  queue_image(stream);
+#if CUDART_VERSION >= 12040
+  if (has_conditions()) record_if(stream, s.is_undone, book.device, queue_image);
+#endif
   const LossImages images = {s.image.color, nullptr, camera.width, camera.height};
   queue_loss(stream, images, Late<const uint8_t*>::at(&s.inputs->photo), loss_settings, s.work,
              {s.means, s.d_image.color});
@@ -122,24 +222,12 @@ StepGraph::StepGraph(const StepBuffers& buffers, const StepSize& size, const Ras
   const Camera camera = cuda::camera_of(size);
   Arena arena(buffers.scratch);
   const cuda::StepScratch scratch = cuda::StepScratch::of(arena, size, camera);
-  cudaStream_t stream;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "step");
-  cudaGraph_t graph = nullptr;
+  cudaGraph_t graph = cuda::capture(
+      [](cudaStream_t stream) { return cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal); },
+      [&](cudaStream_t stream) { cuda::queue_step(stream, buffers, scratch, camera, raster, loss, book); });
   cudaGraphExec_t executable = nullptr;
-  cudaError_t error = cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
-  std::string failure;
-  if (error == cudaSuccess) {
-    try {
-      cuda::queue_step(stream, buffers, scratch, camera, raster, loss, book);
-    } catch (const std::exception& thrown) {
-      failure = thrown.what();
-    }
-    error = cudaStreamEndCapture(stream, &graph);
-  }
-  if (error == cudaSuccess && failure.empty()) error = cudaGraphInstantiate(&executable, graph, 0);
-  if (graph != nullptr) cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
-  if (!failure.empty()) throw std::runtime_error(failure);
+  const cudaError_t error = cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphDestroy(graph);
   check(error, "step");
   recorded_ = new Recorded{executable, scratch.inputs, buffers.statistics, size.width, size.height};
 }
@@ -157,7 +245,8 @@ void StepGraph::launch(const Cuda& backend, const StepInputs& inputs) const {
   const cuda::DeviceInputs on_device = {
       {cuda::view_of<float>(inputs.view.camera), inputs.adam, cuda::AdamRates::of(inputs.adam),
        inputs.gathers_statistics ? recorded_->statistics : DensityStatistics{}},
-      inputs.view.photo};
+      inputs.view.photo,
+      inputs.view.depth_limits};
   cuda::set_inputs_kernel<<<1, 1, 0, stream>>>(on_device, recorded_->inputs);
   check_launch("step");
   check(cudaGraphLaunch(recorded_->graph, stream), "step");

@@ -12,7 +12,6 @@ namespace spaceport {
 struct StepBuffers {
   Gaussians values;
   AdamMoments moments;
-  const int32_t* numbers;        // [N] 0, 1, 2, ...
   float* sums;                   // [N, 9], zero before the first step
   int32_t* up_to_date;           // [N] the step that each row has last made; null: every row makes every step
   DensityStatistics statistics;  // where a step adds what it saw, if it is told to
@@ -31,12 +30,12 @@ void catch_up(const Cuda&, const Gaussians& values, const AdamMoments&, int32_t*
 
 // How far the steps have come: kept on the device, and copied to the host behind every step.
 struct StepProgress {
-  int64_t n_done;       // steps that changed the Gaussians
-  int64_t n_instances;  // of the last step, or of the first that did not fit
-  double loss_sum;      // of the steps done
-  double loss;          // of the last
-  uint32_t is_halted;   // a step did not fit
-  uint32_t unused;
+  int64_t n_done;             // steps that changed the Gaussians
+  int64_t n_instances;        // of the last step, or of the first that did not fit
+  double loss_sum;            // of the steps done
+  double loss;                // of the last
+  uint32_t is_halted;         // a step did not fit
+  uint32_t n_rendered_again;  // because depth limits had left out what could be seen
 };
 struct StepBook {
   StepProgress* device;
@@ -46,7 +45,8 @@ struct StepBook {
 // What changes from step to step.
 struct StepView {
   Camera camera;
-  const uint8_t* photo;  // [H, W, 3]
+  const uint8_t* photo;    // [H, W, 3]
+  uint32_t* depth_limits;  // [n_tiles] what the view's last visit knows for the next: all bits set before the first
 };
 struct StepInputs {
   StepView view;

@@ -17,6 +17,7 @@ constexpr float kMinQuaternionNormSquared = 1e-8f;  // a shorter quaternion has 
 constexpr int kMaxShCoefficients = 16;              // degree 3
 constexpr int kSplatStride = 12;                    // floats of a row of Projected::splats
 constexpr int kSplatGradientStride = 9;             // of these, the first nine carry gradients
+constexpr int64_t kMostInstances = (int64_t(1) << 30) - 1;  // of one image, on a GPU
 
 struct Camera {
   float cam_from_world[12];  // 3 rows of rotation | translation

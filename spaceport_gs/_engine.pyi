@@ -13,6 +13,7 @@ ALPHA_CUTOFF: float
 SPLAT_STRIDE: int
 TILE_SET_STRIDE: int
 STEP_PROGRESS_SIZE: int
+MOST_INSTANCES: int
 SPLAT_GRADIENT_STRIDE: int
 MULTIPLY_ADD_FLOPS: int
 VERSION: str
@@ -36,7 +37,7 @@ class Cuda:
     def __init__(self, stream: int) -> None: ...
 
 class StepView:
-    def __init__(self, backend: Cuda, camera: Camera, photo: Array) -> None: ...
+    def __init__(self, backend: Cuda, camera: Camera, photo: Array, depth_limits: Array) -> None: ...
 
 class StepGraph:
     def __init__(
@@ -45,7 +46,6 @@ class StepGraph:
         values: Gaussians,
         first: Gaussians,
         second: Gaussians,
-        numbers: Array,
         sums: Array,
         up_to_date: Array | None,
         statistics: Statistics,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -21,12 +21,11 @@ _PROGRESS = np.dtype(
         ("loss_sum", np.float64),
         ("loss", np.float64),
         ("is_halted", np.uint32),
-        ("unused", np.uint32),
+        ("n_rendered_again", np.uint32),
     ]
 )
 HEADROOM = 1.05
 """Memory for this many times the instances that a step needed."""
-MOST_INSTANCES = 2**31 - 1
 
 
 class UpdateRule(Enum):
@@ -42,12 +41,21 @@ class UpdateRule(Enum):
 
 @dataclass(frozen=True, eq=False)
 class StepView:
-    """What a step looks at, and how. Made once for each view: what is prepared for it is found again by the object."""
+    """What a step looks at, and how. Made once for each view: what is prepared for it is found again by the object.
+
+    It remembers for each tile the depth behind which its last visit saw nothing; the next lists nothing there. Where that
+    proves wrong, because the image is not opaque there any more, the device renders again without it.
+    """
 
     camera: Camera
     photo: torch.Tensor  # [H, W, 3] uint8, on the GPU
     raster: RasterSettings
     loss: ops.LossSettings
+    depth_limits: torch.Tensor = field(init=False)  # [n_tiles] int32
+
+    def __post_init__(self) -> None:
+        none = torch.full((ops.n_tiles(self.camera),), -1, dtype=torch.int32, device=self.photo.device)
+        object.__setattr__(self, "depth_limits", none)
 
 
 class TrainingStep:
@@ -73,7 +81,6 @@ class TrainingStep:
         self._values, self._moments, self._statistics, self._rule = values, moments, statistics, rule
         self._up_to_date: torch.Tensor | None = None
         self._last: ops.AdamSettings | None = None
-        self._numbers = torch.arange(n, dtype=torch.int32, device=device)
         self._sums = torch.zeros(n, _engine.SPLAT_GRADIENT_STRIDE, device=device)
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._progress = torch.zeros(_engine.STEP_PROGRESS_SIZE, dtype=torch.uint8, device=device)
@@ -103,6 +110,11 @@ class TrainingStep:
             if not self._unconfirmed:
                 return float(self._seen["loss_sum"][0]), float(self._seen["loss"][0])
 
+    @property
+    def n_rendered_again(self) -> int:
+        """Steps until the last wait whose image was rendered twice, because depth limits had proved wrong."""
+        return int(self._seen["n_rendered_again"][0])
+
     def settle(self) -> tuple[float, float]:
         """As `wait`; and rows that missed steps make up for them."""
         losses = self.wait()
@@ -122,11 +134,10 @@ class TrainingStep:
             self._n_confirmed += 1
         if is_halted:
             needed = int(self._seen["n_instances"][0])
-            if needed > MOST_INSTANCES:
-                raise MemoryError(
-                    f"{needed} pairs of splats and tiles in one image; at most {MOST_INSTANCES} are possible"
-                )
-            self.n_instances = min(int(HEADROOM * needed) + 1, MOST_INSTANCES)
+            most = _engine.MOST_INSTANCES
+            if needed > most:
+                raise MemoryError(f"{needed} pairs of splats and tiles in one image; at most {most} are possible")
+            self.n_instances = min(int(HEADROOM * needed) + 1, most)
             self._forget()
             for view, *_ in self._unconfirmed:  # where there is no memory for it, the next call tries again
                 self._prepare(view)
@@ -142,7 +153,7 @@ class TrainingStep:
     def _prepare(self, view: StepView) -> tuple[_engine.StepGraph, _engine.StepView]:
         key = (view.camera.width, view.camera.height, view.raster, view.loss)
         graph = self._graphs.get(key) or self._record(*key)
-        prepared = graph, _engine.StepView(ops.backend_of(self._sums), view.camera, view.photo)
+        prepared = graph, _engine.StepView(ops.backend_of(self._sums), view.camera, view.photo, view.depth_limits)
         self._graphs[key], self._prepared[view] = graph, prepared
         return prepared
 
@@ -163,7 +174,6 @@ class TrainingStep:
             values,
             moments.first,
             moments.second,
-            self._numbers,
             self._sums,
             self._up_to_date,
             self._statistics,

@@ -221,16 +221,20 @@ class _Recorded:
             n_instances = round(before._step.n_instances * len(rows.values) / len(before.rows.values))
         moments = ops.AdamMoments(*rows.companions)
         self._step: TrainingStep = TrainingStep(rows.values, moments, statistics, UpdateRule.ALL, n_instances)
-        self._views: dict[tuple[str, int, RasterSettings], StepView] = {}
         self._booked = 0.0
+        self._settings: RasterSettings | None = None
+        self._views: dict[str, StepView] = {}
+        if before is not None:  # they remember more than their photos
+            self._settings, self._views = before._settings, before._views
 
     def run(self, view: View, photo: torch.Tensor, settings: RasterSettings, plan: _Plan) -> None:
         from spaceport_gs.step import StepView
 
-        key = (view.name, view.camera.width, settings)
-        if key not in self._views:
-            self._views[key] = StepView(view.camera, photo, settings, self._loss)
-        self._step.run(self._views[key], plan.adam, plan.gathers)
+        if settings != self._settings:  # as they do when the resolution changes
+            self._settings, self._views = settings, {}
+        if view.name not in self._views:
+            self._views[view.name] = StepView(view.camera, photo, settings, self._loss)
+        self._step.run(self._views[view.name], plan.adam, plan.gathers)
 
     def wait(self) -> tuple[float, float]:
         """Sum of the losses since the last call, and the last loss."""

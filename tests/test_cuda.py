@@ -66,6 +66,22 @@ def test_odd_images_and_principal_points(size: tuple[int, int]) -> None:
     assert_close(b.color, a.color, flips=0.002, size_of_flips=0.02)
 
 
+@pytest.mark.parametrize("n", [1, 2_049, 300_001, 2_500_000])
+def test_lists_are_sorted(n: int) -> None:
+    """By tile, then by depth, then by row: against a sort by torch."""
+    gaussians, view = random_gaussians(n, scale=0.01).map(lambda a: a.cuda()), camera(1000, 700, 800.0)
+    projected = ops.project(gaussians, view, RasterSettings())
+    tiles = ops.tile(projected, view)
+    n_of_tile = tiles.offsets[1:] - tiles.offsets[:-1]
+    of_instance = torch.repeat_interleave(torch.arange(len(n_of_tile), device="cuda"), n_of_tile)
+    splats = tiles.splat_from_instance.long()
+    assert len(of_instance) == len(splats) == projected.n_instances
+    key = (of_instance << 48) + (projected.depth_keys[splats].long() << 24) + splats
+    assert bool((key[1:] > key[:-1]).all())
+    counts = torch.bincount(splats, minlength=len(projected.splats))
+    assert torch.equal(counts, projected.instance_offsets[1:] - projected.instance_offsets[:-1])
+
+
 def test_projection_is_stable_and_repeats() -> None:
     gaussians, view = random_gaussians(300_001, scale=0.01).map(lambda a: a.cuda()), camera(640, 480, 500.0)
     first = ops.project(gaussians, view, RasterSettings())
@@ -139,6 +155,36 @@ def test_steps_that_do_not_fit_are_repeated() -> None:
     values, statistics, step = recorded_steps(gaussians, views, photo, UpdateRule.CONTRIBUTING, n_instances=1)
     assert step.n_instances > 20_000
     assert_same_steps((values, statistics), steps_by_verbs(gaussians, views, photo))
+
+
+def test_what_is_hidden_is_not_listed_until_it_can_be_seen() -> None:
+    """Views come again to a scene in which much is hidden; then all of it becomes transparent at once."""
+    gaussians, views = random_gaussians(60_000, scale=0.08).map(lambda a: a.cuda()), some_views(3)
+    gaussians.opacities.add_(3)
+    photo = photo_for(views[0]).cuda()
+    values, by_verbs = (gaussians.map(lambda a: a.clone()) for _ in range(2))
+    moments, of_verbs = (ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values)) for _ in range(2))
+    statistics, verbs_statistics = (Statistics.empty(len(values), "cuda") for _ in range(2))
+    step = TrainingStep(values, moments, statistics, UpdateRule.ALL)
+    step_views = [StepView(view, photo, SETTINGS, ops.LossSettings()) for view in views]
+    n_listed, n_rendered_again = [], 0
+    for i in range(12):
+        if i == 6:
+            step.settle()
+            n_rendered_again = step.n_rendered_again
+            assert n_rendered_again < 3
+            values.opacities.sub_(6)
+            by_verbs.opacities.sub_(6)
+        step.run(step_views[i % 3], rates(i + 1), gathers_statistics=True)
+        step.wait()
+        n_listed.append(int(step._seen["n_instances"][0]))
+        projected, _, _, d_splats = to_splats(by_verbs, views[i % 3], photo)
+        ops.density(projected, d_splats, views[i % 3], verbs_statistics)
+        ops.project_vjp_update(by_verbs, views[i % 3], SETTINGS, projected, d_splats, of_verbs, rates(i + 1))
+    step.settle()
+    assert sum(n_listed[3:6]) < 0.8 * sum(n_listed[:3])
+    assert step.n_rendered_again >= n_rendered_again + 3
+    assert_same_steps((values, statistics), (by_verbs, verbs_statistics))
 
 
 def test_rows_that_miss_steps_make_up_for_them() -> None:
