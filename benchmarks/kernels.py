@@ -22,7 +22,7 @@ import torch
 from spaceport_gs import _engine, ops
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
-from spaceport_gs.types import Camera, Image, RasterSettings, Statistics
+from spaceport_gs.types import Camera, Depth, Image, RasterSettings, Statistics
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     d_color = ops.loss(image.color, photo, ops.LossSettings()).d_color
     d_image = Image(d_color, torch.zeros_like(image.transmittance))
     d_splats = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
+    deep = replace(settings, depth=Depth.BOTH)
+    deep_image, d_deep_image = ops.blend(projected, tiles, view, deep), replace(d_image, depth=d_image.transmittance)
     d_gaussians = ops.empty_like(gaussians)
     moments = ops.zeros_like(gaussians), ops.zeros_like(gaussians)
     rates = ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=1)
@@ -147,6 +149,14 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             "instruction issue; vectors outside the ellipse are skipped",
         ),
         Kernel(
+            "blend, with depths",
+            lambda: ops.blend(projected, tiles, view, deep),
+            n_evaluated,
+            "pairs",
+            23,
+            "as blend, and four more loads and stores a vector",
+        ),
+        Kernel(
             "forward (project, tile, blend)",
             forward,
             n_evaluated,
@@ -161,6 +171,14 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             "pairs",
             52,
             "instruction issue and one division a vector",
+        ),
+        Kernel(
+            "blend', with depth",
+            lambda: ops.blend_vjp(projected, tiles, view, deep, deep_image, d_deep_image),
+            n_evaluated,
+            "pairs",
+            52,
+            "as blend'",
         ),
         Kernel(
             "project'",
@@ -309,6 +327,10 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         for image in images
     ]
 
+    deep = replace(settings, depth=Depth.BOTH)
+    deep_images = [ops.blend(p, t, view, deep) for p, t, view in zip(projected, tiles, views, strict=True)]
+    d_deep_images = [replace(d, depth=d.color[..., 0].contiguous()) for d in d_images]
+
     def blend_vjp(i: int) -> torch.Tensor:
         return ops.blend_vjp(projected[i], tiles[i], views[i], settings, images[i], d_images[i])
 
@@ -329,9 +351,13 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "project": lambda i: ops.project(gaussians, views[i], settings),
         "tile": lambda i: ops.tile(projected[i], views[i]),
         "blend": lambda i: ops.blend(projected[i], tiles[i], views[i], settings),
+        "blend, with depths": lambda i: ops.blend(projected[i], tiles[i], views[i], deep),
         "forward (project, tile, blend)": forward,
         "loss and gradient": lambda i: ops.loss(images[i].color, photo, ops.LossSettings()),
         "blend'": blend_vjp,
+        "blend', with depth": lambda i: ops.blend_vjp(
+            projected[i], tiles[i], views[i], deep, deep_images[i], d_deep_images[i]
+        ),
         "project'": lambda i: ops.project_vjp(gaussians, views[i], settings, projected[i], d_splats[i], d_gaussians),
         "update": lambda i: ops.update(gaussians, d_gaussians, moments.first, moments.second, rates),
         "project' and update in one": lambda i: ops.project_vjp_update(

@@ -64,7 +64,7 @@ void bind_verbs(py::module_& m) {
     const Reader read = reader_of(backend);
     const Gaussians g = read.gaussians(gaussians);
     const Projected p = read.projected(projected);
-    const float* d = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
+    const SplatGradient d = read.splat_gradient(d_splats, p.n);
     const Gaussians d_g = read.gaussians_like(d_gaussians, g);
     check_rows(backend, p, g.n);
     const Camera c = camera_of(camera);
@@ -107,8 +107,9 @@ void bind_verbs(py::module_& m) {
       },
       "How many numbers an image's `hits` holds, so that blend_vjp can follow.");
 
-  m.def("blend_vjp_scratch",
-        [](const Backend& backend, int64_t n_instances) { return blend_vjp_scratch(backend, n_instances); });
+  m.def("blend_vjp_scratch", [](const Backend& backend, int64_t n_instances, int n_columns) {
+    return blend_vjp_scratch(backend, n_instances, n_columns);
+  });
   m.def("blend_vjp",
         [](const Backend& backend, py::object projected, py::object tiles, py::object camera, py::object settings,
            py::object image, py::object d_image, py::object scratch, py::object d_splats) {
@@ -121,8 +122,12 @@ void bind_verbs(py::module_& m) {
           const int64_t n_hits = hits_size(backend, t.n_instances, c);
           const Image i = read.image(image, c, n_hits), d_i = read.image(d_image, c);
           if (n_hits > 0 && i.hits == nullptr) refuse("image", "what blend returned, with its hits", "none");
-          void* memory = read.scratch(scratch, blend_vjp_scratch(backend, t.n_instances));
-          float* d_s = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
+          if (d_i.depth != nullptr && i.depth == nullptr) refuse("image", "the depth that blend returned", "none");
+          const SplatGradient d_s = read.splat_gradient(d_splats, p.n);
+          const int n_columns = d_i.depth != nullptr ? kSplatDepthGradientStride : kSplatGradientStride;
+          if (d_s.n_columns != n_columns)
+            refuse("d_splats", std::to_string(n_columns) + " columns", std::to_string(d_s.n_columns));
+          void* memory = read.scratch(scratch, blend_vjp_scratch(backend, t.n_instances, n_columns));
           Unlocked unlocked;
           blend_vjp(backend, p, t, c, s, i, d_i, memory, d_s);
         });
@@ -346,6 +351,7 @@ PYBIND11_MODULE(_engine, m) {
   m.attr("SPLAT_STRIDE") = kSplatStride;
   m.attr("TILE_SET_STRIDE") = sizeof(TileSet) / sizeof(int32_t);
   m.attr("SPLAT_GRADIENT_STRIDE") = kSplatGradientStride;
+  m.attr("SPLAT_DEPTH_GRADIENT_STRIDE") = kSplatDepthGradientStride;
   m.attr("VERSION") = SPACEPORT_VERSION;
   m.def("build_info", &build_info,
         "What was built: version, compiler, backends, CUDA architectures, SIMD paths and the one this machine takes.");

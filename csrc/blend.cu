@@ -27,7 +27,7 @@ struct StagedSplat {
   float blue;
   uint32_t sums;  // where its sums begin, in floats
 
-  __device__ static StagedSplat of(const Splat& s, int32_t number) {
+  __device__ static StagedSplat of(const Splat& s, int32_t number, int n_columns) {
     return {s.x,
             s.y,
             -0.5f * kLog2E * s.a,
@@ -37,7 +37,7 @@ struct StagedSplat {
             s.red,
             s.green,
             s.blue,
-            uint32_t(number) * kSplatGradientStride};
+            uint32_t(number) * uint32_t(n_columns)};
   }
 };
 
@@ -190,9 +190,26 @@ struct Grid {
 constexpr int kForwardThreads = 32 * kQuarters;
 constexpr int kGroups = kForwardThreads / 32;  // of splats that are staged at once
 
+// The depths of a thread's pixels.
+struct PairDepths {
+  float expected[kPixels], median[kPixels];
+
+  __device__ void add(const Contribution& c, float z) {
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+      const float t_after = c.t_before[p] - c.weight[p];
+      const bool is_median = c.t_before[p] >= kMedianTransmittance && t_after < kMedianTransmittance;
+      expected[p] = fmaf(c.weight[p], z, expected[p]);
+      median[p] = is_median ? z : median[p];
+    }
+  }
+};
+
+template <bool kDepth>
 __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* splats, Tiles tiles, Grid grid,
                                                                 RasterSettings settings, Image out) {
   __shared__ SplatRows staged[kForwardThreads];
+  __shared__ float depths[kDepth ? kForwardThreads : 1];
   __shared__ unsigned reached[kGroups][kQuarters];  // which splats of a group can reach a quarter
   const int lane = int(threadIdx.x % 32), quarter = int(threadIdx.x / 32);
   const int64_t tile = blockIdx.x;
@@ -202,6 +219,7 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
   PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
   float red[kPixels] = {}, green[kPixels] = {}, blue[kPixels] = {};
   float left_through[kPixels] = {1.0f, 1.0f};  // T, also of pixels that have stopped
+  PairDepths pixel_depths = {};
 
   const int64_t begin = tiles.offsets[tile], end = tiles.offsets[tile + 1];
   TileHits hits = TileHits::of(out.hits, tiles.n_instances, grid.n_tiles, tile, begin);
@@ -212,8 +230,9 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
     if (batch + threadIdx.x < end) {
       const int32_t number = tiles.splat_from_instance[batch + threadIdx.x];
       const Splat splat = load_splat(splats + number);
-      const StagedSplat seen = StagedSplat::of(splat, number);
+      const StagedSplat seen = StagedSplat::of(splat, number, kSplatGradientStride);
       staged[threadIdx.x].set(seen);
+      if constexpr (kDepth) depths[threadIdx.x] = splat.depth;
       reaches = quarters_reached(splat, seen.log2_opacity, float(left), float(top));
     }
 #pragma unroll
@@ -237,6 +256,7 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
           blue[p] = fmaf(c.weight[p], s.blue, blue[p]);
           left_through[p] = c.goes_on[p] ? pixels.t[p] : left_through[p];
         }
+        if constexpr (kDepth) pixel_depths.add(c, depths[32 * group + i]);
         if (c.reached) hit |= 1u << i;
       }
       hit = warp_or(hit);
@@ -255,6 +275,10 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
     out.color[3 * at] = fmaf(t, settings.background[0], red[p]);
     out.color[3 * at + 1] = fmaf(t, settings.background[1], green[p]);
     out.color[3 * at + 2] = fmaf(t, settings.background[2], blue[p]);
+    if constexpr (kDepth) {
+      if (out.depth != nullptr) out.depth[at] = pixel_depths.expected[p];
+      if (out.median_depth != nullptr) out.median_depth[at] = pixel_depths.median[p];
+    }
   }
 }
 
@@ -263,11 +287,14 @@ static_assert(kMomentCount == kSplatGradientStride, "a splat's row holds the mom
 constexpr int kBackwardThreads = 64;
 constexpr int kBackwardWarps = kBackwardThreads / 32;
 
-// The gradient of the loss by a thread's pixels.
+// The gradient of the loss by a thread's pixels; kColumns says whether it sees the depth.
+template <int kColumns>
 struct PairGradient {
+  static constexpr bool kDepth = kColumns == kSplatDepthGradientStride;
   float red[kPixels], green[kPixels], blue[kPixels];
-  float total[kPixels];   // gradient . what is seen: colour, and T by its own gradient
-  float prefix[kPixels];  // gradient . colour blended so far
+  float depth[kDepth ? kPixels : 1];
+  float total[kPixels];   // gradient . what is seen: colour and depth, and T by its own gradient
+  float prefix[kPixels];  // gradient . colour and depth blended so far
 
   __device__ static PairGradient at(int column, int row, const Grid& grid, const Image& image, const Image& d_image) {
     PairGradient g = {};
@@ -283,18 +310,23 @@ struct PairGradient {
       g.total[p] =
           g.red[p] * image.color[3 * at] + g.green[p] * image.color[3 * at + 1] + g.blue[p] * image.color[3 * at + 2];
       if (d_image.transmittance != nullptr) g.total[p] += d_image.transmittance[at] * image.transmittance[at];
+      if constexpr (kDepth) {
+        g.depth[p] = d_image.depth[at];
+        g.total[p] += d_image.depth[at] * image.depth[at];
+      }
     }
     return g;
   }
 
   // The pixels' part of the sums that give a splat's gradient: of d, the gradient by the exponent of e, of its products
-  // with dx, dy, dx^2, dx dy, dy^2, and of the gradients by the colour.
-  __device__ void moments_of(const Contribution& c, const StagedSplat& s, float alpha_max,
-                             float moments[kMomentCount]) {
+  // with dx, dy, dx^2, dx dy, dy^2, and of the gradients by the colour and the depth.
+  __device__ void moments_of(const Contribution& c, const StagedSplat& s, float z, float alpha_max,
+                             float moments[kColumns]) {
     float d[kPixels], d_dy[kPixels];
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
-      const float shade = fmaf(red[p], s.red, fmaf(green[p], s.green, blue[p] * s.blue));
+      float shade = fmaf(red[p], s.red, fmaf(green[p], s.green, blue[p] * s.blue));
+      if constexpr (kDepth) shade = fmaf(depth[p], z, shade);
       prefix[p] = fmaf(c.weight[p], shade, prefix[p]);
       const float behind = (total[p] - prefix[p]) * reciprocal(1.0f - c.alpha[p]);
       const float d_exponent = fmaf(c.t_before[p], shade, -behind) * c.alpha[p];
@@ -312,6 +344,7 @@ struct PairGradient {
     moments[3] = moments[1] * c.dx;
     moments[4] = sum_dy * c.dx;
     moments[5] = sum_dydy;
+    if constexpr (kDepth) moments[9] = fmaf(c.weight[1], depth[1], c.weight[0] * depth[0]);
   }
 };
 
@@ -337,11 +370,15 @@ __device__ float transposed_sum(const float v[kMomentCount], int lane) {
   return chosen(lane & 2, ninth, sum);
 }
 
+template <int kColumns>
 __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat* splats, Tiles tiles, Grid grid,
                                                                      float alpha_max, Image image, Image d_image,
                                                                      float* moments_of) {
+  constexpr bool kDepth = PairGradient<kColumns>::kDepth;
   __shared__ SplatRows staged_by_warp[kBackwardWarps][32];
+  __shared__ float depths_by_warp[kBackwardWarps][kDepth ? 32 : 1];
   SplatRows* staged = staged_by_warp[threadIdx.x / 32];
+  float* depths = depths_by_warp[threadIdx.x / 32];
   const int lane = int(threadIdx.x % 32);
   const int64_t share = int64_t(blockIdx.x) * kBackwardWarps + threadIdx.x / 32;  // a quarter of a tile
   const int64_t tile = share / kQuarters;
@@ -351,7 +388,7 @@ __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat
   const int column = int(tile % grid.tiles_x) * kTileSize + quarter % 2 * kQuarter + lane % kQuarter;
   const int row = int(tile / grid.tiles_x) * kTileSize + quarter / 2 * kQuarter + lane / kQuarter;
   PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
-  PairGradient gradient = PairGradient::at(column, row, grid, image, d_image);
+  auto gradient = PairGradient<kColumns>::at(column, row, grid, image, d_image);
 
   float* own_moment = moments_of + moment_of(lane);
   const bool adds = lane % 4 == 0 || lane == 2;
@@ -361,28 +398,32 @@ __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat
     if (hit == 0) continue;
     if ((hit >> lane & 1u) != 0) {
       const int32_t number = tiles.splat_from_instance[begin + 32 * group + lane];
-      staged[__popc(hit & ((1u << lane) - 1u))].set(StagedSplat::of(load_splat(splats + number), number));
+      const Splat splat = load_splat(splats + number);
+      const int place = __popc(hit & ((1u << lane) - 1u));
+      staged[place].set(StagedSplat::of(splat, number, kColumns));
+      if constexpr (kDepth) depths[place] = splat.depth;
     }
     __syncwarp();
     const int n_hits = __popc(hit);
     for (int i = 0; i < n_hits; ++i) {
       const StagedSplat s = staged[i].get();
       const Contribution c = pixels.blend(s, alpha_max);
-      float moments[kMomentCount];
-      gradient.moments_of(c, s, alpha_max, moments);
+      float moments[kColumns];
+      gradient.moments_of(c, s, kDepth ? depths[i] : 0.0f, alpha_max, moments);
       const float sum = transposed_sum(moments, lane);
       add_if(adds, own_moment + s.sums, sum);
+      if constexpr (kDepth) add_if(lane == 1, moments_of + s.sums + kMomentCount, warp_sum(moments[kMomentCount]));
     }
     __syncwarp();
   }
 }
 
 // The gradient of each splat from the moments that its row holds, in place.
-__global__ void splat_gradient_kernel(const Splat* splats, int64_t n, float* rows) {
+__global__ void splat_gradient_kernel(const Splat* splats, int64_t n, SplatGradient d_splats) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
   const Splat s = load_splat(splats + i);
-  gradient_of_moments({s.a, s.b, s.c}, s.opacity, rows + i * kMomentCount);
+  gradient_of_moments({s.a, s.b, s.c}, s.opacity, d_splats.rows + i * d_splats.n_columns);
 }
 
 }  // namespace
@@ -396,29 +437,35 @@ int64_t hits_size(const Cuda&, int64_t n_instances, const Camera& camera) {
 void blend(const Cuda& backend, const Projected& projected, const Tiles& tiles, const Camera& camera,
            const RasterSettings& settings, const Image& out) {
   const cuda::Grid grid = cuda::Grid::of(camera);
-  cuda::blend_kernel<<<unsigned(grid.n_tiles), cuda::kForwardThreads, 0, stream_of(backend)>>>(projected.splats, tiles,
-                                                                                               grid, settings, out);
+  const bool has_depth = out.depth != nullptr || out.median_depth != nullptr;
+  const auto kernel = has_depth ? cuda::blend_kernel<true> : cuda::blend_kernel<false>;
+  kernel<<<unsigned(grid.n_tiles), cuda::kForwardThreads, 0, stream_of(backend)>>>(projected.splats, tiles, grid,
+                                                                                   settings, out);
   check_launch("blend");
 }
 
-size_t blend_vjp_scratch(const Cuda&, int64_t) {
+size_t blend_vjp_scratch(const Cuda&, int64_t, int) {
   return 0;
 }
 
 void cuda::queue_blend_vjp(cudaStream_t stream, const Projected& projected, const Tiles& tiles, const Camera& camera,
                            const RasterSettings& settings, const Image& image, const Image& d_image, float* moments) {
   const Grid grid = Grid::of(camera);
-  blend_vjp_kernel<<<unsigned(grid.n_tiles * kQuarters / kBackwardWarps), kBackwardThreads, 0, stream>>>(
+  const auto kernel =
+      d_image.depth != nullptr ? blend_vjp_kernel<kSplatDepthGradientStride> : blend_vjp_kernel<kSplatGradientStride>;
+  kernel<<<unsigned(grid.n_tiles * kQuarters / kBackwardWarps), kBackwardThreads, 0, stream>>>(
       projected.splats, tiles, grid, settings.alpha_max, image, d_image, moments);
   check_launch("blend'");
 }
 
 void blend_vjp(const Cuda& backend, const Projected& projected, const Tiles& tiles, const Camera& camera,
-               const RasterSettings& settings, const Image& image, const Image& d_image, void*, float* d_splats) {
+               const RasterSettings& settings, const Image& image, const Image& d_image, void*,
+               const SplatGradient& d_splats) {
   if (projected.n == 0) return;
   const cudaStream_t stream = stream_of(backend);
-  check(cudaMemsetAsync(d_splats, 0, size_t(projected.n) * kSplatGradientStride * sizeof(float), stream), "blend'");
-  cuda::queue_blend_vjp(stream, projected, tiles, camera, settings, image, d_image, d_splats);
+  const size_t n_bytes = size_t(projected.n) * size_t(d_splats.n_columns) * sizeof(float);
+  check(cudaMemsetAsync(d_splats.rows, 0, n_bytes, stream), "blend'");
+  cuda::queue_blend_vjp(stream, projected, tiles, camera, settings, image, d_image, d_splats.rows);
   constexpr int kThreads = 256;
   cuda::splat_gradient_kernel<<<n_blocks_of(projected.n, kThreads), kThreads, 0, stream>>>(projected.splats,
                                                                                            projected.n, d_splats);

@@ -204,11 +204,14 @@ HOST_DEVICE Vec3<Float8> color_vjp(const Gaussians& g, const Rows& rows, const V
 }
 
 void project_rows_vjp(const Gaussians& g, const Rows& rows, const Rows& splats, const View<Float8>& view,
-                      const RasterSettings& settings, const float* d_splats, const Gaussians& d_g) {
-  const auto d_splat = [&](int column) { return splats.gather(d_splats, kSplatGradientStride, column); };
+                      const RasterSettings& settings, const SplatGradient& d_splats, const Gaussians& d_g) {
+  const auto d_splat = [&](int column) { return splats.gather(d_splats.rows, d_splats.n_columns, column); };
   const RawShape<Float8> raw = raw_shape_of(g, rows);
   const Shape<Float8> s = shape_of(raw, view, Float8(settings.low_pass));
-  const RawShape<Float8> d = shape_of_vjp(raw, view, s, d_splat(0), d_splat(1), {d_splat(2), d_splat(3), d_splat(4)});
+  ProjectedAxesGradient<Float8> d_seen =
+      seen_shape_vjp(view, s, d_splat(0), d_splat(1), {d_splat(2), d_splat(3), d_splat(4)});
+  if (d_splats.n_columns == kSplatDepthGradientStride) d_seen.d_point.z = d_seen.d_point.z + d_splat(9);
+  const RawShape<Float8> d = shape_of_vjp(raw, view, s, d_seen);
   const Float8 opacity = sigmoid(rows.gather(g.opacities, 1, 0));
   const Vec3<Float8> d_mean_by_color =
       color_vjp(g, rows, view, raw.mean, settings.sh_degree, {d_splat(6), d_splat(7), d_splat(8)}, d_g);
@@ -225,7 +228,7 @@ void project_rows_vjp(const Gaussians& g, const Rows& rows, const Rows& splats, 
 }  // namespace
 
 void project_vjp(const Cpu& cpu, const Gaussians& g, const Camera& camera, const RasterSettings& settings,
-                 const Projected& projected, const float* d_splats, const Gaussians& d_g) {
+                 const Projected& projected, const SplatGradient& d_splats, const Gaussians& d_g) {
   const View<Float8> view = view_of<Float8>(camera);
   const int32_t* gaussian_from_splat = projected.gaussian_from_splat;
   const int64_t n_pieces = n_pieces_of(projected.n, kProjectRowsPerPiece);

@@ -203,15 +203,17 @@ void launch_project(cudaStream_t stream, const Gaussians& g, const Late<View<flo
 
 template <int kDegree>
 __global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View<float> view, RasterSettings settings,
-                                                               Projected projected, const float* d_splats,
+                                                               Projected projected, SplatGradient d_splats,
                                                                Gaussians d_g) {
   const int64_t splat = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (splat >= projected.n) return;
   const int64_t row = projected.gaussian_from_splat[splat];
-  const float* d = d_splats + splat * kSplatGradientStride;
+  const float* d = d_splats.rows + splat * d_splats.n_columns;
   const RawShape<float> raw = raw_shape_of(g, row);
   const Shape<float> s = shape_of(raw, view, settings.low_pass);
-  const RawShape<float> d_raw = shape_of_vjp(raw, view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
+  ProjectedAxesGradient<float> d_seen = seen_shape_vjp(view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
+  if (d_splats.n_columns == kSplatDepthGradientStride) d_seen.d_point.z += d[9];
+  const RawShape<float> d_raw = shape_of_vjp(raw, view, s, d_seen);
   const float opacity = sigmoid(g.opacities[row]);
 
   constexpr int kColumns = 3 * n_coefficients_of(kDegree);
@@ -265,7 +267,7 @@ ProjectedCounts project(const Cuda& backend, const Gaussians& g, const Camera& c
 }
 
 void project_vjp(const Cuda& backend, const Gaussians& g, const Camera& camera, const RasterSettings& settings,
-                 const Projected& projected, const float* d_splats, const Gaussians& d_g) {
+                 const Projected& projected, const SplatGradient& d_splats, const Gaussians& d_g) {
   const cudaStream_t stream = stream_of(backend);
   const struct {
     float* array;

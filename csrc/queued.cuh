@@ -71,7 +71,8 @@ size_t queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& 
 void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& counts, const Camera& size,
                 const LookBack&, const int32_t* numbers, void* scratch, const Tiles& out);
 
-// The sums that give a splat's gradient, [M, 9], which must be zero at the start. `d_image.transmittance` may be null.
+// The sums that give a splat's gradient, [M, 9] or, if d_image has a depth, [M, 10]; they must be zero at the start.
+// `d_image.transmittance` may be null.
 void queue_blend_vjp(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
                      const Image&, const Image& d_image, float* moments);
 

@@ -163,9 +163,23 @@ class Reader {
     return t;
   }
 
+  // Nine columns, or ten.
+  SplatGradient splat_gradient(py::handle object, int64_t n) const {
+    const Array<float> rows = array<float>(object, "d_splats", {n, -1});
+    const int64_t n_columns = rows.shape[1];
+    if (n_columns != kSplatGradientStride && n_columns != kSplatDepthGradientStride)
+      refuse("d_splats", "9 columns, or 10 with the depth", std::to_string(n_columns));
+    return {rows.data, int(n_columns)};
+  }
+
+  // Depths may be None.
   Image image(py::handle object, const Camera& camera) const {
+    const auto plane_or_null = [&](const char* name) {
+      return object.attr(name).is_none() ? nullptr : field<float>(object, name, {camera.height, camera.width}).data;
+    };
     return {field<float>(object, "color", {camera.height, camera.width, 3}).data,
-            field<float>(object, "transmittance", {camera.height, camera.width}).data, nullptr};
+            field<float>(object, "transmittance", {camera.height, camera.width}).data, nullptr, plane_or_null("depth"),
+            plane_or_null("median_depth")};
   }
   // With room for what blend keeps for its backward pass, unless it is None.
   Image image(py::handle object, const Camera& camera, int64_t hits_size) const {

@@ -17,6 +17,8 @@ constexpr float kMinQuaternionNormSquared = 1e-8f;  // a shorter quaternion has 
 constexpr int kMaxShCoefficients = 16;              // degree 3
 constexpr int kSplatStride = 12;                    // floats of a row of Projected::splats
 constexpr int kSplatGradientStride = 9;             // of these, the first nine carry gradients
+constexpr int kSplatDepthGradientStride = 10;       // and the tenth, where the loss sees the depth
+constexpr float kMedianTransmittance = 0.5f;        // the median depth is that of the splat that takes it below this
 
 struct Camera {
   float cam_from_world[12];  // 3 rows of rotation | translation
@@ -34,6 +36,12 @@ struct RasterSettings {
   float low_pass;  // px^2
   float alpha_max;
   float background[3];
+};
+
+// Gradient by the splats' first columns: nine, or ten where the loss sees the depth.
+struct SplatGradient {
+  float* rows;  // [M, n_columns]
+  int n_columns;
 };
 
 // Raw parameters; a gradient and each of Adam's moments have the same type.
@@ -88,9 +96,11 @@ struct Tiles {
 
 // A rendered image, or the gradient of a loss by one.
 struct Image {
-  float* color;          // [H, W, 3], background blended in
-  float* transmittance;  // [H, W]
-  int32_t* hits;         // what blend on a GPU keeps for its backward pass (see hits_size), or null
+  float* color;                   // [H, W, 3], background blended in
+  float* transmittance;           // [H, W]
+  int32_t* hits;                  // what blend on a GPU keeps for its backward pass (see hits_size), or null
+  float* depth = nullptr;         // [H, W] sum of the splats' z by their weights, or null
+  float* median_depth = nullptr;  // [H, W] or null; zero where no splat takes transmittance below one half
 };
 
 }  // namespace spaceport

@@ -14,6 +14,7 @@ SPLAT_STRIDE: int
 TILE_SET_STRIDE: int
 STEP_PROGRESS_SIZE: int
 SPLAT_GRADIENT_STRIDE: int
+SPLAT_DEPTH_GRADIENT_STRIDE: int
 MULTIPLY_ADD_FLOPS: int
 VERSION: str
 
@@ -97,7 +98,7 @@ def blend(
     out: Image,
 ) -> None: ...
 def hits_size(backend: Backend, n_instances: int, camera: Camera) -> int: ...
-def blend_vjp_scratch(backend: Backend, n_instances: int) -> int: ...
+def blend_vjp_scratch(backend: Backend, n_instances: int, n_columns: int) -> int: ...
 def blend_vjp(
     backend: Backend,
     projected: Projected,

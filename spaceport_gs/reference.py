@@ -113,7 +113,7 @@ def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> S
 
 
 def blend(splats: Splats, camera: Camera, settings: RasterSettings) -> Image:
-    """Front-to-back blending, by depth and then by row."""
+    """Front-to-back blending, by depth and then by row; with both depths, whatever was asked for."""
     like = splats.means
     y, x = torch.meshgrid(
         torch.arange(camera.height).to(like) + 0.5,
@@ -121,6 +121,7 @@ def blend(splats: Splats, camera: Camera, settings: RasterSettings) -> Image:
         indexing="ij",
     )
     color = torch.zeros(camera.height, camera.width, 3).to(like)
+    depth, median_depth = torch.zeros(2, camera.height, camera.width).to(like)
     transmittance = torch.ones(camera.height, camera.width).to(like)
     stopped = torch.zeros_like(transmittance, dtype=torch.bool)
     # Sorted as the engine's single precision does, so that ties are ties in both.
@@ -135,9 +136,12 @@ def blend(splats: Splats, camera: Camera, settings: RasterSettings) -> Image:
         reached = reached & ~stopped
         weight = torch.where(reached, alpha * transmittance, torch.zeros_like(alpha))
         color = color + weight[..., None] * splats.colors[i]
+        depth = depth + weight * splats.depths[i]
+        is_median = reached & (transmittance >= 0.5) & (behind < 0.5)
+        median_depth = torch.where(is_median, splats.depths[i].detach(), median_depth)
         transmittance = torch.where(reached, behind, transmittance)
     background = torch.tensor(settings.background).to(like)
-    return Image(color + transmittance[..., None] * background, transmittance)
+    return Image(color + transmittance[..., None] * background, transmittance, None, depth, median_depth)
 
 
 def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:

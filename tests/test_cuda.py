@@ -14,7 +14,7 @@ from spaceport_gs import ops
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.pipeline.doctor import cuda_missing
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
-from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Statistics
+from spaceport_gs.types import Camera, Depth, Image, Projected, RasterSettings, Statistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_missing()), reason=cuda_missing())]
 
@@ -64,6 +64,22 @@ def test_odd_images_and_principal_points(size: tuple[int, int]) -> None:
     a = ops.render(gaussians, view, RasterSettings())
     b = ops.render(gaussians.map(lambda x: x.cuda()), view, RasterSettings())
     assert_close(b.color, a.color, flips=0.002, size_of_flips=0.02)
+
+
+def test_depths_of_a_large_scene() -> None:
+    gaussians, view = random_gaussians(200_000, scale=0.012), camera(800, 533, 600.0)
+    settings = replace(SETTINGS, depth=Depth.BOTH)
+    images, gradients = [], []
+    for device in ("cpu", "cuda"):
+        leaves = gaussians.map(lambda a, to=device: a.to(to).requires_grad_())
+        image = ops.rasterize(leaves, view, settings)
+        (image.depth * image.color.detach()[..., 0]).sum().backward()
+        images.append(image)
+        gradients.append([a.grad.cpu().double() for a in leaves.arrays()])
+    assert_close(images[1].depth, images[0].depth, flips=1e-3, size_of_flips=0.02)
+    assert_close(images[1].median_depth, images[0].median_depth, flips=2e-3, size_of_flips=1.0)
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 2e-3 * b.norm()
 
 
 def test_projection_is_stable_and_repeats() -> None:

@@ -14,7 +14,7 @@ from scenes import assert_close, camera, random_gaussians
 from spaceport_gs import _engine, ops, reference
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.pipeline.doctor import cuda_missing
-from spaceport_gs.types import Camera, Image, RasterSettings
+from spaceport_gs.types import Camera, Depth, Image, RasterSettings
 
 SETTINGS = RasterSettings(background=(0.2, 0.5, 0.7))
 
@@ -52,14 +52,16 @@ def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
 
 def weights_like(image: Image) -> Image:
     draw = torch.Generator().manual_seed(9)
-    return Image(
-        torch.randn(image.color.shape, generator=draw).to(image.color.device),
-        torch.randn(image.transmittance.shape, generator=draw).to(image.color.device),
+    color, transmittance, depth = (
+        torch.randn(shape, generator=draw).to(image.color.device)
+        for shape in (image.color.shape, image.transmittance.shape, image.transmittance.shape)
     )
+    return Image(color, transmittance, depth=None if image.depth is None else depth)
 
 
 def weighted_sum(image: Image, weights: Image) -> torch.Tensor:
-    return (image.color * weights.color).sum() + (image.transmittance * weights.transmittance).sum()
+    total = (image.color * weights.color).sum() + (image.transmittance * weights.transmittance).sum()
+    return total if weights.depth is None else total + (image.depth * weights.depth).sum()
 
 
 def compare(device: str, gaussians: Gaussians, view: Camera, settings: RasterSettings = SETTINGS) -> None:
@@ -69,9 +71,15 @@ def compare(device: str, gaussians: Gaussians, view: Camera, settings: RasterSet
     expected = reference.render(truth, view, settings)
     assert_close(image.color, expected.color, flips=0.002, size_of_flips=0.02)
     assert_close(image.transmittance, expected.transmittance, flips=0.002, size_of_flips=0.02)
+    assert (image.depth is None) == (Depth.EXPECTED not in settings.depth)
+    assert (image.median_depth is None) == (Depth.MEDIAN not in settings.depth)
+    if image.depth is not None:
+        assert_close(image.depth, expected.depth, flips=0.002, size_of_flips=0.02)
+    if image.median_depth is not None:
+        assert_close(image.median_depth, expected.median_depth, flips=0.003, size_of_flips=1.0)
     weights = weights_like(image)
     weighted_sum(image, weights).backward()
-    weights = Image(weights.color.cpu(), weights.transmittance.cpu())
+    weights = weights_like(replace(image, color=image.color.cpu()))
     if truth.means.requires_grad and expected.color.requires_grad:
         weighted_sum(expected, weights).backward()
     for value, correct in zip(ours.arrays(), truth.arrays(), strict=True):
@@ -97,6 +105,30 @@ def test_random_scenes(device: str, n: int, size: tuple[int, int], scale: float)
 def test_sh_degrees(device: str, degree: int) -> None:
     compare(device, random_gaussians(60, sh_degree=degree), camera(32, 24, 30))
     compare(device, random_gaussians(60), camera(32, 24, 30), replace(SETTINGS, sh_degree=degree))
+
+
+@pytest.mark.parametrize("depth", [Depth.EXPECTED, Depth.MEDIAN, Depth.BOTH])
+def test_depths(device: str, depth: Depth) -> None:
+    settings = replace(SETTINGS, depth=depth)
+    compare(device, random_gaussians(300, seed=300), camera(), settings)
+    compare(device, random_gaussians(57, seed=57, scale=0.2), camera(17, 5), settings)
+    opaque = random_gaussians(60, seed=6, scale=0.6)
+    opaque.opacities[:] = 4.0
+    compare(device, opaque, camera(40, 30, 32), settings)
+
+
+def test_depths_do_not_change_the_rest(device: str) -> None:
+    gaussians, view = on(device, random_gaussians(200, scale=0.2)), camera()
+    plain, deep = (ops.render(gaussians, view, replace(SETTINGS, depth=d)) for d in (Depth.NONE, Depth.BOTH))
+    assert torch.equal(plain.color, deep.color)
+    assert torch.equal(plain.transmittance, deep.transmittance)
+    gradients = []
+    for depth in (Depth.NONE, Depth.BOTH):
+        ours = leaves(gaussians, torch.float32, device)
+        ops.rasterize(ours, view, replace(SETTINGS, depth=depth)).color.sum().backward()
+        gradients.append([array.grad for array in ours.arrays()])
+    for a, b in zip(*gradients, strict=True):
+        assert_close(a, b)
 
 
 def with_row(gaussians: Gaussians, row: int, **values: object) -> Gaussians:
@@ -155,9 +187,11 @@ def test_nothing_to_see(device: str) -> None:
     view = camera(20, 10)
     for gaussians in (random_gaussians(0), with_row(random_gaussians(1), 0, means=[0, 0, -5])):
         ours = leaves(gaussians, torch.float32, device)
-        image = ops.rasterize(ours, view, SETTINGS)
+        image = ops.rasterize(ours, view, replace(SETTINGS, depth=Depth.BOTH))
         assert torch.equal(image.color.cpu(), torch.tensor(SETTINGS.background).expand(10, 20, 3))
         assert torch.equal(image.transmittance.cpu(), torch.ones(10, 20))
+        assert not image.depth.any()
+        assert not image.median_depth.any()
         weighted_sum(image, weights_like(image)).backward()
         assert all(not array.grad.any() for array in ours.arrays())
 
