@@ -103,7 +103,7 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     d_splats = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
     deep = replace(settings, depth=Depth.BOTH)
     deep_image, d_deep_image = ops.blend(projected, tiles, view, deep), replace(d_image, depth=d_image.transmittance)
-    d_gaussians = ops.empty_like(gaussians)
+    d_gaussians, d_pose = ops.empty_like(gaussians), torch.empty(3, 4, dtype=torch.float64)
     moments = ops.zeros_like(gaussians), ops.zeros_like(gaussians)
     rates = ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=1)
     statistics_of = Statistics.empty(cloud.n)
@@ -186,6 +186,14 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             n,
             "Gaussians",
             1300,
+            "memory: 118 floats a row",
+        ),
+        Kernel(
+            "project', with the pose",
+            lambda: ops.project_vjp(gaussians, view, settings, projected, d_splats, d_gaussians, d_pose),
+            n,
+            "Gaussians",
+            1400,
             "memory: 118 floats a row",
         ),
         Kernel(
@@ -335,6 +343,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         return ops.blend_vjp(projected[i], tiles[i], views[i], settings, images[i], d_images[i])
 
     d_splats = [blend_vjp(i) for i in range(N_VIEWS)]
+    d_pose = torch.empty(3, 4, dtype=torch.float64, device="cuda")
 
     def forward(i: int) -> tuple[object, ...]:
         p = ops.project(gaussians, views[i], settings)
@@ -359,6 +368,9 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
             projected[i], tiles[i], views[i], deep, deep_images[i], d_deep_images[i]
         ),
         "project'": lambda i: ops.project_vjp(gaussians, views[i], settings, projected[i], d_splats[i], d_gaussians),
+        "project', with the pose": lambda i: ops.project_vjp(
+            gaussians, views[i], settings, projected[i], d_splats[i], d_gaussians, d_pose
+        ),
         "update": lambda i: ops.update(gaussians, d_gaussians, moments.first, moments.second, rates),
         "project' and update in one": lambda i: ops.project_vjp_update(
             gaussians, views[i], settings, projected[i], d_splats[i], moments, rates

@@ -59,19 +59,26 @@ void bind_verbs(py::module_& m) {
       },
       "Fills `out` (N rows) with the visible Gaussians; returns how many there are, and their number of instances.");
 
-  m.def("project_vjp", [](const Backend& backend, py::object gaussians, py::object camera, py::object settings,
-                          py::object projected, py::object d_splats, py::object d_gaussians) {
-    const Reader read = reader_of(backend);
-    const Gaussians g = read.gaussians(gaussians);
-    const Projected p = read.projected(projected);
-    const SplatGradient d = read.splat_gradient(d_splats, p.n);
-    const Gaussians d_g = read.gaussians_like(d_gaussians, g);
-    check_rows(backend, p, g.n);
-    const Camera c = camera_of(camera);
-    const RasterSettings s = raster_settings_of(settings, g.n_coefficients);
-    Unlocked unlocked;
-    project_vjp(backend, g, c, s, p, d, d_g);
-  });
+  m.def("project_vjp_scratch",
+        [](const Backend& backend, int64_t n_splats) { return project_vjp_scratch(backend, n_splats); });
+  m.def("project_vjp",
+        [](const Backend& backend, py::object gaussians, py::object camera, py::object settings, py::object projected,
+           py::object d_splats, py::object d_gaussians, py::object d_cam_from_world, py::object scratch) {
+          const Reader read = reader_of(backend);
+          const Gaussians g = read.gaussians(gaussians);
+          const Projected p = read.projected(projected);
+          const SplatGradient d = read.splat_gradient(d_splats, p.n);
+          ProjectGradient out = {read.gaussians_like(d_gaussians, g), nullptr, nullptr};
+          if (!d_cam_from_world.is_none()) {
+            out.cam_from_world = read.array<double>(d_cam_from_world, "d_cam_from_world", {3, 4}).data;
+            out.scratch = read.scratch(scratch, project_vjp_scratch(backend, p.n));
+          }
+          check_rows(backend, p, g.n);
+          const Camera c = camera_of(camera);
+          const RasterSettings s = raster_settings_of(settings, g.n_coefficients);
+          Unlocked unlocked;
+          project_vjp(backend, g, c, s, p, d, out);
+        });
 
   m.def("tile_scratch", [](const Backend& backend, int64_t n_splats, int64_t n_instances, py::object camera) {
     return tile_scratch(backend, n_splats, n_instances, camera_of(camera));

@@ -34,9 +34,13 @@ ProjectedCounts project(const Cpu& cpu, const Gaussians& gaussians, const Camera
   SPACEPORT_DISPATCH(project, gaussians, camera, settings, scratch, out);
 }
 
+size_t project_vjp_scratch(const Cpu&, int64_t n_splats) {
+  return size_t(n_pieces_of(n_splats, kProjectRowsPerPiece)) * kPoseSize * sizeof(double);
+}
+
 void project_vjp(const Cpu& cpu, const Gaussians& gaussians, const Camera& camera, const RasterSettings& settings,
-                 const Projected& projected, const SplatGradient& d_splats, const Gaussians& d_gaussians) {
-  SPACEPORT_DISPATCH(project_vjp, gaussians, camera, settings, projected, d_splats, d_gaussians);
+                 const Projected& projected, const SplatGradient& d_splats, const ProjectGradient& out) {
+  SPACEPORT_DISPATCH(project_vjp, gaussians, camera, settings, projected, d_splats, out);
 }
 
 void blend(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const Camera& camera,
@@ -92,7 +96,7 @@ void project_vjp_update(const Cpu& cpu, const Gaussians& values, const Camera& c
   gradient.opacities = take(1);
   gradient.sh = take(3 * values.n_coefficients);
   const SplatGradient d = {const_cast<float*>(d_splats), kSplatGradientStride};
-  project_vjp(cpu, values, camera, settings, projected, d, gradient);
+  project_vjp(cpu, values, camera, settings, projected, d, {gradient, nullptr, nullptr});
   update(cpu, values, gradient, moments.first, moments.second, adam);
 }
 

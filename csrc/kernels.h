@@ -17,7 +17,7 @@ namespace spaceport::SPACEPORT_ISA {
 ProjectedCounts project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
                         const Projected& out);
 void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
-                 const SplatGradient& d_splats, const Gaussians& d_gaussians);
+                 const SplatGradient& d_splats, const ProjectGradient& out);
 void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 void blend_vjp(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
                const Image& d_image, void* scratch, const SplatGradient& d_splats);

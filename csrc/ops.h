@@ -43,11 +43,19 @@ ProjectedCounts project(const Cpu&, const Gaussians&, const Camera&, const Raste
 ProjectedCounts project(const Cuda&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
                         const Projected& out);
 
-// Writes every row of d_gaussians, zeros where nothing is visible.
+// What project' writes: every row of the Gaussians, zeros where nothing is visible, and the gradient by the camera's
+// pose, with which its centre moves. All twelve numbers of it count as free.
+struct ProjectGradient {
+  Gaussians gaussians;
+  double* cam_from_world;  // [3, 4], or null: not wanted
+  void* scratch;           // project_vjp_scratch bytes if it is
+};
+size_t project_vjp_scratch(const Cpu&, int64_t n_splats);
+size_t project_vjp_scratch(const Cuda&, int64_t n_splats);
 void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
-                 const SplatGradient& d_splats, const Gaussians& d_gaussians);
+                 const SplatGradient& d_splats, const ProjectGradient& out);
 void project_vjp(const Cuda&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
-                 const SplatGradient& d_splats, const Gaussians& d_gaussians);
+                 const SplatGradient& d_splats, const ProjectGradient& out);
 
 // Lists the instances of every tile from front to back; equal depths keep the order of their rows.
 size_t tile_scratch(const Cpu&, int64_t n_splats, int64_t n_instances, const Camera&);

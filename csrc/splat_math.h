@@ -380,6 +380,24 @@ HOST_DEVICE RawShape<T> shape_of_vjp(const RawShape<T>& raw, const View<T>& view
           normalized_vjp(raw.quaternion, rotation_vjp(s.unit, d_world.d_rotation))};
 }
 
+// Gradient by cam_from_world, all twelve numbers of which count as free.
+template <class T>
+struct PoseGradient {
+  Mat3<T> d_rotation;
+  Vec3<T> d_translation;
+};
+// Of what one shape takes from the pose [R | t]: its point R mean + t, its axes R axes, and the camera's centre -R^T t
+// that its colour is seen from.
+template <class T>
+HOST_DEVICE PoseGradient<T> pose_vjp(const RawShape<T>& raw, const View<T>& view, const Shape<T>& s,
+                                     const ProjectedAxesGradient<T>& d, const Vec3<T>& d_center) {
+  const Mat3<T> axes = axes_of(s.rotation, s.scale);
+  return {{d.d_point.x * raw.mean + axes * d.d_axes_in_cam.row[0] - view.translation.x * d_center,
+           d.d_point.y * raw.mean + axes * d.d_axes_in_cam.row[1] - view.translation.y * d_center,
+           d.d_point.z * raw.mean + axes * d.d_axes_in_cam.row[2] - view.translation.z * d_center},
+          d.d_point - view.rotation * d_center};
+}
+
 // Colour of SH coefficients [K, 3] before it is clamped to zero from below.
 template <class T>
 HOST_DEVICE Vec3<T> color_of(int degree, const T basis[kMaxShCoefficients], const T* sh) {

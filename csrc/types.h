@@ -18,13 +18,14 @@ constexpr int kMaxShCoefficients = 16;              // degree 3
 constexpr int kSplatStride = 12;                    // floats of a row of Projected::splats
 constexpr int kSplatGradientStride = 9;             // of these, the first nine carry gradients
 constexpr int kSplatDepthGradientStride = 10;       // and the tenth, where the loss sees the depth
+constexpr int kPoseSize = 12;                       // numbers of a camera's pose
 constexpr float kMedianTransmittance = 0.5f;        // the median depth is that of the splat that takes it below this
 
 struct Camera {
-  float cam_from_world[12];  // 3 rows of rotation | translation
-  float center[3];           // in the world
-  float fx, fy, cx, cy;      // pixels
-  int width, height;         // pixels; pixel (i, j) has its centre at (i + 0.5, j + 0.5)
+  float cam_from_world[kPoseSize];  // 3 rows of rotation | translation
+  float center[3];                  // in the world
+  float fx, fy, cx, cy;             // pixels
+  int width, height;                // pixels; pixel (i, j) has its centre at (i + 0.5, j + 0.5)
 
   int tiles_x() const { return (width + kTileSize - 1) / kTileSize; }
   int tiles_y() const { return (height + kTileSize - 1) / kTileSize; }

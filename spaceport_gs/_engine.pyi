@@ -74,6 +74,7 @@ def project(
     scratch: Array,
     out: Projected,
 ) -> tuple[int, int]: ...
+def project_vjp_scratch(backend: Backend, n_splats: int) -> int: ...
 def project_vjp(
     backend: Backend,
     gaussians: Gaussians,
@@ -82,6 +83,8 @@ def project_vjp(
     projected: Projected,
     d_splats: Array,
     d_gaussians: Gaussians,
+    d_cam_from_world: Array | None,
+    scratch: Array | None,
 ) -> None: ...
 def step_scratch(backend: Cuda, n: int, n_instances: int, width: int, height: int) -> int: ...
 def catch_up(

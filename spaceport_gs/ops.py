@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,10 +103,17 @@ def project_vjp(
     projected: Projected,
     d_splats: torch.Tensor,  # [M, 9], or [M, 10]
     out: Gaussians | None = None,
+    d_cam_from_world: torch.Tensor | None = None,  # [3, 4] float64
 ) -> Gaussians:
-    """Gradient by the raw parameters; zero in the rows that are not visible. `out`: buffers to write it to."""
-    d_gaussians = empty_like(gaussians) if out is None else out
-    _engine.project_vjp(backend_of(d_splats), gaussians, camera, settings, projected, d_splats, d_gaussians)
+    """Gradient by the raw parameters; zero in the rows that are not visible. `out`: buffers to write it to;
+    `d_cam_from_world` gets the gradient by the camera's pose, with which its centre moves."""
+    d_gaussians, backend = empty_like(gaussians) if out is None else out, backend_of(d_splats)
+    scratch = None
+    if d_cam_from_world is not None:
+        scratch = _scratch(d_splats, _engine.project_vjp_scratch(backend, len(projected.splats)))
+    _engine.project_vjp(
+        backend, gaussians, camera, settings, projected, d_splats, d_gaussians, d_cam_from_world, scratch
+    )
     return d_gaussians
 
 
@@ -275,16 +282,30 @@ def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Im
         return blend(projected, tile(projected, camera), camera, settings)
 
 
-def rasterize(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:
-    """As `render`, differentiable by torch in all five fields of the Gaussians; the median depth has no gradient."""
-    color, transmittance, depth, median_depth = _Rasterize.apply(camera, settings, *gaussians.arrays())
+def rasterize(
+    gaussians: Gaussians,
+    camera: Camera,
+    settings: RasterSettings,
+    cam_from_world: torch.Tensor | None = None,  # [3, 4]
+) -> Image:
+    """As `render`, differentiable by torch in all five fields of the Gaussians; the median depth has no gradient.
+
+    `cam_from_world` stands for the camera's own pose and gets a gradient as well: by each of its numbers alone, so keep it
+    a rotation by how you parametrise it. Its values are read by the host: on a GPU this waits for them.
+    """
+    if cam_from_world is not None:
+        if cam_from_world.shape != (3, 4):
+            raise ValueError(f"cam_from_world: expected shape [3, 4], got {list(cam_from_world.shape)}")
+        cam_from_world = cam_from_world.to(gaussians.means.device, torch.float64)
+        camera = replace(camera, cam_from_world=cam_from_world.detach().cpu().numpy())
+    color, transmittance, depth, median_depth = _Rasterize.apply(camera, settings, cam_from_world, *gaussians.arrays())
     return Image(color, transmittance, None, depth, median_depth)
 
 
 class _Rasterize(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, camera: Camera, settings: RasterSettings, *arrays: torch.Tensor
+        ctx: Any, camera: Camera, settings: RasterSettings, _: torch.Tensor | None, *arrays: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         gaussians = Gaussians(*(array.detach().contiguous() for array in arrays))
         projected = project(gaussians, camera, settings)
@@ -333,5 +354,6 @@ class _Rasterize(torch.autograd.Function):
                 depth=None if d_depth is None else d_depth.contiguous(),
             ),
         )
-        d_gaussians = project_vjp(gaussians, ctx.camera, ctx.settings, projected, d_splats)
-        return None, None, *d_gaussians.arrays()
+        d_pose = _empty(splats, 3, 4, dtype=torch.float64) if ctx.needs_input_grad[2] else None
+        d_gaussians = project_vjp(gaussians, ctx.camera, ctx.settings, projected, d_splats, d_cam_from_world=d_pose)
+        return None, None, d_pose, *d_gaussians.arrays()

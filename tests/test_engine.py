@@ -131,6 +131,32 @@ def test_depths_do_not_change_the_rest(device: str) -> None:
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_gradient_by_the_pose(device: str, degree: int) -> None:
+    """Of a pose that is not the camera's own, in several groups of eight and blocks of threads."""
+    settings, view = replace(SETTINGS, depth=Depth.EXPECTED), camera(40, 30, 32)
+    gaussians = random_gaussians(1500, sh_degree=degree, scale=0.04)
+    start = torch.tensor(view.cam_from_world)
+    start[0, 3] += 0.3
+    ours, truth = start.float().to(device).requires_grad_(), start.clone().requires_grad_()
+    image = ops.rasterize(on(device, gaussians), view, settings, ours)
+    weights = weights_like(image)
+    weighted_sum(image, weights).backward()
+    expected = reference.render(gaussians.map(lambda array: array.double()), view, settings, truth)
+    assert_close(image.color, expected.color, flips=0.002, size_of_flips=0.02)
+    weighted_sum(expected, weights_like(replace(image, color=image.color.cpu()))).backward()
+    assert ours.grad.dtype == torch.float32
+    assert_close(ours.grad, truth.grad, flips=1.0, size_of_flips=1e-3)
+
+
+def test_the_pose_of_nothing_has_no_gradient(device: str) -> None:
+    pose = torch.tensor(camera().cam_from_world, requires_grad=True)
+    ops.rasterize(on(device, random_gaussians(0)), camera(), SETTINGS, pose).color.sum().backward()
+    assert not pose.grad.any()
+    with pytest.raises(ValueError, match="cam_from_world"):
+        ops.rasterize(on(device, random_gaussians(1)), camera(), SETTINGS, torch.eye(4))
+
+
 def with_row(gaussians: Gaussians, row: int, **values: object) -> Gaussians:
     """The Gaussians with one row changed."""
     changed = gaussians.map(lambda array: array.clone())
@@ -339,9 +365,10 @@ def one_step(n_threads: int) -> list[torch.Tensor]:
     loss = ops.loss(image.color, photo, ops.LossSettings())
     d_image = Image(loss.d_color, torch.ones(200, 300))
     d_splats = ops.blend_vjp(projected, tiles, view, SETTINGS, image, d_image)
-    gradient = ops.project_vjp(gaussians, view, SETTINGS, projected, d_splats)
+    d_pose = torch.empty(3, 4, dtype=torch.float64)
+    gradient = ops.project_vjp(gaussians, view, SETTINGS, projected, d_splats, d_cam_from_world=d_pose)
     ops.use_cpu()
-    return [image.color, torch.tensor([loss.value]), d_splats, *gradient.arrays()]
+    return [image.color, torch.tensor([loss.value]), d_splats, d_pose, *gradient.arrays()]
 
 
 def test_same_bytes_with_any_number_of_threads() -> None:

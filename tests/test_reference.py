@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -85,20 +86,22 @@ def test_gradients_against_finite_differences() -> None:
     view = Camera(np.eye(3, 4), 30.0, 30.0, 4.0, 3.0, 8, 6)
     weights = torch.randn(6, 8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
-    def value(scene: Gaussians) -> torch.Tensor:
-        image = reference.render(scene, view, RasterSettings())
+    def value(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+        *fields, pose = arrays
+        image = reference.render(Gaussians(*fields), view, RasterSettings(), pose)
         return (torch.cat([image.color, image.depth[..., None]], dim=2) * weights).sum()
 
-    leaves = gaussians.map(lambda array: array.clone().requires_grad_())
+    start = [*gaussians.arrays(), torch.eye(3, 4, dtype=torch.float64)]
+    leaves = [array.clone().requires_grad_() for array in start]
     value(leaves).backward()
     draw = torch.Generator().manual_seed(2)
-    for k, array in enumerate(leaves.arrays()):
+    for k, array in enumerate(leaves):
         direction = torch.randn(array.shape, generator=draw, dtype=torch.float64)
 
         def moved(sign: float, k: int = k, direction: torch.Tensor = direction) -> float:
-            arrays = list(gaussians.arrays())
+            arrays = list(start)
             arrays[k] = arrays[k] + sign * STEP * direction
-            return float(value(Gaussians(*arrays)))
+            return float(value(arrays))
 
         slope = (moved(1) - moved(-1)) / (2 * STEP)
         assert float((array.grad * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-7)
