@@ -335,7 +335,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         for image in images
     ]
 
-    deep = replace(settings, depth=Depth.BOTH)
+    deep, ordered = replace(settings, depth=Depth.BOTH), replace(settings, deterministic=True)
     deep_images = [ops.blend(p, t, view, deep) for p, t, view in zip(projected, tiles, views, strict=True)]
     d_deep_images = [replace(d, depth=d.color[..., 0].contiguous()) for d in d_images]
 
@@ -350,9 +350,8 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         t = ops.tile(p, views[i])
         return p, t, ops.blend(p, t, views[i], settings)
 
-    step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
-
-    def steps(rule: UpdateRule) -> Callable[[int], None]:
+    def steps(rule: UpdateRule, settings: RasterSettings = settings) -> Callable[[int], None]:
+        step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
         recorded, numbers = TrainingStep(gaussians, moments, statistics_of, rule), itertools.count(1)
         return lambda i: recorded.run(step_views[i], replace(rates, step=next(numbers)))
 
@@ -364,6 +363,9 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "forward (project, tile, blend)": forward,
         "loss and gradient": lambda i: ops.loss(images[i].color, photo, ops.LossSettings()),
         "blend'": blend_vjp,
+        "blend', deterministic": lambda i: ops.blend_vjp(
+            projected[i], tiles[i], views[i], ordered, images[i], d_images[i]
+        ),
         "blend', with depth": lambda i: ops.blend_vjp(
             projected[i], tiles[i], views[i], deep, deep_images[i], d_deep_images[i]
         ),
@@ -378,6 +380,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "density": lambda i: ops.density(projected[i], d_splats[i], views[i], statistics_of),
         "whole step, all rows": steps(UpdateRule.ALL),
         "whole step": steps(UpdateRule.CONTRIBUTING),
+        "whole step, deterministic": steps(UpdateRule.CONTRIBUTING, ordered),
     }
 
 

@@ -114,9 +114,11 @@ void bind_verbs(py::module_& m) {
       },
       "How many numbers an image's `hits` holds, so that blend_vjp can follow.");
 
-  m.def("blend_vjp_scratch", [](const Backend& backend, int64_t n_instances, int n_columns) {
-    return blend_vjp_scratch(backend, n_instances, n_columns);
-  });
+  m.def("blend_vjp_scratch",
+        [](const Backend& backend, int64_t n_splats, int64_t n_instances, int n_columns, py::object settings) {
+          const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
+          return blend_vjp_scratch(backend, n_splats, n_instances, n_columns, s);
+        });
   m.def("blend_vjp",
         [](const Backend& backend, py::object projected, py::object tiles, py::object camera, py::object settings,
            py::object image, py::object d_image, py::object scratch, py::object d_splats) {
@@ -134,7 +136,7 @@ void bind_verbs(py::module_& m) {
           const int n_columns = d_i.depth != nullptr ? kSplatDepthGradientStride : kSplatGradientStride;
           if (d_s.n_columns != n_columns)
             refuse("d_splats", std::to_string(n_columns) + " columns", std::to_string(d_s.n_columns));
-          void* memory = read.scratch(scratch, blend_vjp_scratch(backend, t.n_instances, n_columns));
+          void* memory = read.scratch(scratch, blend_vjp_scratch(backend, p.n, t.n_instances, n_columns, s));
           Unlocked unlocked;
           blend_vjp(backend, p, t, c, s, i, d_i, memory, d_s);
         });
@@ -209,8 +211,8 @@ void bind_step(py::module_& m) {
   m.attr("STEP_PROGRESS_SIZE") = sizeof(StepProgress);
   m.def(
       "step_scratch",
-      [](const Cuda& cuda, int64_t n, int64_t n_instances, int width, int height) {
-        return step_scratch(cuda, {n, n_instances, width, height});
+      [](const Cuda& cuda, int64_t n, int64_t n_instances, int width, int height, py::object settings) {
+        return step_scratch(cuda, {n, n_instances, width, height}, raster_settings_of(settings, kMaxShCoefficients));
       },
       "Bytes of scratch that a step needs.");
   m.def(
@@ -243,6 +245,7 @@ void bind_step(py::module_& m) {
         if (n_instances < 1 || n_instances > INT32_MAX)
           refuse("n_instances", "1 to 2^31 - 1", std::to_string(n_instances));
         const StepSize size = {v.n, n_instances, width, height};
+        const RasterSettings raster = raster_settings_of(settings, v.n_coefficients);
         StepBuffers buffers = {v,
                                {read.gaussians_like(first, v), read.gaussians_like(second, v)},
                                read.array<int32_t>(numbers, "numbers", {v.n}).data,
@@ -250,14 +253,14 @@ void bind_step(py::module_& m) {
                                nullptr,
                                {read.field<float>(statistics, "gradient_sums", {v.n}).data,
                                 read.field<float>(statistics, "n_visible", {v.n}).data},
-                               read.scratch(scratch, step_scratch(cuda, size))};
+                               read.scratch(scratch, step_scratch(cuda, size, raster))};
         if (!up_to_date.is_none()) buffers.up_to_date = read.array<int32_t>(up_to_date, "up_to_date", {v.n}).data;
         const int64_t n_bytes = sizeof(StepProgress);
         const StepBook book = {
             reinterpret_cast<StepProgress*>(read.array<uint8_t>(progress, "progress", {n_bytes}).data),
             reinterpret_cast<StepProgress*>(
                 Reader("cpu").array<uint8_t>(progress_on_host, "progress_on_host", {n_bytes}).data)};
-        return new StepGraph(buffers, size, raster_settings_of(settings, v.n_coefficients), {ssim_weight}, book);
+        return new StepGraph(buffers, size, raster, {ssim_weight}, book);
       }))
       .def("launch", [](const StepGraph& graph, const Cuda& cuda, const StepView& view, py::object adam,
                         bool gathers_statistics) {

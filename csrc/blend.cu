@@ -7,6 +7,7 @@
 // colour less the prefix up to it, without a division to recover T.
 #define SPACEPORT_ISA cuda
 
+#include "instance_sums.cuh"
 #include "look_back.cuh"
 #include "queued.cuh"
 
@@ -370,25 +371,63 @@ __device__ float transposed_sum(const float v[kMomentCount], int lane) {
   return chosen(lane & 2, ninth, sum);
 }
 
+// What a warp needs of shared memory for the splats of a group that were hit.
 template <int kColumns>
-__global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat* splats, Tiles tiles, Grid grid,
-                                                                     float alpha_max, Image image, Image d_image,
-                                                                     float* moments_of) {
-  constexpr bool kDepth = PairGradient<kColumns>::kDepth;
-  __shared__ SplatRows staged_by_warp[kBackwardWarps][32];
-  __shared__ float depths_by_warp[kBackwardWarps][kDepth ? 32 : 1];
-  SplatRows* staged = staged_by_warp[threadIdx.x / 32];
-  float* depths = depths_by_warp[threadIdx.x / 32];
+struct StagedHits {
+  static constexpr bool kDepth = PairGradient<kColumns>::kDepth;
+  SplatRows splats[32];
+  float depths[kDepth ? 32 : 1];
+
+  // Calls put(i, the i-th splat hit, its moments in this lane) for one after the other. `instances` are the group's.
+  template <class Put>
+  __device__ void visit(const Splat* from, const int32_t* instances, unsigned hit, float alpha_max, PixelPair& pixels,
+                        PairGradient<kColumns>& gradient, Put&& put) {
+    const int lane = int(threadIdx.x % 32);
+    if ((hit >> lane & 1u) != 0) {
+      const int32_t number = instances[lane];
+      const Splat splat = load_splat(from + number);
+      const int place = __popc(hit & ((1u << lane) - 1u));
+      splats[place].set(StagedSplat::of(splat, number, kColumns));
+      if constexpr (kDepth) depths[place] = splat.depth;
+    }
+    __syncwarp();
+    const int n_hits = __popc(hit);
+    for (int i = 0; i < n_hits; ++i) {
+      const StagedSplat s = splats[i].get();
+      const Contribution c = pixels.blend(s, alpha_max);
+      float moments[kColumns];
+      gradient.moments_of(c, s, kDepth ? depths[i] : 0.0f, alpha_max, moments);
+      put(i, s, moments);
+    }
+    __syncwarp();
+  }
+};
+
+// What the backward pass reads.
+struct BackwardJob {
+  const Splat* splats;
+  Tiles tiles;
+  Grid grid;
+  float alpha_max;
+  Image image, d_image;
+};
+
+template <int kColumns>
+__global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(BackwardJob job, float* moments_of) {
+  __shared__ StagedHits<kColumns> staged_by_warp[kBackwardWarps];
+  StagedHits<kColumns>& staged = staged_by_warp[threadIdx.x / 32];
+  const Tiles& tiles = job.tiles;
+  const Grid& grid = job.grid;
   const int lane = int(threadIdx.x % 32);
   const int64_t share = int64_t(blockIdx.x) * kBackwardWarps + threadIdx.x / 32;  // a quarter of a tile
   const int64_t tile = share / kQuarters;
   const int quarter = int(share % kQuarters);
   const int64_t begin = tiles.offsets[tile];
-  const TileHits hits = TileHits::of(image.hits, tiles.n_instances, grid.n_tiles, tile, begin);
+  const TileHits hits = TileHits::of(job.image.hits, tiles.n_instances, grid.n_tiles, tile, begin);
   const int column = int(tile % grid.tiles_x) * kTileSize + quarter % 2 * kQuarter + lane % kQuarter;
   const int row = int(tile / grid.tiles_x) * kTileSize + quarter / 2 * kQuarter + lane / kQuarter;
   PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
-  auto gradient = PairGradient<kColumns>::at(column, row, grid, image, d_image);
+  auto gradient = PairGradient<kColumns>::at(column, row, grid, job.image, job.d_image);
 
   float* own_moment = moments_of + moment_of(lane);
   const bool adds = lane % 4 == 0 || lane == 2;
@@ -396,25 +435,68 @@ __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat
   for (int group = 0; group < n_groups; ++group) {
     const unsigned hit = hits.words[group * kQuarters + quarter];
     if (hit == 0) continue;
-    if ((hit >> lane & 1u) != 0) {
-      const int32_t number = tiles.splat_from_instance[begin + 32 * group + lane];
-      const Splat splat = load_splat(splats + number);
-      const int place = __popc(hit & ((1u << lane) - 1u));
-      staged[place].set(StagedSplat::of(splat, number, kColumns));
-      if constexpr (kDepth) depths[place] = splat.depth;
+    staged.visit(job.splats, tiles.splat_from_instance + begin + 32 * group, hit, job.alpha_max, pixels, gradient,
+                 [&](int, const StagedSplat& s, const float* moments) {
+                   const float sum = transposed_sum(moments, lane);
+                   add_if(adds, own_moment + s.sums, sum);
+                   if constexpr (kColumns > kMomentCount) {
+                     add_if(lane == 1, moments_of + s.sums + kMomentCount, warp_sum(moments[kMomentCount]));
+                   }
+                 });
+  }
+}
+
+// As blend_vjp_kernel, but the four quarters of a tile go together, and leave their sums for each instance.
+constexpr int kRecordingThreads = 32 * kQuarters;
+template <int kColumns>
+__global__ __launch_bounds__(kRecordingThreads) void record_sums_kernel(BackwardJob job, InstanceSums out) {
+  __shared__ StagedHits<kColumns> staged[kQuarters];
+  __shared__ float sums[kQuarters][32][kColumns];  // of the splats hit, one behind the other
+  __shared__ unsigned hit_of[kQuarters];
+  const Tiles& tiles = job.tiles;
+  const Grid& grid = job.grid;
+  const int lane = int(threadIdx.x % 32), quarter = int(threadIdx.x / 32);
+  const int64_t tile = blockIdx.x, begin = tiles.offsets[tile];
+  const TileHits hits = TileHits::of(job.image.hits, tiles.n_instances, grid.n_tiles, tile, begin);
+  const int column = int(tile % grid.tiles_x) * kTileSize + quarter % 2 * kQuarter + lane % kQuarter;
+  const int row = int(tile / grid.tiles_x) * kTileSize + quarter / 2 * kQuarter + lane / kQuarter;
+  PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
+  auto gradient = PairGradient<kColumns>::at(column, row, grid, job.image, job.d_image);
+
+  const bool holds = lane % 4 == 0 || lane == 2;
+  int most_groups = 0;
+  for (int q = 0; q < kQuarters; ++q) most_groups = max(most_groups, hits.n_groups[q]);
+  for (int group = 0; group < most_groups; ++group) {
+    const int64_t first = begin + 32 * group;
+    const unsigned hit = group < hits.n_groups[quarter] ? hits.words[group * kQuarters + quarter] : 0;
+    staged[quarter].visit(job.splats, tiles.splat_from_instance + first, hit, job.alpha_max, pixels, gradient,
+                          [&](int i, const StagedSplat&, const float* moments) {
+                            const float sum = transposed_sum(moments, lane);
+                            if (holds) sums[quarter][i][moment_of(lane)] = sum;
+                            if constexpr (kColumns > kMomentCount) {
+                              const float tenth = warp_sum(moments[kMomentCount]);
+                              if (lane == 1) sums[quarter][i][kMomentCount] = tenth;
+                            }
+                          });
+    if (lane == 0) hit_of[quarter] = hit;
+    __syncthreads();
+    const unsigned hit_by_any = hit_of[0] | hit_of[1] | hit_of[2] | hit_of[3];
+    for (int i = int(threadIdx.x); i < 32 * kColumns; i += kRecordingThreads) {
+      const int slot = i / kColumns;
+      if ((hit_by_any >> slot & 1u) == 0) continue;
+      float sum = 0.0f;
+#pragma unroll
+      for (int q = 0; q < kQuarters; ++q) {
+        const int place = __popc(hit_of[q] & ((1u << slot) - 1u));
+        if ((hit_of[q] >> slot & 1u) != 0) sum += sums[q][place][i - slot * kColumns];
+      }
+      out.rows[first * kColumns + i] = sum;
     }
-    __syncwarp();
-    const int n_hits = __popc(hit);
-    for (int i = 0; i < n_hits; ++i) {
-      const StagedSplat s = staged[i].get();
-      const Contribution c = pixels.blend(s, alpha_max);
-      float moments[kColumns];
-      gradient.moments_of(c, s, kDepth ? depths[i] : 0.0f, alpha_max, moments);
-      const float sum = transposed_sum(moments, lane);
-      add_if(adds, own_moment + s.sums, sum);
-      if constexpr (kDepth) add_if(lane == 1, moments_of + s.sums + kMomentCount, warp_sum(moments[kMomentCount]));
+    if (quarter == 0 && (hit_by_any >> lane & 1u) != 0) {
+      out.splats[first + lane] = uint32_t(tiles.splat_from_instance[first + lane]);
+      out.instances[first + lane] = int32_t(first + lane);
     }
-    __syncwarp();
+    __syncthreads();
   }
 }
 
@@ -444,28 +526,62 @@ void blend(const Cuda& backend, const Projected& projected, const Tiles& tiles, 
   check_launch("blend");
 }
 
-size_t blend_vjp_scratch(const Cuda&, int64_t, int) {
-  return 0;
+size_t blend_vjp_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, int n_columns,
+                         const RasterSettings& settings) {
+  if (!settings.deterministic) return 0;
+  Arena arena(nullptr);
+  cuda::InstanceSums::of(arena, n_instances, n_columns);
+  return arena.used() + cuda::queued_add_up_scratch(n_splats, n_instances);
 }
 
-void cuda::queue_blend_vjp(cudaStream_t stream, const Projected& projected, const Tiles& tiles, const Camera& camera,
-                           const RasterSettings& settings, const Image& image, const Image& d_image, float* moments) {
-  const Grid grid = Grid::of(camera);
-  const auto kernel =
-      d_image.depth != nullptr ? blend_vjp_kernel<kSplatDepthGradientStride> : blend_vjp_kernel<kSplatGradientStride>;
-  kernel<<<unsigned(grid.n_tiles * kQuarters / kBackwardWarps), kBackwardThreads, 0, stream>>>(
-      projected.splats, tiles, grid, settings.alpha_max, image, d_image, moments);
+namespace cuda {
+namespace {
+
+template <int kColumns>
+void launch_blend_vjp(cudaStream_t stream, const BackwardJob& job, float* moments) {
+  const unsigned n_blocks = unsigned(job.grid.n_tiles * kQuarters / kBackwardWarps);
+  blend_vjp_kernel<kColumns><<<n_blocks, kBackwardThreads, 0, stream>>>(job, moments);
+}
+
+template <int kColumns>
+void launch_ordered_blend_vjp(cudaStream_t stream, const BackwardJob& job, int64_t n_splats, void* memory,
+                              float* moments) {
+  Arena arena(memory);
+  const InstanceSums sums = InstanceSums::of(arena, job.tiles.n_instances, kColumns);
+  queue_clear(stream, sums);
+  record_sums_kernel<kColumns><<<unsigned(job.grid.n_tiles), kRecordingThreads, 0, stream>>>(job, sums);
+  queue_add_up(stream, sums, n_splats, arena.take<char>(0), moments);
+}
+
+}  // namespace
+
+void queue_blend_vjp(cudaStream_t stream, const Projected& projected, const Tiles& tiles, const Camera& camera,
+                     const RasterSettings& settings, const Image& image, const Image& d_image, void* memory,
+                     float* moments) {
+  const BackwardJob job = {projected.splats, tiles, Grid::of(camera), settings.alpha_max, image, d_image};
+  const bool sees_depth = d_image.depth != nullptr;
+  if (settings.deterministic) {
+    const auto launch = sees_depth ? launch_ordered_blend_vjp<kSplatDepthGradientStride>
+                                   : launch_ordered_blend_vjp<kSplatGradientStride>;
+    launch(stream, job, projected.n, memory, moments);
+  } else {
+    const auto launch =
+        sees_depth ? launch_blend_vjp<kSplatDepthGradientStride> : launch_blend_vjp<kSplatGradientStride>;
+    launch(stream, job, moments);
+  }
   check_launch("blend'");
 }
 
+}  // namespace cuda
+
 void blend_vjp(const Cuda& backend, const Projected& projected, const Tiles& tiles, const Camera& camera,
-               const RasterSettings& settings, const Image& image, const Image& d_image, void*,
+               const RasterSettings& settings, const Image& image, const Image& d_image, void* scratch,
                const SplatGradient& d_splats) {
   if (projected.n == 0) return;
   const cudaStream_t stream = stream_of(backend);
   const size_t n_bytes = size_t(projected.n) * size_t(d_splats.n_columns) * sizeof(float);
   check(cudaMemsetAsync(d_splats.rows, 0, n_bytes, stream), "blend'");
-  cuda::queue_blend_vjp(stream, projected, tiles, camera, settings, image, d_image, d_splats.rows);
+  cuda::queue_blend_vjp(stream, projected, tiles, camera, settings, image, d_image, scratch, d_splats.rows);
   constexpr int kThreads = 256;
   cuda::splat_gradient_kernel<<<n_blocks_of(projected.n, kThreads), kThreads, 0, stream>>>(projected.splats,
                                                                                            projected.n, d_splats);

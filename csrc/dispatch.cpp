@@ -52,7 +52,7 @@ int64_t hits_size(const Cpu&, int64_t, const Camera&) {
   return 0;
 }
 
-size_t blend_vjp_scratch(const Cpu&, int64_t n_instances, int n_columns) {
+size_t blend_vjp_scratch(const Cpu&, int64_t, int64_t n_instances, int n_columns, const RasterSettings&) {
   return size_t(n_instances) * size_t(n_columns) * sizeof(float);
 }
 

@@ -71,8 +71,8 @@ void blend(const Cuda&, const Projected&, const Tiles&, const Camera&, const Ras
 
 // `image` is what blend wrote. d_splats has ten columns if d_image has a depth, else nine; there is no gradient by the
 // median depth.
-size_t blend_vjp_scratch(const Cpu&, int64_t n_instances, int n_columns);
-size_t blend_vjp_scratch(const Cuda&, int64_t n_instances, int n_columns);
+size_t blend_vjp_scratch(const Cpu&, int64_t n_splats, int64_t n_instances, int n_columns, const RasterSettings&);
+size_t blend_vjp_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, int n_columns, const RasterSettings&);
 void blend_vjp(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
                const Image& d_image, void* scratch, const SplatGradient& d_splats);
 void blend_vjp(const Cuda&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,

@@ -72,9 +72,9 @@ void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& cou
                 const LookBack&, const int32_t* numbers, void* scratch, const Tiles& out);
 
 // The sums that give a splat's gradient, [M, 9] or, if d_image has a depth, [M, 10]; they must be zero at the start.
-// `d_image.transmittance` may be null.
+// `d_image.transmittance` may be null. Scratch: that of blend_vjp.
 void queue_blend_vjp(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
-                     const Image&, const Image& d_image, float* moments);
+                     const Image&, const Image& d_image, void* scratch, float* moments);
 
 // `images.photo` is not read.
 void queue_loss(cudaStream_t, const LossImages& images, const Late<const uint8_t*>& photo, const LossSettings&,

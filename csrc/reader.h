@@ -258,6 +258,7 @@ RasterSettings raster_settings_of(py::handle object, int n_coefficients) {
   const auto background = object.attr("background").cast<std::vector<float>>();
   if (background.size() != 3) refuse("background", "three numbers", std::to_string(background.size()));
   for (int c = 0; c < 3; ++c) s.background[c] = background[size_t(c)];
+  s.deterministic = object.attr("deterministic").cast<bool>();
   // The Gaussians may hold fewer coefficients than the degree asks for.
   if (!(s.sh_degree >= 0 && s.sh_degree <= 3)) refuse("sh_degree", "0 to 3", std::to_string(s.sh_degree));
   while ((s.sh_degree + 1) * (s.sh_degree + 1) > n_coefficients) --s.sh_degree;

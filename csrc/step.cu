@@ -38,12 +38,19 @@ __global__ void book_kernel(const double* means, const ProjectedCounts* counts, 
   *book.host = progress;
 }
 
+Camera camera_of(const StepSize& size) {
+  Camera camera = {};
+  camera.width = size.width;
+  camera.height = size.height;
+  return camera;
+}
+
 struct StepScratch {
   char* zeros;  // what must be zero at the start of a step
   size_t n_zeros;
   LookBack tile;
   int* n_contributing;
-  void* work;  // what tile, loss and update each use for themselves, one after the other
+  void* work;  // what tile, loss, blend' and update each use for themselves, one after the other
   DeviceInputs* inputs;
   Projected projected;
   ProjectedCounts* counts;
@@ -51,7 +58,8 @@ struct StepScratch {
   Image image, d_image;
   double* means;
 
-  static StepScratch of(Arena& arena, const StepSize& size, const Camera& camera) {
+  static StepScratch of(Arena& arena, const StepSize& size, const RasterSettings& raster) {
+    const Camera camera = camera_of(size);
     const int64_t n = size.n_gaussians, n_pixels = int64_t(size.width) * size.height;
     const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
     const Cuda any = {nullptr};
@@ -61,9 +69,10 @@ struct StepScratch {
     s.n_contributing = arena.take<int>(1);
     s.counts = arena.take<ProjectedCounts>(1);
     s.n_zeros = arena.used();
-    s.work =
-        arena.take<char>(int64_t(std::max({queued_tile_scratch(n, size.n_instances, camera), queued_update_scratch(n),
-                                           loss_scratch(any, size.width, size.height)})));
+    s.work = arena.take<char>(
+        int64_t(std::max({queued_tile_scratch(n, size.n_instances, camera), queued_update_scratch(n),
+                          loss_scratch(any, size.width, size.height),
+                          blend_vjp_scratch(any, n, size.n_instances, kSplatGradientStride, raster)})));
     s.inputs = arena.take<DeviceInputs>(1);
     s.projected = {arena.take<Splat>(n), nullptr, nullptr, n, arena.take<TileSet>(n), arena.take<uint32_t>(n)};
     s.tiles = {arena.take<int64_t>(n_tiles + 1), arena.take<int32_t>(size.n_instances), nullptr, size.n_instances};
@@ -74,13 +83,6 @@ struct StepScratch {
     return s;
   }
 };
-
-Camera camera_of(const StepSize& size) {
-  Camera camera = {};
-  camera.width = size.width;
-  camera.height = size.height;
-  return camera;
-}
 
 void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScratch& s, const Camera& camera,
                 const RasterSettings& raster, const LossSettings& loss_settings, const StepBook& book) {
@@ -94,7 +96,7 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
   queue_loss(stream, images, Late<const uint8_t*>::at(&s.inputs->photo), loss_settings, s.work,
              {s.means, s.d_image.color});
   book_kernel<<<1, 1, 0, stream>>>(s.means, s.counts, s.tiles.n_instances, double(loss_settings.ssim_weight), book);
-  queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, buffers.sums);
+  queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, s.work, buffers.sums);
   queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
                            s.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
                            {&book.device->is_halted, buffers.up_to_date, s.n_contributing}, s.work);
@@ -104,9 +106,9 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
 }  // namespace
 }  // namespace cuda
 
-size_t step_scratch(const Cuda&, const StepSize& size) {
+size_t step_scratch(const Cuda&, const StepSize& size, const RasterSettings& raster) {
   Arena arena(nullptr);
-  cuda::StepScratch::of(arena, size, cuda::camera_of(size));
+  cuda::StepScratch::of(arena, size, raster);
   return arena.used();
 }
 
@@ -121,7 +123,7 @@ StepGraph::StepGraph(const StepBuffers& buffers, const StepSize& size, const Ras
                      const LossSettings& loss, const StepBook& book) {
   const Camera camera = cuda::camera_of(size);
   Arena arena(buffers.scratch);
-  const cuda::StepScratch scratch = cuda::StepScratch::of(arena, size, camera);
+  const cuda::StepScratch scratch = cuda::StepScratch::of(arena, size, raster);
   cudaStream_t stream;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "step");
   cudaGraph_t graph = nullptr;

@@ -37,6 +37,7 @@ struct RasterSettings {
   float low_pass;  // px^2
   float alpha_max;
   float background[3];
+  bool deterministic = false;  // sums of gradients are made in a fixed order; on the CPU they always are
 };
 
 // Gradient by the splats' first columns: nine, or ten where the loss sees the depth.

@@ -166,8 +166,9 @@ def blend_vjp(
     backend = backend_of(like)
     sees_depth = d_image.depth is not None
     n_columns = _engine.SPLAT_DEPTH_GRADIENT_STRIDE if sees_depth else _engine.SPLAT_GRADIENT_STRIDE
-    scratch = _scratch(like, _engine.blend_vjp_scratch(backend, len(tiles.splat_from_instance), n_columns))
-    d_splats = _empty(like, len(projected.splats), n_columns)
+    n_splats, n_instances = len(projected.splats), len(tiles.splat_from_instance)
+    scratch = _scratch(like, _engine.blend_vjp_scratch(backend, n_splats, n_instances, n_columns, settings))
+    d_splats = _empty(like, n_splats, n_columns)
     _engine.blend_vjp(backend, projected, tiles, camera, settings, image, d_image, scratch, d_splats)
     return d_splats
 

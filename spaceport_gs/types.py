@@ -70,6 +70,9 @@ class RasterSettings:
     background: tuple[float, float, float] = (0.0, 0.0, 0.0)
     depth: Depth = Depth.NONE
     """What `render`, `rasterize` and `blend` give besides the colour; training does without."""
+    deterministic: bool = False
+    """Gradients, and with them training, are the same bits from run to run on a GPU too, which takes more time and memory
+    there. On a CPU they always are."""
 
 
 @dataclass

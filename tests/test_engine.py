@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -157,6 +158,14 @@ def test_the_pose_of_nothing_has_no_gradient(device: str) -> None:
         ops.rasterize(on(device, random_gaussians(1)), camera(), SETTINGS, torch.eye(4))
 
 
+@pytest.mark.parametrize("depth", [Depth.NONE, Depth.BOTH])
+def test_deterministic_gradients(device: str, depth: Depth) -> None:
+    settings = replace(SETTINGS, deterministic=True, depth=depth)
+    compare(device, random_gaussians(300, seed=300), camera(), settings)
+    compare(device, random_gaussians(201, seed=201, scale=0.6), camera(70, 33), settings)
+    compare(device, random_gaussians(1, scale=0.5), camera(300, 200, 150), settings)
+
+
 def with_row(gaussians: Gaussians, row: int, **values: object) -> Gaussians:
     """The Gaussians with one row changed."""
     changed = gaussians.map(lambda array: array.clone())
@@ -211,9 +220,10 @@ def test_a_broken_row_leaves_the_others_alone(device: str, name: str, value: flo
 
 def test_nothing_to_see(device: str) -> None:
     view = camera(20, 10)
-    for gaussians in (random_gaussians(0), with_row(random_gaussians(1), 0, means=[0, 0, -5])):
+    nothing = random_gaussians(0), with_row(random_gaussians(1), 0, means=[0, 0, -5])
+    for gaussians, deterministic in itertools.product(nothing, (False, True)):
         ours = leaves(gaussians, torch.float32, device)
-        image = ops.rasterize(ours, view, replace(SETTINGS, depth=Depth.BOTH))
+        image = ops.rasterize(ours, view, replace(SETTINGS, depth=Depth.BOTH, deterministic=deterministic))
         assert torch.equal(image.color.cpu(), torch.tensor(SETTINGS.background).expand(10, 20, 3))
         assert torch.equal(image.transmittance.cpu(), torch.ones(10, 20))
         assert not image.depth.any()

@@ -95,7 +95,7 @@ int main(int argc, char** argv) {
   std::vector<double> means(2);
   loss(cpu, {color.data(), photo.data(), width, height}, {0.2f}, scratch.data(), {means.data(), d_color.data()});
 
-  scratch.resize(blend_vjp_scratch(cpu, n_instances, kSplatGradientStride));
+  scratch.resize(blend_vjp_scratch(cpu, projected.n, n_instances, kSplatGradientStride, settings));
   std::vector<float> d_splat_rows(static_cast<size_t>(projected.n) * kSplatGradientStride);
   const SplatGradient d_splats = {d_splat_rows.data(), kSplatGradientStride};
   const Image d_image = {d_color.data(), d_transmittance.data(), nullptr};
