@@ -205,10 +205,6 @@ struct Moments {
 };
 static_assert(sizeof(Moments) == kSplatDepthGradientStride * sizeof(Float8), "an instance's record holds the moments");
 
-constexpr bool sees_depth(int n_columns) {
-  return n_columns == kSplatDepthGradientStride;
-}
-
 // Gradient of the loss by a tile's pixels, and by what they would show behind everything.
 struct TileGradient {
   TilePlane red, green, blue;
@@ -262,7 +258,7 @@ void blend_tile_vjp(const Splat* splats, const TileList& list, const TilePlace& 
           const Float8 d_red = gradient.red.get(vector), d_green = gradient.green.get(vector),
                        d_blue = gradient.blue.get(vector);
           Float8 shade = multiply_add(d_red, red, multiply_add(d_green, green, d_blue * blue));
-          if (sees_depth(kColumns)) {
+          if constexpr (kColumns == kSplatDepthGradientStride) {
             const Float8 d_depth = gradient.depth.get(vector);
             shade = multiply_add(d_depth, z, shade);
             sum.depth = multiply_add(c.weight, d_depth, sum.depth);
@@ -300,7 +296,7 @@ void blend_tile_vjp(const Splat* splats, const TileList& list, const TilePlace& 
 
 // A splat's gradient from the moments of all its instances, added in the order of emission.
 template <int kColumns>
-HOST_DEVICE void splat_gradient(const Splat& s, const float* records, int64_t n_records, float* d_splat) {
+void splat_gradient(const Splat& s, const float* records, int64_t n_records, float* d_splat) {
   float m[kColumns] = {};
   for (int64_t i = 0; i < n_records; ++i) {
     for (int k = 0; k < kColumns; ++k) m[k] += records[i * kColumns + k];
@@ -314,38 +310,33 @@ HOST_DEVICE void splat_gradient(const Splat& s, const float* records, int64_t n_
   for (int k = 6; k < kColumns; ++k) d_splat[k] = m[k];
 }
 
-template <int kColumns>
-void blend_vjp_columns(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const Camera& camera,
-                       const RasterSettings& settings, const Image& image, const Image& d_image, float* records,
-                       float* d_splats) {
+}  // namespace
+
+void blend_vjp(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const Camera& camera,
+               const RasterSettings& settings, const Image& image, const Image& d_image, void* scratch,
+               const SplatGradient& d_splats) {
+  constexpr int kPlain = kSplatGradientStride, kDeep = kSplatDepthGradientStride;
+  const int64_t n_columns = d_splats.n_columns;
+  const auto blend_any_tile_vjp = n_columns == kDeep ? blend_tile_vjp<kDeep> : blend_tile_vjp<kPlain>;
+  const auto any_splat_gradient = n_columns == kDeep ? splat_gradient<kDeep> : splat_gradient<kPlain>;
+  float* records = static_cast<float*>(scratch);  // [I, n_columns]
   parallel_for(*cpu.pool, int64_t(camera.tiles_x()) * camera.tiles_y(), [&](int64_t tile) {
     const TilePlace place = TilePlace::of(tile, camera);
     TileGradient gradient(place, camera, image, d_image);
     const int64_t begin = tiles.offsets[tile];
     const TileList list = {tiles.splat_from_instance + begin, tiles.number_from_instance + begin,
                            tiles.offsets[tile + 1] - begin};
-    blend_tile_vjp<kColumns>(projected.splats, list, place, settings, gradient, records);
+    blend_any_tile_vjp(projected.splats, list, place, settings, gradient, records);
   });
   constexpr int64_t kSplatsPerPiece = 4096;
   parallel_for(*cpu.pool, n_pieces_of(projected.n, kSplatsPerPiece), [&](int64_t piece) {
     const Range range = range_of(piece, projected.n, kSplatsPerPiece);
     for (int64_t splat = range.begin; splat < range.end; ++splat) {
       const int64_t begin = projected.instance_offsets[splat];
-      splat_gradient<kColumns>(projected.splats[splat], records + begin * kColumns,
-                               projected.instance_offsets[splat + 1] - begin, d_splats + splat * kColumns);
+      any_splat_gradient(projected.splats[splat], records + begin * n_columns,
+                         projected.instance_offsets[splat + 1] - begin, d_splats.rows + splat * n_columns);
     }
   });
-}
-
-}  // namespace
-
-void blend_vjp(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const Camera& camera,
-               const RasterSettings& settings, const Image& image, const Image& d_image, void* scratch,
-               const SplatGradient& d_splats) {
-  float* records = static_cast<float*>(scratch);  // [I, n_columns]
-  const auto run = sees_depth(d_splats.n_columns) ? blend_vjp_columns<kSplatDepthGradientStride>
-                                                  : blend_vjp_columns<kSplatGradientStride>;
-  run(cpu, projected, tiles, camera, settings, image, d_image, records, d_splats.rows);
 }
 
 }  // namespace spaceport::SPACEPORT_ISA
