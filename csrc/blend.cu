@@ -5,7 +5,12 @@
 // can reach. Forward notes which it did reach, 32 splats a word (`hits`); backward visits no others. Both share
 // `PixelPair::blend`, so that the backward replays exactly what the forward did; the colour behind a splat is the final
 // colour less the prefix up to it, without a division to recover T.
+//
+// Warps add what they find to the splats' sums as they come to it, in no fixed order. Where the order is to be fixed,
+// they leave the sums of each instance instead (instance_sums.cuh).
 #define SPACEPORT_ISA cuda
+
+#include <type_traits>
 
 #include "instance_sums.cuh"
 #include "look_back.cuh"
@@ -403,31 +408,22 @@ struct StagedHits {
   }
 };
 
-// What the backward pass reads.
-struct BackwardJob {
-  const Splat* splats;
-  Tiles tiles;
-  Grid grid;
-  float alpha_max;
-  Image image, d_image;
-};
-
 template <int kColumns>
-__global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(BackwardJob job, float* moments_of) {
+__global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat* splats, Tiles tiles, Grid grid,
+                                                                     float alpha_max, Image image, Image d_image,
+                                                                     float* moments_of) {
   __shared__ StagedHits<kColumns> staged_by_warp[kBackwardWarps];
   StagedHits<kColumns>& staged = staged_by_warp[threadIdx.x / 32];
-  const Tiles& tiles = job.tiles;
-  const Grid& grid = job.grid;
   const int lane = int(threadIdx.x % 32);
   const int64_t share = int64_t(blockIdx.x) * kBackwardWarps + threadIdx.x / 32;  // a quarter of a tile
   const int64_t tile = share / kQuarters;
   const int quarter = int(share % kQuarters);
   const int64_t begin = tiles.offsets[tile];
-  const TileHits hits = TileHits::of(job.image.hits, tiles.n_instances, grid.n_tiles, tile, begin);
+  const TileHits hits = TileHits::of(image.hits, tiles.n_instances, grid.n_tiles, tile, begin);
   const int column = int(tile % grid.tiles_x) * kTileSize + quarter % 2 * kQuarter + lane % kQuarter;
   const int row = int(tile / grid.tiles_x) * kTileSize + quarter / 2 * kQuarter + lane / kQuarter;
   PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
-  auto gradient = PairGradient<kColumns>::at(column, row, grid, job.image, job.d_image);
+  auto gradient = PairGradient<kColumns>::at(column, row, grid, image, d_image);
 
   float* own_moment = moments_of + moment_of(lane);
   const bool adds = lane % 4 == 0 || lane == 2;
@@ -435,7 +431,7 @@ __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(BackwardJob
   for (int group = 0; group < n_groups; ++group) {
     const unsigned hit = hits.words[group * kQuarters + quarter];
     if (hit == 0) continue;
-    staged.visit(job.splats, tiles.splat_from_instance + begin + 32 * group, hit, job.alpha_max, pixels, gradient,
+    staged.visit(splats, tiles.splat_from_instance + begin + 32 * group, hit, alpha_max, pixels, gradient,
                  [&](int, const StagedSplat& s, const float* moments) {
                    const float sum = transposed_sum(moments, lane);
                    add_if(adds, own_moment + s.sums, sum);
@@ -449,19 +445,19 @@ __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(BackwardJob
 // As blend_vjp_kernel, but the four quarters of a tile go together, and leave their sums for each instance.
 constexpr int kRecordingThreads = 32 * kQuarters;
 template <int kColumns>
-__global__ __launch_bounds__(kRecordingThreads) void record_sums_kernel(BackwardJob job, InstanceSums out) {
+__global__ __launch_bounds__(kRecordingThreads) void record_sums_kernel(const Splat* splats, Tiles tiles, Grid grid,
+                                                                        float alpha_max, Image image, Image d_image,
+                                                                        InstanceSums out) {
   __shared__ StagedHits<kColumns> staged[kQuarters];
   __shared__ float sums[kQuarters][32][kColumns];  // of the splats hit, one behind the other
   __shared__ unsigned hit_of[kQuarters];
-  const Tiles& tiles = job.tiles;
-  const Grid& grid = job.grid;
   const int lane = int(threadIdx.x % 32), quarter = int(threadIdx.x / 32);
   const int64_t tile = blockIdx.x, begin = tiles.offsets[tile];
-  const TileHits hits = TileHits::of(job.image.hits, tiles.n_instances, grid.n_tiles, tile, begin);
+  const TileHits hits = TileHits::of(image.hits, tiles.n_instances, grid.n_tiles, tile, begin);
   const int column = int(tile % grid.tiles_x) * kTileSize + quarter % 2 * kQuarter + lane % kQuarter;
   const int row = int(tile / grid.tiles_x) * kTileSize + quarter / 2 * kQuarter + lane / kQuarter;
   PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
-  auto gradient = PairGradient<kColumns>::at(column, row, grid, job.image, job.d_image);
+  auto gradient = PairGradient<kColumns>::at(column, row, grid, image, d_image);
 
   const bool holds = lane % 4 == 0 || lane == 2;
   int most_groups = 0;
@@ -469,7 +465,7 @@ __global__ __launch_bounds__(kRecordingThreads) void record_sums_kernel(Backward
   for (int group = 0; group < most_groups; ++group) {
     const int64_t first = begin + 32 * group;
     const unsigned hit = group < hits.n_groups[quarter] ? hits.words[group * kQuarters + quarter] : 0;
-    staged[quarter].visit(job.splats, tiles.splat_from_instance + first, hit, job.alpha_max, pixels, gradient,
+    staged[quarter].visit(splats, tiles.splat_from_instance + first, hit, alpha_max, pixels, gradient,
                           [&](int i, const StagedSplat&, const float* moments) {
                             const float sum = transposed_sum(moments, lane);
                             if (holds) sums[quarter][i][moment_of(lane)] = sum;
@@ -534,45 +530,30 @@ size_t blend_vjp_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, int
   return arena.used() + cuda::queued_add_up_scratch(n_splats, n_instances);
 }
 
-namespace cuda {
-namespace {
-
-template <int kColumns>
-void launch_blend_vjp(cudaStream_t stream, const BackwardJob& job, float* moments) {
-  const unsigned n_blocks = unsigned(job.grid.n_tiles * kQuarters / kBackwardWarps);
-  blend_vjp_kernel<kColumns><<<n_blocks, kBackwardThreads, 0, stream>>>(job, moments);
-}
-
-template <int kColumns>
-void launch_ordered_blend_vjp(cudaStream_t stream, const BackwardJob& job, int64_t n_splats, void* memory,
-                              float* moments) {
-  Arena arena(memory);
-  const InstanceSums sums = InstanceSums::of(arena, job.tiles.n_instances, kColumns);
-  queue_clear(stream, sums);
-  record_sums_kernel<kColumns><<<unsigned(job.grid.n_tiles), kRecordingThreads, 0, stream>>>(job, sums);
-  queue_add_up(stream, sums, n_splats, arena.take<char>(0), moments);
-}
-
-}  // namespace
-
-void queue_blend_vjp(cudaStream_t stream, const Projected& projected, const Tiles& tiles, const Camera& camera,
-                     const RasterSettings& settings, const Image& image, const Image& d_image, void* memory,
-                     float* moments) {
-  const BackwardJob job = {projected.splats, tiles, Grid::of(camera), settings.alpha_max, image, d_image};
-  const bool sees_depth = d_image.depth != nullptr;
-  if (settings.deterministic) {
-    const auto launch = sees_depth ? launch_ordered_blend_vjp<kSplatDepthGradientStride>
-                                   : launch_ordered_blend_vjp<kSplatGradientStride>;
-    launch(stream, job, projected.n, memory, moments);
+void cuda::queue_blend_vjp(cudaStream_t stream, const Projected& projected, const Tiles& tiles, const Camera& camera,
+                           const RasterSettings& settings, const Image& image, const Image& d_image, void* memory,
+                           float* moments) {
+  const Grid grid = Grid::of(camera);
+  const auto launch = [&](auto columns) {
+    if (settings.deterministic) {
+      Arena arena(memory);
+      const InstanceSums sums = InstanceSums::of(arena, tiles.n_instances, columns);
+      queue_clear(stream, sums);
+      record_sums_kernel<columns><<<unsigned(grid.n_tiles), kRecordingThreads, 0, stream>>>(
+          projected.splats, tiles, grid, settings.alpha_max, image, d_image, sums);
+      queue_add_up(stream, sums, projected.n, arena.take<char>(0), moments);
+    } else {
+      blend_vjp_kernel<columns><<<unsigned(grid.n_tiles * kQuarters / kBackwardWarps), kBackwardThreads, 0, stream>>>(
+          projected.splats, tiles, grid, settings.alpha_max, image, d_image, moments);
+    }
+  };
+  if (d_image.depth != nullptr) {
+    launch(std::integral_constant<int, kSplatDepthGradientStride>());
   } else {
-    const auto launch =
-        sees_depth ? launch_blend_vjp<kSplatDepthGradientStride> : launch_blend_vjp<kSplatGradientStride>;
-    launch(stream, job, moments);
+    launch(std::integral_constant<int, kSplatGradientStride>());
   }
   check_launch("blend'");
 }
-
-}  // namespace cuda
 
 void blend_vjp(const Cuda& backend, const Projected& projected, const Tiles& tiles, const Camera& camera,
                const RasterSettings& settings, const Image& image, const Image& d_image, void* scratch,
