@@ -22,7 +22,7 @@ import torch
 from spaceport_gs import _engine, ops
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
-from spaceport_gs.types import Camera, Image, RasterSettings, Statistics
+from spaceport_gs.types import Camera, Depth, Image, RasterSettings, Statistics
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     d_color = ops.loss(image.color, photo, ops.LossSettings()).d_color
     d_image = Image(d_color, torch.zeros_like(image.transmittance))
     d_splats = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
-    d_gaussians = ops.empty_like(gaussians)
+    deep = replace(settings, depth=Depth.BOTH)
+    deep_image, d_deep_image = ops.blend(projected, tiles, view, deep), replace(d_image, depth=d_image.transmittance)
+    d_gaussians, d_pose = ops.empty_like(gaussians), torch.empty(3, 4, dtype=torch.float64)
     moments = ops.zeros_like(gaussians), ops.zeros_like(gaussians)
     rates = ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=1)
     statistics_of = Statistics.empty(cloud.n)
@@ -147,6 +149,14 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             "instruction issue; vectors outside the ellipse are skipped",
         ),
         Kernel(
+            "blend, with depths",
+            lambda: ops.blend(projected, tiles, view, deep),
+            n_evaluated,
+            "pairs",
+            23,
+            "as blend, and four more loads and stores a vector",
+        ),
+        Kernel(
             "forward (project, tile, blend)",
             forward,
             n_evaluated,
@@ -163,11 +173,27 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             "instruction issue and one division a vector",
         ),
         Kernel(
+            "blend', with depth",
+            lambda: ops.blend_vjp(projected, tiles, view, deep, deep_image, d_deep_image),
+            n_evaluated,
+            "pairs",
+            52,
+            "as blend'",
+        ),
+        Kernel(
             "project'",
             lambda: ops.project_vjp(gaussians, view, settings, projected, d_splats, d_gaussians),
             n,
             "Gaussians",
             1300,
+            "memory: 118 floats a row",
+        ),
+        Kernel(
+            "project', with the pose",
+            lambda: ops.project_vjp(gaussians, view, settings, projected, d_splats, d_gaussians, d_pose),
+            n,
+            "Gaussians",
+            1400,
             "memory: 118 floats a row",
         ),
         Kernel(
@@ -309,19 +335,23 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         for image in images
     ]
 
+    deep, ordered = replace(settings, depth=Depth.BOTH), replace(settings, deterministic=True)
+    deep_images = [ops.blend(p, t, view, deep) for p, t, view in zip(projected, tiles, views, strict=True)]
+    d_deep_images = [replace(d, depth=d.color[..., 0].contiguous()) for d in d_images]
+
     def blend_vjp(i: int) -> torch.Tensor:
         return ops.blend_vjp(projected[i], tiles[i], views[i], settings, images[i], d_images[i])
 
     d_splats = [blend_vjp(i) for i in range(N_VIEWS)]
+    d_pose = torch.empty(3, 4, dtype=torch.float64, device="cuda")
 
     def forward(i: int) -> tuple[object, ...]:
         p = ops.project(gaussians, views[i], settings)
         t = ops.tile(p, views[i])
         return p, t, ops.blend(p, t, views[i], settings)
 
-    step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
-
-    def steps(rule: UpdateRule) -> Callable[[int], None]:
+    def steps(rule: UpdateRule, settings: RasterSettings = settings) -> Callable[[int], None]:
+        step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
         recorded, numbers = TrainingStep(gaussians, moments, statistics_of, rule), itertools.count(1)
         return lambda i: recorded.run(step_views[i], replace(rates, step=next(numbers)))
 
@@ -329,10 +359,20 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "project": lambda i: ops.project(gaussians, views[i], settings),
         "tile": lambda i: ops.tile(projected[i], views[i]),
         "blend": lambda i: ops.blend(projected[i], tiles[i], views[i], settings),
+        "blend, with depths": lambda i: ops.blend(projected[i], tiles[i], views[i], deep),
         "forward (project, tile, blend)": forward,
         "loss and gradient": lambda i: ops.loss(images[i].color, photo, ops.LossSettings()),
         "blend'": blend_vjp,
+        "blend', deterministic": lambda i: ops.blend_vjp(
+            projected[i], tiles[i], views[i], ordered, images[i], d_images[i]
+        ),
+        "blend', with depth": lambda i: ops.blend_vjp(
+            projected[i], tiles[i], views[i], deep, deep_images[i], d_deep_images[i]
+        ),
         "project'": lambda i: ops.project_vjp(gaussians, views[i], settings, projected[i], d_splats[i], d_gaussians),
+        "project', with the pose": lambda i: ops.project_vjp(
+            gaussians, views[i], settings, projected[i], d_splats[i], d_gaussians, d_pose
+        ),
         "update": lambda i: ops.update(gaussians, d_gaussians, moments.first, moments.second, rates),
         "project' and update in one": lambda i: ops.project_vjp_update(
             gaussians, views[i], settings, projected[i], d_splats[i], moments, rates
@@ -340,6 +380,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "density": lambda i: ops.density(projected[i], d_splats[i], views[i], statistics_of),
         "whole step, all rows": steps(UpdateRule.ALL),
         "whole step": steps(UpdateRule.CONTRIBUTING),
+        "whole step, deterministic": steps(UpdateRule.CONTRIBUTING, ordered),
     }
 
 

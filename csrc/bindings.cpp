@@ -59,19 +59,26 @@ void bind_verbs(py::module_& m) {
       },
       "Fills `out` (N rows) with the visible Gaussians; returns how many there are, and their number of instances.");
 
-  m.def("project_vjp", [](const Backend& backend, py::object gaussians, py::object camera, py::object settings,
-                          py::object projected, py::object d_splats, py::object d_gaussians) {
-    const Reader read = reader_of(backend);
-    const Gaussians g = read.gaussians(gaussians);
-    const Projected p = read.projected(projected);
-    const float* d = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
-    const Gaussians d_g = read.gaussians_like(d_gaussians, g);
-    check_rows(backend, p, g.n);
-    const Camera c = camera_of(camera);
-    const RasterSettings s = raster_settings_of(settings, g.n_coefficients);
-    Unlocked unlocked;
-    project_vjp(backend, g, c, s, p, d, d_g);
-  });
+  m.def("project_vjp_scratch",
+        [](const Backend& backend, int64_t n_splats) { return project_vjp_scratch(backend, n_splats); });
+  m.def("project_vjp",
+        [](const Backend& backend, py::object gaussians, py::object camera, py::object settings, py::object projected,
+           py::object d_splats, py::object d_gaussians, py::object d_cam_from_world, py::object scratch) {
+          const Reader read = reader_of(backend);
+          const Gaussians g = read.gaussians(gaussians);
+          const Projected p = read.projected(projected);
+          const SplatGradient d = read.splat_gradient(d_splats, p.n);
+          ProjectGradient out = {read.gaussians_like(d_gaussians, g), nullptr, nullptr};
+          if (!d_cam_from_world.is_none()) {
+            out.cam_from_world = read.array<double>(d_cam_from_world, "d_cam_from_world", {3, 4}).data;
+            out.scratch = read.scratch(scratch, project_vjp_scratch(backend, p.n));
+          }
+          check_rows(backend, p, g.n);
+          const Camera c = camera_of(camera);
+          const RasterSettings s = raster_settings_of(settings, g.n_coefficients);
+          Unlocked unlocked;
+          project_vjp(backend, g, c, s, p, d, out);
+        });
 
   m.def("tile_scratch", [](const Backend& backend, int64_t n_splats, int64_t n_instances, py::object camera) {
     return tile_scratch(backend, n_splats, n_instances, camera_of(camera));
@@ -108,7 +115,10 @@ void bind_verbs(py::module_& m) {
       "How many numbers an image's `hits` holds, so that blend_vjp can follow.");
 
   m.def("blend_vjp_scratch",
-        [](const Backend& backend, int64_t n_instances) { return blend_vjp_scratch(backend, n_instances); });
+        [](const Backend& backend, int64_t n_splats, int64_t n_instances, int n_columns, py::object settings) {
+          const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
+          return blend_vjp_scratch(backend, n_splats, n_instances, n_columns, s);
+        });
   m.def("blend_vjp",
         [](const Backend& backend, py::object projected, py::object tiles, py::object camera, py::object settings,
            py::object image, py::object d_image, py::object scratch, py::object d_splats) {
@@ -121,8 +131,12 @@ void bind_verbs(py::module_& m) {
           const int64_t n_hits = hits_size(backend, t.n_instances, c);
           const Image i = read.image(image, c, n_hits), d_i = read.image(d_image, c);
           if (n_hits > 0 && i.hits == nullptr) refuse("image", "what blend returned, with its hits", "none");
-          void* memory = read.scratch(scratch, blend_vjp_scratch(backend, t.n_instances));
-          float* d_s = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
+          if (d_i.depth != nullptr && i.depth == nullptr) refuse("image", "the depth that blend returned", "none");
+          const SplatGradient d_s = read.splat_gradient(d_splats, p.n);
+          const int n_columns = d_i.depth != nullptr ? kSplatDepthGradientStride : kSplatGradientStride;
+          if (d_s.n_columns != n_columns)
+            refuse("d_splats", std::to_string(n_columns) + " columns", std::to_string(d_s.n_columns));
+          void* memory = read.scratch(scratch, blend_vjp_scratch(backend, p.n, t.n_instances, n_columns, s));
           Unlocked unlocked;
           blend_vjp(backend, p, t, c, s, i, d_i, memory, d_s);
         });
@@ -198,8 +212,8 @@ void bind_step(py::module_& m) {
   m.attr("MOST_INSTANCES") = kMostInstances;
   m.def(
       "step_scratch",
-      [](const Cuda& cuda, int64_t n, int64_t n_instances, int width, int height) {
-        return step_scratch(cuda, {n, n_instances, width, height});
+      [](const Cuda& cuda, int64_t n, int64_t n_instances, int width, int height, py::object settings) {
+        return step_scratch(cuda, {n, n_instances, width, height}, raster_settings_of(settings, kMaxShCoefficients));
       },
       "Bytes of scratch that a step needs.");
   m.def(
@@ -235,20 +249,21 @@ void bind_step(py::module_& m) {
         if (n_instances < 1 || n_instances > kMostInstances)
           refuse("n_instances", "1 to " + std::to_string(kMostInstances), std::to_string(n_instances));
         const StepSize size = {v.n, n_instances, width, height};
+        const RasterSettings raster = raster_settings_of(settings, v.n_coefficients);
         StepBuffers buffers = {v,
                                {read.gaussians_like(first, v), read.gaussians_like(second, v)},
                                read.array<float>(sums, "sums", {v.n, kSplatGradientStride}).data,
                                nullptr,
                                {read.field<float>(statistics, "gradient_sums", {v.n}).data,
                                 read.field<float>(statistics, "n_visible", {v.n}).data},
-                               read.scratch(scratch, step_scratch(cuda, size))};
+                               read.scratch(scratch, step_scratch(cuda, size, raster))};
         if (!up_to_date.is_none()) buffers.up_to_date = read.array<int32_t>(up_to_date, "up_to_date", {v.n}).data;
         const int64_t n_bytes = sizeof(StepProgress);
         const StepBook book = {
             reinterpret_cast<StepProgress*>(read.array<uint8_t>(progress, "progress", {n_bytes}).data),
             reinterpret_cast<StepProgress*>(
                 Reader("cpu").array<uint8_t>(progress_on_host, "progress_on_host", {n_bytes}).data)};
-        return new StepGraph(buffers, size, raster_settings_of(settings, v.n_coefficients), {ssim_weight}, book);
+        return new StepGraph(buffers, size, raster, {ssim_weight}, book);
       }))
       .def("launch", [](const StepGraph& graph, const Cuda& cuda, const StepView& view, py::object adam,
                         bool gathers_statistics) {
@@ -349,6 +364,7 @@ PYBIND11_MODULE(_engine, m) {
   m.attr("SPLAT_STRIDE") = kSplatStride;
   m.attr("TILE_SET_STRIDE") = sizeof(TileSet) / sizeof(int32_t);
   m.attr("SPLAT_GRADIENT_STRIDE") = kSplatGradientStride;
+  m.attr("SPLAT_DEPTH_GRADIENT_STRIDE") = kSplatDepthGradientStride;
   m.attr("VERSION") = SPACEPORT_VERSION;
   m.def("build_info", &build_info,
         "What was built: version, compiler, backends, CUDA architectures, SIMD paths and the one this machine takes.");

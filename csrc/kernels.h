@@ -17,10 +17,10 @@ namespace spaceport::SPACEPORT_ISA {
 ProjectedCounts project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
                         const Projected& out);
 void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
-                 const float* d_splats, const Gaussians& d_gaussians);
+                 const SplatGradient& d_splats, const ProjectGradient& out);
 void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 void blend_vjp(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
-               const Image& d_image, void* scratch, float* d_splats);
+               const Image& d_image, void* scratch, const SplatGradient& d_splats);
 void loss(const Cpu&, const LossImages&, const LossSettings&, void* scratch, const LossOutput& out);
 void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
             const Gaussians& second_moment, const AdamSettings&);

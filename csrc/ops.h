@@ -43,11 +43,19 @@ ProjectedCounts project(const Cpu&, const Gaussians&, const Camera&, const Raste
 ProjectedCounts project(const Cuda&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
                         const Projected& out);
 
-// d_splats [M, 9]; writes every row of d_gaussians, zeros where nothing is visible.
+// What project' writes: every row of the Gaussians, zeros where nothing is visible, and the gradient by the camera's
+// pose, with which its centre moves. All twelve numbers of it count as free.
+struct ProjectGradient {
+  Gaussians gaussians;
+  double* cam_from_world;  // [3, 4], or null: not wanted
+  void* scratch;           // project_vjp_scratch bytes if it is
+};
+size_t project_vjp_scratch(const Cpu&, int64_t n_splats);
+size_t project_vjp_scratch(const Cuda&, int64_t n_splats);
 void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
-                 const float* d_splats, const Gaussians& d_gaussians);
+                 const SplatGradient& d_splats, const ProjectGradient& out);
 void project_vjp(const Cuda&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
-                 const float* d_splats, const Gaussians& d_gaussians);
+                 const SplatGradient& d_splats, const ProjectGradient& out);
 
 // Lists the instances of every tile from front to back; equal depths keep the order of their rows.
 size_t tile_scratch(const Cpu&, int64_t n_splats, int64_t n_instances, const Camera&);
@@ -61,13 +69,14 @@ int64_t hits_size(const Cuda&, int64_t n_instances, const Camera&);
 void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 void blend(const Cuda&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 
-// `image` is what blend wrote; writes d_splats [M, 9].
-size_t blend_vjp_scratch(const Cpu&, int64_t n_instances);
-size_t blend_vjp_scratch(const Cuda&, int64_t n_instances);
+// `image` is what blend wrote. d_splats has ten columns if d_image has a depth, else nine; there is no gradient by the
+// median depth.
+size_t blend_vjp_scratch(const Cpu&, int64_t n_splats, int64_t n_instances, int n_columns, const RasterSettings&);
+size_t blend_vjp_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, int n_columns, const RasterSettings&);
 void blend_vjp(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
-               const Image& d_image, void* scratch, float* d_splats);
+               const Image& d_image, void* scratch, const SplatGradient& d_splats);
 void blend_vjp(const Cuda&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
-               const Image& d_image, void* scratch, float* d_splats);
+               const Image& d_image, void* scratch, const SplatGradient& d_splats);
 
 // (1 - weight) * L1 + weight * (1 - SSIM) against an 8-bit photo, and its gradient by the colour.
 // SSIM as in Wang et al. (2004): 11x11 Gaussian window, sigma 1.5, zero padding, mean over pixels and channels.

@@ -220,17 +220,18 @@ void launch_project(cudaStream_t stream, const Gaussians& g, const Late<View<flo
   check_launch("project");
 }
 
+// Writes the gradient by a splat's Gaussian; returns that by the pose.
 template <int kDegree>
-__global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View<float> view, RasterSettings settings,
-                                                               Projected projected, const float* d_splats,
-                                                               Gaussians d_g) {
-  const int64_t splat = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (splat >= projected.n) return;
+__device__ PoseGradient<float> project_splat_vjp(const Gaussians& g, const View<float>& view, float low_pass,
+                                                 const Projected& projected, const SplatGradient& d_splats,
+                                                 const Gaussians& d_g, int64_t splat) {
   const int64_t row = projected.gaussian_from_splat[splat];
-  const float* d = d_splats + splat * kSplatGradientStride;
+  const float* d = d_splats.rows + splat * d_splats.n_columns;
   const RawShape<float> raw = raw_shape_of(g, row);
-  const Shape<float> s = shape_of(raw, view, settings.low_pass);
-  const RawShape<float> d_raw = shape_of_vjp(raw, view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
+  const Shape<float> s = shape_of(raw, view, low_pass);
+  ProjectedAxesGradient<float> d_seen = seen_shape_vjp(view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
+  if (d_splats.n_columns == kSplatDepthGradientStride) d_seen.d_point.z += d[9];
+  const RawShape<float> d_raw = shape_of_vjp(raw, view, s, d_seen);
   const float opacity = sigmoid(g.opacities[row]);
 
   constexpr int kColumns = 3 * n_coefficients_of(kDegree);
@@ -245,11 +246,55 @@ __global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View
   color_of_vjp(kDegree, basis, d_color, sh, d_basis);
   store_row<kColumns>(d_g.sh + row * 3 * g.n_coefficients, 3 * g.n_coefficients, sh);
 
-  store3(d_g.means, row, d_raw.mean + direction_vjp(offset, sh_basis_vjp(kDegree, to_gaussian, d_basis)));
+  const Vec3<float> d_offset = direction_vjp(offset, sh_basis_vjp(kDegree, to_gaussian, d_basis));
+  store3(d_g.means, row, d_raw.mean + d_offset);
   store3(d_g.log_scales, row, d_raw.log_scale);
   const Quaternion<float>& q = d_raw.quaternion;
   reinterpret_cast<float4*>(d_g.quaternions)[row] = make_float4(q.w, q.x, q.y, q.z);
   d_g.opacities[row] = d[5] * opacity * (1.0f - opacity);
+  return pose_vjp(raw, view, s, d_seen, -1.0f * d_offset);
+}
+
+// The sum over a block's threads, in an order that is always the same.
+__device__ void sum_poses(const PoseGradient<float>& d, double* out) {
+  __shared__ float of_warps[kThreads / 32][kPoseSize];
+  const Mat3<float>& r = d.d_rotation;
+  const Vec3<float>& t = d.d_translation;
+  const float own[kPoseSize] = {r.row[0].x, r.row[0].y, r.row[0].z, t.x,        r.row[1].x, r.row[1].y,
+                                r.row[1].z, t.y,        r.row[2].x, r.row[2].y, r.row[2].z, t.z};
+#pragma unroll
+  for (int k = 0; k < kPoseSize; ++k) {
+    const float sum = warp_sum(own[k]);
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32][k] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x >= kPoseSize) return;
+  double sum = 0.0;
+  for (const auto& of_warp : of_warps) sum += double(of_warp[threadIdx.x]);
+  out[threadIdx.x] = sum;
+}
+
+// One block a number of the pose.
+__global__ __launch_bounds__(kThreads) void sum_blocks_kernel(const double* of_blocks, int64_t n_blocks, double* out) {
+  __shared__ double of_threads[kThreads];
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < n_blocks; i += kThreads) sum += of_blocks[i * kPoseSize + blockIdx.x];
+  of_threads[threadIdx.x] = sum;
+  for (int n = kThreads / 2; n > 0; n /= 2) {
+    __syncthreads();
+    if (int(threadIdx.x) < n) of_threads[threadIdx.x] += of_threads[threadIdx.x + n];
+  }
+  if (threadIdx.x == 0) out[blockIdx.x] = of_threads[0];
+}
+
+template <int kDegree, bool kPose>
+__global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View<float> view, float low_pass,
+                                                               Projected projected, SplatGradient d_splats,
+                                                               Gaussians d_g, double* pose_of_blocks) {
+  const int64_t splat = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  PoseGradient<float> d_pose = {};
+  if (splat < projected.n) d_pose = project_splat_vjp<kDegree>(g, view, low_pass, projected, d_splats, d_g, splat);
+  if constexpr (kPose) sum_poses(d_pose, pose_of_blocks + int64_t(blockIdx.x) * kPoseSize);
 }
 
 }  // namespace
@@ -284,9 +329,14 @@ ProjectedCounts project(const Cuda& backend, const Gaussians& g, const Camera& c
   return counts;
 }
 
+size_t project_vjp_scratch(const Cuda&, int64_t n_splats) {
+  return size_t(n_blocks_of(n_splats, cuda::kThreads)) * kPoseSize * sizeof(double);
+}
+
 void project_vjp(const Cuda& backend, const Gaussians& g, const Camera& camera, const RasterSettings& settings,
-                 const Projected& projected, const float* d_splats, const Gaussians& d_g) {
+                 const Projected& projected, const SplatGradient& d_splats, const ProjectGradient& out) {
   const cudaStream_t stream = stream_of(backend);
+  const Gaussians& d_g = out.gaussians;
   const struct {
     float* array;
     int64_t n_columns;
@@ -298,12 +348,20 @@ void project_vjp(const Cuda& backend, const Gaussians& g, const Camera& camera, 
   for (const auto& table : tables) {
     check(cudaMemsetAsync(table.array, 0, size_t(g.n * table.n_columns) * sizeof(float), stream), "project'");
   }
+  const bool has_pose = out.cam_from_world != nullptr;
+  if (has_pose) check(cudaMemsetAsync(out.cam_from_world, 0, kPoseSize * sizeof(double), stream), "project'");
   if (projected.n == 0) return;
   const cuda::View<float> view = cuda::view_of<float>(camera);
+  const unsigned n_blocks = n_blocks_of(projected.n, cuda::kThreads);
+  double* pose_of_blocks = static_cast<double*>(out.scratch);  // [n_blocks, 12]
   cuda::for_degree(settings.sh_degree, [&](auto degree) {
-    cuda::project_vjp_kernel<degree><<<n_blocks_of(projected.n, cuda::kThreads), cuda::kThreads, 0, stream>>>(
-        g, view, settings, projected, d_splats, d_g);
+    const auto kernel = has_pose ? cuda::project_vjp_kernel<degree, true> : cuda::project_vjp_kernel<degree, false>;
+    kernel<<<n_blocks, cuda::kThreads, 0, stream>>>(g, view, settings.low_pass, projected, d_splats, d_g,
+                                                    pose_of_blocks);
   });
+  if (has_pose) {
+    cuda::sum_blocks_kernel<<<kPoseSize, cuda::kThreads, 0, stream>>>(pose_of_blocks, n_blocks, out.cam_from_world);
+  }
   check_launch("project'");
 }
 

@@ -89,7 +89,7 @@ __device__ RowGradient gradient_of_row(const RawShape<float>& raw, float logit, 
   const Shape<float> s = shape_of(raw, view, low_pass);
   const float opacity = sigmoid(logit);
   if (kind == SplatRows::kMoments) gradient_of_moments(s.conic, opacity, d);
-  gradient.raw = shape_of_vjp(raw, view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
+  gradient.raw = shape_of_vjp(raw, view, s, seen_shape_vjp(view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]}));
   gradient.opacity = d[5] * opacity * (1.0f - opacity);
   const Vec3<float> offset = raw.mean - view.center;
   gradient.direction = direction(offset);

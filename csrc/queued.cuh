@@ -101,9 +101,10 @@ struct DepthLimits {
 void queue_blend(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
                  const DepthLimits&, const Image& out);
 
-// The sums that give a splat's gradient, [M, 9], which must be zero at the start. `d_image.transmittance` may be null.
+// The sums that give a splat's gradient, [M, 9] or, if d_image has a depth, [M, 10]; they must be zero at the start.
+// `d_image.transmittance` may be null. Scratch: that of blend_vjp.
 void queue_blend_vjp(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
-                     const Image&, const Image& d_image, float* moments);
+                     const Image&, const Image& d_image, void* scratch, float* moments);
 
 // `images.photo` is not read.
 void queue_loss(cudaStream_t, const LossImages& images, const Late<const uint8_t*>& photo, const LossSettings&,

@@ -163,9 +163,23 @@ class Reader {
     return t;
   }
 
+  // Nine columns, or ten.
+  SplatGradient splat_gradient(py::handle object, int64_t n) const {
+    const Array<float> rows = array<float>(object, "d_splats", {n, -1});
+    const int64_t n_columns = rows.shape[1];
+    if (n_columns != kSplatGradientStride && n_columns != kSplatDepthGradientStride)
+      refuse("d_splats", "9 columns, or 10 with the depth", std::to_string(n_columns));
+    return {rows.data, int(n_columns)};
+  }
+
+  // Depths may be None.
   Image image(py::handle object, const Camera& camera) const {
+    const auto plane_or_null = [&](const char* name) {
+      return object.attr(name).is_none() ? nullptr : field<float>(object, name, {camera.height, camera.width}).data;
+    };
     return {field<float>(object, "color", {camera.height, camera.width, 3}).data,
-            field<float>(object, "transmittance", {camera.height, camera.width}).data, nullptr};
+            field<float>(object, "transmittance", {camera.height, camera.width}).data, nullptr, plane_or_null("depth"),
+            plane_or_null("median_depth")};
   }
   // With room for what blend keeps for its backward pass, unless it is None.
   Image image(py::handle object, const Camera& camera, int64_t hits_size) const {
@@ -244,6 +258,7 @@ RasterSettings raster_settings_of(py::handle object, int n_coefficients) {
   const auto background = object.attr("background").cast<std::vector<float>>();
   if (background.size() != 3) refuse("background", "three numbers", std::to_string(background.size()));
   for (int c = 0; c < 3; ++c) s.background[c] = background[size_t(c)];
+  s.deterministic = object.attr("deterministic").cast<bool>();
   // The Gaussians may hold fewer coefficients than the degree asks for.
   if (!(s.sh_degree >= 0 && s.sh_degree <= 3)) refuse("sh_degree", "0 to 3", std::to_string(s.sh_degree));
   while ((s.sh_degree + 1) * (s.sh_degree + 1) > n_coefficients) --s.sh_degree;

@@ -4,34 +4,13 @@
 
 #include <algorithm>
 
+#include "graph.cuh"
 #include "queued.cuh"
 
 namespace spaceport {
 namespace cuda {
 
 namespace {
-
-// Records what queue(stream) queues on a stream of its own; begin(stream) says into which graph.
-template <class Begin, class Queue>
-cudaGraph_t capture(Begin&& begin, Queue&& queue) {
-  cudaStream_t stream;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "step");
-  cudaGraph_t graph = nullptr;
-  cudaError_t error = begin(stream);
-  std::string failure;
-  if (error == cudaSuccess) {
-    try {
-      queue(stream);
-    } catch (const std::exception& thrown) {
-      failure = thrown.what();
-    }
-    error = cudaStreamEndCapture(stream, &graph);
-  }
-  cudaStreamDestroy(stream);
-  if (!failure.empty()) throw std::runtime_error(failure);
-  check(error, "step");
-  return graph;
-}
 
 // What the recorded kernels find on the device: written anew before every replay.
 struct DeviceInputs {
@@ -61,73 +40,11 @@ __global__ void book_kernel(const double* means, const ProjectedCounts* counts, 
   *book.host = progress;
 }
 
-#if CUDART_VERSION >= 12040
-__global__ void set_condition_kernel(cudaGraphConditionalHandle handle, const uint32_t* condition,
-                                     StepProgress* progress) {
-  cudaGraphSetConditional(handle, *condition);
-  progress->n_rendered_again += *condition;
-}
-
-// What a stream that is being captured has come to.
-struct Captured {
-  cudaGraph_t graph;
-  const cudaGraphNode_t* ends;
-  size_t n_ends;
-
-  static Captured by(cudaStream_t stream) {
-    Captured c;
-    cudaStreamCaptureStatus status;
-#if CUDART_VERSION >= 13000
-    check(cudaStreamGetCaptureInfo(stream, &status, nullptr, &c.graph, &c.ends, nullptr, &c.n_ends), "step");
-#else
-    check(cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, &c.graph, &c.ends, &c.n_ends), "step");
-#endif
-    return c;
-  }
-};
-
-// Records what queue(stream) queues, to happen where *condition is not zero when the graph comes to it.
-template <class Queue>
-void record_if(cudaStream_t stream, const uint32_t* condition, StepProgress* progress, Queue&& queue) {
-  cudaGraphConditionalHandle handle;
-  check(cudaGraphConditionalHandleCreate(&handle, Captured::by(stream).graph, 0, cudaGraphCondAssignDefault), "step");
-  set_condition_kernel<<<1, 1, 0, stream>>>(handle, condition, progress);
-  const Captured before = Captured::by(stream);
-  cudaGraphNodeParams node_params = {};
-  node_params.type = cudaGraphNodeTypeConditional;
-  node_params.conditional.handle = handle;
-  node_params.conditional.type = cudaGraphCondTypeIf;
-  node_params.conditional.size = 1;
-  cudaGraphNode_t node;
-#if CUDART_VERSION >= 13000
-  check(cudaGraphAddNode(&node, before.graph, before.ends, nullptr, before.n_ends, &node_params), "step");
-#else
-  check(cudaGraphAddNode(&node, before.graph, before.ends, before.n_ends, &node_params), "step");
-#endif
-  cudaGraph_t body = node_params.conditional.phGraph_out[0];
-  capture(
-      [&](cudaStream_t side) {
-        return cudaStreamBeginCaptureToGraph(side, body, nullptr, nullptr, 0, cudaStreamCaptureModeThreadLocal);
-      },
-      queue);
-#if CUDART_VERSION >= 13000
-  check(cudaStreamUpdateCaptureDependencies(stream, &node, nullptr, 1, cudaStreamSetCaptureDependencies), "step");
-#else
-  check(cudaStreamUpdateCaptureDependencies(stream, &node, 1, cudaStreamSetCaptureDependencies), "step");
-#endif
-}
-#endif
-
-// Whether a graph can decide for itself what to do: without it there are no depth limits, because nothing would make up
-// for those that are wrong.
-bool has_conditions() {
-#if CUDART_VERSION >= 12040
-  int driver = 0;
-  check(cudaDriverGetVersion(&driver), "step");
-  return driver >= 12040;
-#else
-  return false;
-#endif
+Camera camera_of(const StepSize& size) {
+  Camera camera = {};
+  camera.width = size.width;
+  camera.height = size.height;
+  return camera;
 }
 
 struct StepScratch {
@@ -136,7 +53,7 @@ struct StepScratch {
   TileState tile;
   uint32_t* is_undone;
   int* n_contributing;
-  void* work;  // what tile, loss and update each use for themselves, one after the other
+  void* work;  // what tile, loss, blend' and update each use for themselves, one after the other
   DeviceInputs* inputs;
   Projected projected;
   ProjectedCounts* counts;
@@ -144,7 +61,8 @@ struct StepScratch {
   Image image, d_image;
   double* means;
 
-  static StepScratch of(Arena& arena, const StepSize& size, const Camera& camera) {
+  static StepScratch of(Arena& arena, const StepSize& size, const RasterSettings& raster) {
+    const Camera camera = camera_of(size);
     const int64_t n = size.n_gaussians, n_pixels = int64_t(size.width) * size.height;
     const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
     const Cuda any = {nullptr};
@@ -155,9 +73,10 @@ struct StepScratch {
     s.n_contributing = arena.take<int>(1);
     s.counts = arena.take<ProjectedCounts>(1);
     s.n_zeros = arena.used();
-    s.work =
-        arena.take<char>(int64_t(std::max({queued_tile_scratch(n, size.n_instances, camera), queued_update_scratch(n),
-                                           loss_scratch(any, size.width, size.height)})));
+    s.work = arena.take<char>(
+        int64_t(std::max({queued_tile_scratch(n, size.n_instances, camera), queued_update_scratch(n),
+                          loss_scratch(any, size.width, size.height),
+                          blend_vjp_scratch(any, n, size.n_instances, kSplatGradientStride, raster)})));
     s.inputs = arena.take<DeviceInputs>(1);
     s.projected = {arena.take<Splat>(n), nullptr, nullptr, n, arena.take<TileSet>(n), arena.take<uint32_t>(n)};
     s.tiles = {arena.take<int64_t>(n_tiles + 1), arena.take<int32_t>(size.n_instances), nullptr, size.n_instances};
@@ -169,16 +88,10 @@ struct StepScratch {
   }
 };
 
-Camera camera_of(const StepSize& size) {
-  Camera camera = {};
-  camera.width = size.width;
-  camera.height = size.height;
-  return camera;
-}
-
 void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScratch& s, const Camera& camera,
                 const RasterSettings& raster, const LossSettings& loss_settings, const StepBook& book) {
   const auto queue_image = [&](cudaStream_t stream) {
+    // Without conditions nothing would make up for limits that prove wrong.
     const auto limits = has_conditions() ? Late<uint32_t*>::at(&s.inputs->depth_limits) : Late<uint32_t*>(nullptr);
     check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
     queue_project(stream, buffers.values, Late<View<float>>::at(&s.inputs->update.view), limits, camera, raster,
@@ -187,14 +100,12 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
     queue_blend(stream, s.projected, s.tiles, camera, raster, {limits, s.is_undone}, s.image);
   };
   queue_image(stream);
-#if CUDART_VERSION >= 12040
-  if (has_conditions()) record_if(stream, s.is_undone, book.device, queue_image);
-#endif
+  if (has_conditions()) record_if(stream, s.is_undone, &book.device->n_rendered_again, queue_image);
   const LossImages images = {s.image.color, nullptr, camera.width, camera.height};
   queue_loss(stream, images, Late<const uint8_t*>::at(&s.inputs->photo), loss_settings, s.work,
              {s.means, s.d_image.color});
   book_kernel<<<1, 1, 0, stream>>>(s.means, s.counts, s.tiles.n_instances, double(loss_settings.ssim_weight), book);
-  queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, buffers.sums);
+  queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, s.work, buffers.sums);
   queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
                            s.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
                            {&book.device->is_halted, buffers.up_to_date, s.n_contributing}, s.work);
@@ -204,9 +115,9 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
 }  // namespace
 }  // namespace cuda
 
-size_t step_scratch(const Cuda&, const StepSize& size) {
+size_t step_scratch(const Cuda&, const StepSize& size, const RasterSettings& raster) {
   Arena arena(nullptr);
-  cuda::StepScratch::of(arena, size, cuda::camera_of(size));
+  cuda::StepScratch::of(arena, size, raster);
   return arena.used();
 }
 
@@ -221,15 +132,10 @@ StepGraph::StepGraph(const StepBuffers& buffers, const StepSize& size, const Ras
                      const LossSettings& loss, const StepBook& book) {
   const Camera camera = cuda::camera_of(size);
   Arena arena(buffers.scratch);
-  const cuda::StepScratch scratch = cuda::StepScratch::of(arena, size, camera);
-  cudaGraph_t graph = cuda::capture(
-      [](cudaStream_t stream) { return cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal); },
+  const cuda::StepScratch scratch = cuda::StepScratch::of(arena, size, raster);
+  const cudaGraphExec_t graph = cuda::recorded(
       [&](cudaStream_t stream) { cuda::queue_step(stream, buffers, scratch, camera, raster, loss, book); });
-  cudaGraphExec_t executable = nullptr;
-  const cudaError_t error = cudaGraphInstantiate(&executable, graph, 0);
-  cudaGraphDestroy(graph);
-  check(error, "step");
-  recorded_ = new Recorded{executable, scratch.inputs, buffers.statistics, size.width, size.height};
+  recorded_ = new Recorded{graph, scratch.inputs, buffers.statistics, size.width, size.height};
 }
 
 StepGraph::~StepGraph() {

@@ -22,7 +22,7 @@ struct StepSize {
   int64_t n_instances;  // capacity
   int width, height;
 };
-size_t step_scratch(const Cuda&, const StepSize&);
+size_t step_scratch(const Cuda&, const StepSize&, const RasterSettings&);
 
 // Rows that did not contribute to the image miss the steps of Adam until they do again; this makes up for them in all
 // rows, up to and with settings.step.

@@ -15,6 +15,7 @@ TILE_SET_STRIDE: int
 STEP_PROGRESS_SIZE: int
 MOST_INSTANCES: int
 SPLAT_GRADIENT_STRIDE: int
+SPLAT_DEPTH_GRADIENT_STRIDE: int
 MULTIPLY_ADD_FLOPS: int
 VERSION: str
 
@@ -73,6 +74,7 @@ def project(
     scratch: Array,
     out: Projected,
 ) -> tuple[int, int]: ...
+def project_vjp_scratch(backend: Backend, n_splats: int) -> int: ...
 def project_vjp(
     backend: Backend,
     gaussians: Gaussians,
@@ -81,8 +83,10 @@ def project_vjp(
     projected: Projected,
     d_splats: Array,
     d_gaussians: Gaussians,
+    d_cam_from_world: Array | None,
+    scratch: Array | None,
 ) -> None: ...
-def step_scratch(backend: Cuda, n: int, n_instances: int, width: int, height: int) -> int: ...
+def step_scratch(backend: Cuda, n: int, n_instances: int, width: int, height: int, settings: RasterSettings) -> int: ...
 def catch_up(
     backend: Cuda, values: Gaussians, first: Gaussians, second: Gaussians, up_to_date: Array, adam: Any
 ) -> None: ...
@@ -97,7 +101,9 @@ def blend(
     out: Image,
 ) -> None: ...
 def hits_size(backend: Backend, n_instances: int, camera: Camera) -> int: ...
-def blend_vjp_scratch(backend: Backend, n_instances: int) -> int: ...
+def blend_vjp_scratch(
+    backend: Backend, n_splats: int, n_instances: int, n_columns: int, settings: RasterSettings
+) -> int: ...
 def blend_vjp(
     backend: Backend,
     projected: Projected,

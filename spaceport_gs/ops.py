@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from spaceport_gs import _engine
 from spaceport_gs.errors import BackendError
 from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Statistics, Tiles
+from spaceport_gs.types import Camera, Depth, Image, Projected, RasterSettings, Statistics, Tiles
 
 _cpu = _engine.Cpu()
 _kept = threading.local()
@@ -101,12 +101,19 @@ def project_vjp(
     camera: Camera,
     settings: RasterSettings,
     projected: Projected,
-    d_splats: torch.Tensor,  # [M, 9]
+    d_splats: torch.Tensor,  # [M, 9], or [M, 10]
     out: Gaussians | None = None,
+    d_cam_from_world: torch.Tensor | None = None,  # [3, 4] float64
 ) -> Gaussians:
-    """Gradient by the raw parameters; zero in the rows that are not visible. `out`: buffers to write it to."""
-    d_gaussians = empty_like(gaussians) if out is None else out
-    _engine.project_vjp(backend_of(d_splats), gaussians, camera, settings, projected, d_splats, d_gaussians)
+    """Gradient by the raw parameters; zero in the rows that are not visible. `out`: buffers to write it to;
+    `d_cam_from_world` gets the gradient by the camera's pose, with which its centre moves."""
+    d_gaussians, backend = empty_like(gaussians) if out is None else out, backend_of(d_splats)
+    scratch = None
+    if d_cam_from_world is not None:
+        scratch = _scratch(d_splats, _engine.project_vjp_scratch(backend, len(projected.splats)))
+    _engine.project_vjp(
+        backend, gaussians, camera, settings, projected, d_splats, d_gaussians, d_cam_from_world, scratch
+    )
     return d_gaussians
 
 
@@ -130,7 +137,7 @@ def tile(projected: Projected, camera: Camera) -> Tiles:
 
 
 def blend(projected: Projected, tiles: Tiles, camera: Camera, settings: RasterSettings) -> Image:
-    """Front-to-back blending of every tile's list."""
+    """Front-to-back blending of every tile's list; depths as the settings ask for."""
     like, backend = projected.splats, backend_of(projected.splats)
     n_hits = _engine.hits_size(backend, len(tiles.splat_from_instance), camera)
     out = Image(
@@ -138,6 +145,10 @@ def blend(projected: Projected, tiles: Tiles, camera: Camera, settings: RasterSe
         transmittance=_empty(like, camera.height, camera.width),
         hits=_empty(like, n_hits, dtype=torch.int32),
     )
+    if Depth.EXPECTED in settings.depth:
+        out.depth = torch.empty_like(out.transmittance)
+    if Depth.MEDIAN in settings.depth:
+        out.median_depth = torch.empty_like(out.transmittance)
     _engine.blend(backend, projected, tiles, camera, settings, out)
     return out
 
@@ -149,12 +160,15 @@ def blend_vjp(
     settings: RasterSettings,
     image: Image,  # what blend returned
     d_image: Image,
-) -> torch.Tensor:  # [M, 9]
-    """Gradient by the first nine columns of the splats."""
+) -> torch.Tensor:  # [M, 9], or [M, 10]
+    """Gradient by the first nine columns of the splats; by ten, the last being their depth, if d_image has a depth."""
     like = projected.splats
     backend = backend_of(like)
-    scratch = _scratch(like, _engine.blend_vjp_scratch(backend, len(tiles.splat_from_instance)))
-    d_splats = _empty(like, len(projected.splats), _engine.SPLAT_GRADIENT_STRIDE)
+    sees_depth = d_image.depth is not None
+    n_columns = _engine.SPLAT_DEPTH_GRADIENT_STRIDE if sees_depth else _engine.SPLAT_GRADIENT_STRIDE
+    n_splats, n_instances = len(projected.splats), len(tiles.splat_from_instance)
+    scratch = _scratch(like, _engine.blend_vjp_scratch(backend, n_splats, n_instances, n_columns, settings))
+    d_splats = _empty(like, n_splats, n_columns)
     _engine.blend_vjp(backend, projected, tiles, camera, settings, image, d_image, scratch, d_splats)
     return d_splats
 
@@ -269,17 +283,31 @@ def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Im
         return blend(projected, tile(projected, camera), camera, settings)
 
 
-def rasterize(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:
-    """As `render`, differentiable by torch in all five fields of the Gaussians."""
-    color, transmittance = _Rasterize.apply(camera, settings, *gaussians.arrays())
-    return Image(color, transmittance)
+def rasterize(
+    gaussians: Gaussians,
+    camera: Camera,
+    settings: RasterSettings,
+    cam_from_world: torch.Tensor | None = None,  # [3, 4]
+) -> Image:
+    """As `render`, differentiable by torch in all five fields of the Gaussians; the median depth has no gradient.
+
+    `cam_from_world` stands for the camera's own pose and gets a gradient as well: by each of its numbers alone, so keep it
+    a rotation by how you parametrise it. Its values are read by the host: on a GPU this waits for them.
+    """
+    if cam_from_world is not None:
+        if cam_from_world.shape != (3, 4):
+            raise ValueError(f"cam_from_world: expected shape [3, 4], got {list(cam_from_world.shape)}")
+        cam_from_world = cam_from_world.to(gaussians.means.device, torch.float64)
+        camera = replace(camera, cam_from_world=cam_from_world.detach().cpu().numpy())
+    color, transmittance, depth, median_depth = _Rasterize.apply(camera, settings, cam_from_world, *gaussians.arrays())
+    return Image(color, transmittance, None, depth, median_depth)
 
 
 class _Rasterize(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, camera: Camera, settings: RasterSettings, *arrays: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, camera: Camera, settings: RasterSettings, _: torch.Tensor | None, *arrays: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         gaussians = Gaussians(*(array.detach().contiguous() for array in arrays))
         projected = project(gaussians, camera, settings)
         tiles = tile(projected, camera)
@@ -299,12 +327,17 @@ class _Rasterize(torch.autograd.Function):
             image.color,
             image.transmittance,
             image.hits,
+            image.depth,
         )
-        return image.color, image.transmittance
+        if image.median_depth is not None:
+            ctx.mark_non_differentiable(image.median_depth)
+        return image.color, image.transmittance, image.depth, image.median_depth
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *d_image: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, d_color: torch.Tensor, d_transmittance: torch.Tensor, d_depth: torch.Tensor | None, _: Any
+    ) -> Any:
         saved = ctx.saved_tensors
         gaussians = Gaussians(*saved[:5])
         splats, gaussian_from_splat, instance_offsets, touched, depth_keys = saved[5:10]
@@ -316,7 +349,12 @@ class _Rasterize(torch.autograd.Function):
             ctx.camera,
             ctx.settings,
             image,
-            Image(*(d.contiguous() for d in d_image)),
+            Image(
+                d_color.contiguous(),
+                d_transmittance.contiguous(),
+                depth=None if d_depth is None else d_depth.contiguous(),
+            ),
         )
-        d_gaussians = project_vjp(gaussians, ctx.camera, ctx.settings, projected, d_splats)
-        return None, None, *d_gaussians.arrays()
+        d_pose = _empty(splats, 3, 4, dtype=torch.float64) if ctx.needs_input_grad[2] else None
+        d_gaussians = project_vjp(gaussians, ctx.camera, ctx.settings, projected, d_splats, d_cam_from_world=d_pose)
+        return None, None, d_pose, *d_gaussians.arrays()

@@ -70,9 +70,12 @@ def sh_basis(directions: torch.Tensor, degree: int) -> torch.Tensor:  # [N, 3] -
     return torch.stack(values, dim=1)
 
 
-def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Splats:
-    """EWA projection of the Gaussians that are in front, bright enough, and well defined."""
-    pose = torch.as_tensor(camera.cam_from_world).to(gaussians.means)
+def project(
+    gaussians: Gaussians, camera: Camera, settings: RasterSettings, cam_from_world: torch.Tensor | None = None
+) -> Splats:
+    """EWA projection of the Gaussians that are in front, bright enough, and well defined. `cam_from_world` [3, 4]: in place
+    of the camera's own pose."""
+    pose = torch.as_tensor(camera.cam_from_world if cam_from_world is None else cam_from_world).to(gaussians.means)
     points = gaussians.means @ pose[:, :3].T + pose[:, 3]
     with torch.no_grad():
         visible = (points[:, 2] >= settings.near) & (torch.sigmoid(gaussians.opacities) >= ALPHA_CUTOFF)
@@ -97,8 +100,7 @@ def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> S
     yy = (v * v).sum(dim=1) + settings.low_pass
     determinant = xx * yy - xy * xy
 
-    center = torch.as_tensor(camera.center).to(gaussians.means)
-    offsets = seen.means - center
+    offsets = seen.means + pose[:, :3].T @ pose[:, 3]  # from the camera's centre
     degree = min(settings.sh_degree, gaussians.sh_degree)
     basis = sh_basis(offsets / offsets.norm(dim=1, keepdim=True), degree)
     colors = 0.5 + (basis[:, :, None] * seen.sh[:, : basis.shape[1]]).sum(dim=1)
@@ -113,7 +115,7 @@ def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> S
 
 
 def blend(splats: Splats, camera: Camera, settings: RasterSettings) -> Image:
-    """Front-to-back blending, by depth and then by row."""
+    """Front-to-back blending, by depth and then by row; with both depths, whatever was asked for."""
     like = splats.means
     y, x = torch.meshgrid(
         torch.arange(camera.height).to(like) + 0.5,
@@ -121,6 +123,7 @@ def blend(splats: Splats, camera: Camera, settings: RasterSettings) -> Image:
         indexing="ij",
     )
     color = torch.zeros(camera.height, camera.width, 3).to(like)
+    depth, median_depth = torch.zeros(2, camera.height, camera.width).to(like)
     transmittance = torch.ones(camera.height, camera.width).to(like)
     stopped = torch.zeros_like(transmittance, dtype=torch.bool)
     # Sorted as the engine's single precision does, so that ties are ties in both.
@@ -135,13 +138,18 @@ def blend(splats: Splats, camera: Camera, settings: RasterSettings) -> Image:
         reached = reached & ~stopped
         weight = torch.where(reached, alpha * transmittance, torch.zeros_like(alpha))
         color = color + weight[..., None] * splats.colors[i]
+        depth = depth + weight * splats.depths[i]
+        is_median = reached & (transmittance >= 0.5) & (behind < 0.5)
+        median_depth = torch.where(is_median, splats.depths[i].detach(), median_depth)
         transmittance = torch.where(reached, behind, transmittance)
     background = torch.tensor(settings.background).to(like)
-    return Image(color + transmittance[..., None] * background, transmittance)
+    return Image(color + transmittance[..., None] * background, transmittance, None, depth, median_depth)
 
 
-def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:
-    return blend(project(gaussians, camera, settings), camera, settings)
+def render(
+    gaussians: Gaussians, camera: Camera, settings: RasterSettings, cam_from_world: torch.Tensor | None = None
+) -> Image:
+    return blend(project(gaussians, camera, settings, cam_from_world), camera, settings)
 
 
 def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # [H, W, 3] each, 0 … 1

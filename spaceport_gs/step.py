@@ -163,7 +163,7 @@ class TrainingStep:
 
     def _record(self, width: int, height: int, raster: RasterSettings, loss: ops.LossSettings) -> _engine.StepGraph:
         backend, values, moments = ops.backend_of(self._sums), self._values, self._moments
-        n_bytes = _engine.step_scratch(backend, len(values), self.n_instances, width, height)
+        n_bytes = _engine.step_scratch(backend, len(values), self.n_instances, width, height, raster)
         if len(self._scratch) < n_bytes:
             torch.cuda.current_stream().synchronize()  # recorded steps that still run have their buffers in it
             self._forget()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Flag
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,15 @@ class Camera:
         )
 
 
+class Depth(Flag):
+    """Which depths an image is asked for."""
+
+    NONE = 0
+    EXPECTED = 1
+    MEDIAN = 2
+    BOTH = 3
+
+
 @dataclass(frozen=True)
 class RasterSettings:
     """Fixed properties of the rendering equation; the defaults are those of 3D Gaussian Splatting."""
@@ -58,6 +68,11 @@ class RasterSettings:
     """Variance in px² that is added to every projected covariance."""
     alpha_max: float = 0.99
     background: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    depth: Depth = Depth.NONE
+    """What `render`, `rasterize` and `blend` give besides the colour; training does without."""
+    deterministic: bool = False
+    """Gradients, and with them training, are the same bits from run to run on a GPU too, which takes more time and memory
+    there. On a CPU they always are."""
 
 
 @dataclass
@@ -65,7 +80,7 @@ class Projected:
     """The visible Gaussians of one camera, in the order of their rows.
 
     `splats` [M, 12] float32: x, y | conic a, b, c | opacity | r, g, b | depth | half extents of the box where alpha >= 1/255.
-    A gradient of it has the same shape; only its first nine columns are used.
+    A gradient of it holds the first nine columns; ten where the loss sees the image's depth.
     """
 
     splats: Array  # [M, 12] float32
@@ -93,6 +108,10 @@ class Image:
     color: Array  # [H, W, 3] float32, background blended in
     transmittance: Array  # [H, W] float32, what is left of the light from behind
     hits: Array | None = None  # int32: which splats reached which pixels, kept on a GPU for the backward pass
+    depth: Array | None = (
+        None  # [H, W] float32, expected: z of the splats by their weights, which sum to 1 - transmittance
+    )
+    median_depth: Array | None = None  # [H, W] float32, z of the splat that takes transmittance below 0.5; 0: none does
 
 
 @dataclass

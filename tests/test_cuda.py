@@ -10,11 +10,11 @@ import pytest
 import torch
 from scenes import assert_close, camera, random_gaussians
 
-from spaceport_gs import ops
+from spaceport_gs import _engine, ops
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.pipeline.doctor import cuda_missing
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
-from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Statistics
+from spaceport_gs.types import Camera, Depth, Image, Projected, RasterSettings, Statistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_missing()), reason=cuda_missing())]
 
@@ -82,6 +82,53 @@ def test_lists_are_sorted(n: int) -> None:
     assert torch.equal(counts, projected.instance_offsets[1:] - projected.instance_offsets[:-1])
 
 
+def test_depths_of_a_large_scene() -> None:
+    gaussians, view = random_gaussians(200_000, scale=0.012), camera(800, 533, 600.0)
+    settings = replace(SETTINGS, depth=Depth.BOTH)
+    images, gradients = [], []
+    for device in ("cpu", "cuda"):
+        leaves = gaussians.map(lambda a, to=device: a.to(to).clone().requires_grad_())
+        image = ops.rasterize(leaves, view, settings)
+        (image.depth * image.color.detach()[..., 0]).sum().backward()
+        images.append(image)
+        gradients.append([a.grad.cpu().double() for a in leaves.arrays()])
+    assert_close(images[1].depth, images[0].depth, flips=1e-3, size_of_flips=0.02)
+    assert_close(images[1].median_depth, images[0].median_depth, flips=2e-3, size_of_flips=1.0)
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 2e-3 * b.norm()
+
+
+def all_gradients(gaussians: Gaussians, view: Camera, settings: RasterSettings) -> list[torch.Tensor]:
+    """By the Gaussians and by the pose, of a loss that sees all of an image."""
+    leaves = gaussians.map(lambda a: a.clone().requires_grad_())
+    pose = torch.tensor(view.cam_from_world, requires_grad=True)
+    image = ops.rasterize(leaves, view, settings, pose)
+    weights = photo_for(view).cuda() / 255.0
+    ((image.color * weights).sum() + (image.depth * weights[..., 0]).sum() + image.transmittance.sum()).backward()
+    return [*(a.grad for a in leaves.arrays()), pose.grad]
+
+
+@pytest.mark.parametrize(("n", "size", "scale"), [(300_000, (800, 533), 0.01), (2_000, (1600, 1066), 0.5)])
+def test_deterministic_gradients_repeat(n: int, size: tuple[int, int], scale: float) -> None:
+    gaussians, view = random_gaussians(n, scale=scale).map(lambda a: a.cuda()), camera(*size, focal=0.75 * size[0])
+    settings = replace(SETTINGS, depth=Depth.EXPECTED, deterministic=True)
+    first = all_gradients(gaussians, view, settings)
+    for _ in range(3):
+        again = all_gradients(gaussians, view, settings)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    usual = all_gradients(gaussians, view, replace(settings, deterministic=False))
+    for a, b in zip(first, usual, strict=True):
+        assert float((a - b).norm()) <= 1e-3 * float(b.norm())
+
+
+def test_only_deterministic_gradients_need_memory() -> None:
+    backend, ordered = _engine.Cuda(0), replace(SETTINGS, deterministic=True)
+    assert _engine.blend_vjp_scratch(backend, 1000, 5000, 9, SETTINGS) == 0
+    assert _engine.blend_vjp_scratch(backend, 1000, 5000, 9, ordered) > 5000 * 9 * 4
+    size = 1000, 5_000_000, 640, 427
+    assert _engine.step_scratch(backend, *size, SETTINGS) < _engine.step_scratch(backend, *size, ordered)
+
+
 def test_projection_is_stable_and_repeats() -> None:
     gaussians, view = random_gaussians(300_001, scale=0.01).map(lambda a: a.cuda()), camera(640, 480, 500.0)
     first = ops.project(gaussians, view, RasterSettings())
@@ -109,14 +156,19 @@ def steps_by_verbs(gaussians: Gaussians, views: list[Camera], photo: torch.Tenso
 
 
 def recorded_steps(
-    gaussians: Gaussians, views: list[Camera], photo: torch.Tensor, rule: UpdateRule, n_instances: int = 0
+    gaussians: Gaussians,
+    views: list[Camera],
+    photo: torch.Tensor,
+    rule: UpdateRule,
+    n_instances: int = 0,
+    settings: RasterSettings = SETTINGS,
 ) -> tuple[Gaussians, Statistics, TrainingStep]:
     values = gaussians.map(lambda a: a.clone())
     moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
     statistics = Statistics.empty(len(values), "cuda")
     step = TrainingStep(values, moments, statistics, rule, n_instances)
     for i, view in enumerate(views):
-        step.run(StepView(view, photo, SETTINGS, ops.LossSettings()), rates(i + 1), gathers_statistics=True)
+        step.run(StepView(view, photo, settings, ops.LossSettings()), rates(i + 1), gathers_statistics=True)
     step.settle()
     return values, statistics, step
 
@@ -147,6 +199,22 @@ def test_recorded_steps_are_the_verbs(rule: UpdateRule) -> None:
     assert_same_steps((values, statistics), steps_by_verbs(gaussians, views, photo))
     total, last = step.settle()
     assert 0 < last < total
+
+
+@pytest.mark.parametrize("rule", list(UpdateRule))
+def test_deterministic_steps_repeat(rule: UpdateRule) -> None:
+    """Also when the memory for the tiles' lists has to grow on the way."""
+    gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(20)
+    photo, settings = photo_for(views[0]).cuda(), replace(SETTINGS, deterministic=True)
+    values, statistics, _ = recorded_steps(gaussians, views, photo, rule, settings=settings)
+    for n_instances in (0, 1):
+        again = recorded_steps(gaussians, views, photo, rule, n_instances, settings)
+        assert all(torch.equal(a, b) for a, b in zip(values.arrays(), again[0].arrays(), strict=True))
+        assert torch.equal(statistics.gradient_sums, again[1].gradient_sums)
+        assert torch.equal(statistics.n_visible, again[1].n_visible)
+    usual = recorded_steps(gaussians, views, photo, rule)[0]
+    for start, a, b in zip(*(g.arrays() for g in (gaussians, values, usual)), strict=True):
+        assert float((a - b).abs().mean()) < 0.02 * float((a - start).abs().mean())
 
 
 def test_steps_that_do_not_fit_are_repeated() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from scenes import assert_close, camera, random_gaussians
 from spaceport_gs import _engine, ops, reference
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.pipeline.doctor import cuda_missing
-from spaceport_gs.types import Camera, Image, RasterSettings
+from spaceport_gs.types import Camera, Depth, Image, RasterSettings
 
 SETTINGS = RasterSettings(background=(0.2, 0.5, 0.7))
 
@@ -52,14 +53,16 @@ def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
 
 def weights_like(image: Image) -> Image:
     draw = torch.Generator().manual_seed(9)
-    return Image(
-        torch.randn(image.color.shape, generator=draw).to(image.color.device),
-        torch.randn(image.transmittance.shape, generator=draw).to(image.color.device),
+    color, transmittance, depth = (
+        torch.randn(shape, generator=draw).to(image.color.device)
+        for shape in (image.color.shape, image.transmittance.shape, image.transmittance.shape)
     )
+    return Image(color, transmittance, depth=None if image.depth is None else depth)
 
 
 def weighted_sum(image: Image, weights: Image) -> torch.Tensor:
-    return (image.color * weights.color).sum() + (image.transmittance * weights.transmittance).sum()
+    total = (image.color * weights.color).sum() + (image.transmittance * weights.transmittance).sum()
+    return total if weights.depth is None else total + (image.depth * weights.depth).sum()
 
 
 def compare(device: str, gaussians: Gaussians, view: Camera, settings: RasterSettings = SETTINGS) -> None:
@@ -69,9 +72,15 @@ def compare(device: str, gaussians: Gaussians, view: Camera, settings: RasterSet
     expected = reference.render(truth, view, settings)
     assert_close(image.color, expected.color, flips=0.002, size_of_flips=0.02)
     assert_close(image.transmittance, expected.transmittance, flips=0.002, size_of_flips=0.02)
+    assert (image.depth is None) == (Depth.EXPECTED not in settings.depth)
+    assert (image.median_depth is None) == (Depth.MEDIAN not in settings.depth)
+    if image.depth is not None:
+        assert_close(image.depth, expected.depth, flips=0.002, size_of_flips=0.02)
+    if image.median_depth is not None:
+        assert_close(image.median_depth, expected.median_depth, flips=0.003, size_of_flips=1.0)
     weights = weights_like(image)
     weighted_sum(image, weights).backward()
-    weights = Image(weights.color.cpu(), weights.transmittance.cpu())
+    weights = weights_like(replace(image, color=image.color.cpu()))
     if truth.means.requires_grad and expected.color.requires_grad:
         weighted_sum(expected, weights).backward()
     for value, correct in zip(ours.arrays(), truth.arrays(), strict=True):
@@ -97,6 +106,63 @@ def test_random_scenes(device: str, n: int, size: tuple[int, int], scale: float)
 def test_sh_degrees(device: str, degree: int) -> None:
     compare(device, random_gaussians(60, sh_degree=degree), camera(32, 24, 30))
     compare(device, random_gaussians(60), camera(32, 24, 30), replace(SETTINGS, sh_degree=degree))
+
+
+@pytest.mark.parametrize("depth", [Depth.EXPECTED, Depth.MEDIAN, Depth.BOTH])
+def test_depths(device: str, depth: Depth) -> None:
+    settings = replace(SETTINGS, depth=depth)
+    compare(device, random_gaussians(150, seed=150), camera(40, 30, 32), settings)
+    compare(device, random_gaussians(57, seed=57, scale=0.2), camera(17, 5), settings)
+    opaque = random_gaussians(60, seed=6, scale=0.6)
+    opaque.opacities[:] = 4.0
+    compare(device, opaque, camera(24, 18, 20), settings)
+
+
+def test_depths_do_not_change_the_rest(device: str) -> None:
+    gaussians, view = on(device, random_gaussians(200, scale=0.2)), camera()
+    plain, deep = (ops.render(gaussians, view, replace(SETTINGS, depth=d)) for d in (Depth.NONE, Depth.BOTH))
+    assert torch.equal(plain.color, deep.color)
+    assert torch.equal(plain.transmittance, deep.transmittance)
+    gradients = []
+    for depth in (Depth.NONE, Depth.BOTH):
+        ours = leaves(gaussians, torch.float32, device)
+        ops.rasterize(ours, view, replace(SETTINGS, depth=depth)).color.sum().backward()
+        gradients.append([array.grad for array in ours.arrays()])
+    for a, b in zip(*gradients, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_gradient_by_the_pose(device: str, degree: int) -> None:
+    """Of a pose that is not the camera's own, in several groups of eight and blocks of threads."""
+    settings, view = replace(SETTINGS, depth=Depth.EXPECTED), camera(40, 30, 32)
+    gaussians = random_gaussians(300, sh_degree=degree, scale=0.08)
+    start = torch.tensor(view.cam_from_world)
+    start[0, 3] += 0.3
+    ours, truth = start.float().to(device).requires_grad_(), start.clone().requires_grad_()
+    image = ops.rasterize(on(device, gaussians), view, settings, ours)
+    weights = weights_like(image)
+    weighted_sum(image, weights).backward()
+    expected = reference.render(gaussians.map(lambda array: array.double()), view, settings, truth)
+    assert_close(image.color, expected.color, flips=0.002, size_of_flips=0.02)
+    weighted_sum(expected, weights_like(replace(image, color=image.color.cpu()))).backward()
+    assert ours.grad.dtype == torch.float32
+    assert_close(ours.grad, truth.grad, flips=1.0, size_of_flips=1e-3)
+
+
+def test_the_pose_of_nothing_has_no_gradient(device: str) -> None:
+    pose = torch.tensor(camera().cam_from_world, requires_grad=True)
+    ops.rasterize(on(device, random_gaussians(0)), camera(), SETTINGS, pose).color.sum().backward()
+    assert not pose.grad.any()
+    with pytest.raises(ValueError, match="cam_from_world"):
+        ops.rasterize(on(device, random_gaussians(1)), camera(), SETTINGS, torch.eye(4))
+
+
+@pytest.mark.parametrize("depth", [Depth.NONE, Depth.BOTH])
+def test_deterministic_gradients(device: str, depth: Depth) -> None:
+    settings = replace(SETTINGS, deterministic=True, depth=depth)
+    compare(device, random_gaussians(100, seed=100, scale=0.3), camera(50, 33), settings)
+    compare(device, random_gaussians(1, scale=0.5), camera(300, 200, 150), settings)
 
 
 def with_row(gaussians: Gaussians, row: int, **values: object) -> Gaussians:
@@ -153,11 +219,14 @@ def test_a_broken_row_leaves_the_others_alone(device: str, name: str, value: flo
 
 def test_nothing_to_see(device: str) -> None:
     view = camera(20, 10)
-    for gaussians in (random_gaussians(0), with_row(random_gaussians(1), 0, means=[0, 0, -5])):
+    nothing = random_gaussians(0), with_row(random_gaussians(1), 0, means=[0, 0, -5])
+    for gaussians, deterministic in itertools.product(nothing, (False, True)):
         ours = leaves(gaussians, torch.float32, device)
-        image = ops.rasterize(ours, view, SETTINGS)
+        image = ops.rasterize(ours, view, replace(SETTINGS, depth=Depth.BOTH, deterministic=deterministic))
         assert torch.equal(image.color.cpu(), torch.tensor(SETTINGS.background).expand(10, 20, 3))
         assert torch.equal(image.transmittance.cpu(), torch.ones(10, 20))
+        assert not image.depth.any()
+        assert not image.median_depth.any()
         weighted_sum(image, weights_like(image)).backward()
         assert all(not array.grad.any() for array in ours.arrays())
 
@@ -305,9 +374,10 @@ def one_step(n_threads: int) -> list[torch.Tensor]:
     loss = ops.loss(image.color, photo, ops.LossSettings())
     d_image = Image(loss.d_color, torch.ones(200, 300))
     d_splats = ops.blend_vjp(projected, tiles, view, SETTINGS, image, d_image)
-    gradient = ops.project_vjp(gaussians, view, SETTINGS, projected, d_splats)
+    d_pose = torch.empty(3, 4, dtype=torch.float64)
+    gradient = ops.project_vjp(gaussians, view, SETTINGS, projected, d_splats, d_cam_from_world=d_pose)
     ops.use_cpu()
-    return [image.color, torch.tensor([loss.value]), d_splats, *gradient.arrays()]
+    return [image.color, torch.tensor([loss.value]), d_splats, d_pose, *gradient.arrays()]
 
 
 def test_same_bytes_with_any_number_of_threads() -> None:
