@@ -44,6 +44,7 @@ CLOUDS = {
     "3M": Cloud(3_000_000, 0.006, 1600, 1066, 1200.0),
 }
 N_POINTS, N_CENTROIDS = 20_000, 4_096  # of the palette for SH coefficients
+GPU_CENTROIDS = 65_536  # for all Gaussians of a cloud
 REPEATS = 9
 N_VIEWS, GPU_WARM_UP, GPU_REPEATS = 8, 24, 64
 
@@ -115,8 +116,8 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
         return ops.project_vjp(gaussians, view, settings, projected, d, d_gaussians)
 
     points, weights = gaussians.sh[:N_POINTS, 1:].reshape(N_POINTS, -1).contiguous(), torch.ones(N_POINTS)
-    centroids, totals = points[:N_CENTROIDS].clone(), torch.empty(N_CENTROIDS)
-    labels, distances = torch.empty(N_POINTS, dtype=torch.int32), torch.empty(N_POINTS)
+    centroids = points[:N_CENTROIDS].clone()
+    labels, _ = ops.cluster_assign(points, centroids)
 
     n, n_pixels, n_values = cloud.n, cloud.width * cloud.height, cloud.n * 59
     n_instances = len(tiles.splat_from_instance)
@@ -204,7 +205,7 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
         ),
         Kernel(
             "cluster, assignment",
-            lambda: _engine.cluster_assign(ops.cpu(), points, centroids, labels, distances),
+            lambda: ops.cluster_assign(points, centroids),
             N_POINTS * N_CENTROIDS,
             "distances",
             2 * n_dimensions,
@@ -212,7 +213,7 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
         ),
         Kernel(
             "cluster, means",
-            lambda: _engine.cluster_update(ops.cpu(), points, labels, weights, centroids, totals),
+            lambda: ops.cluster_update(points, labels, weights, centroids),
             N_POINTS * n_dimensions,
             "values",
             2,
@@ -319,6 +320,10 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         t = ops.tile(p, views[i])
         return p, t, ops.blend(p, t, views[i], settings)
 
+    points, weights = gaussians.sh[:, 1:].reshape(cloud.n, -1).contiguous(), torch.ones(cloud.n, device="cuda")
+    centroids = points[:GPU_CENTROIDS].clone()
+    labels, _ = ops.cluster_assign(points, centroids)
+
     step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
 
     def steps(rule: UpdateRule) -> Callable[[int], None]:
@@ -338,6 +343,8 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
             gaussians, views[i], settings, projected[i], d_splats[i], moments, rates
         ),
         "density": lambda i: ops.density(projected[i], d_splats[i], views[i], statistics_of),
+        "cluster, assignment": lambda i: ops.cluster_assign(points, centroids),
+        "cluster, means": lambda i: ops.cluster_update(points, labels, weights, centroids),
         "whole step, all rows": steps(UpdateRule.ALL),
         "whole step": steps(UpdateRule.CONTRIBUTING),
     }

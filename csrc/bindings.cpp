@@ -256,33 +256,60 @@ void bind_step(py::module_& m) {
 }
 #endif
 
+// A GPU leaves out labels that name no centroid; the CPU would write to memory that is not its own.
+void check_labels(const Cpu&, const int32_t* labels, int64_t n, int64_t n_centroids) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(labels[i] >= 0 && labels[i] < n_centroids)) refuse("labels", "rows of centroids", std::to_string(labels[i]));
+  }
+}
+void check_dimensions(const Cpu&, const Points&) {}
+#ifdef SPACEPORT_BUILD_CUDA
+void check_labels(const Cuda&, const int32_t*, int64_t, int64_t) {}
+void check_dimensions(const Cuda&, const Points& points) {
+  if (points.n_dimensions > kMaxPointDimensions) {
+    refuse("points", "at most " + std::to_string(kMaxPointDimensions) + " dimensions on a GPU",
+           std::to_string(points.n_dimensions));
+  }
+}
+#endif
+
+template <class Backend>
 void bind_cluster(py::module_& m) {
+  m.def("cluster_assign_scratch", [](const Backend& backend, py::object centroids) {
+    return cluster_assign_scratch(backend, reader_of(backend).points(centroids, "centroids", -1));
+  });
   m.def(
       "cluster_assign",
-      [](const Cpu& cpu, py::object points, py::object centroids, py::object labels, py::object distances) {
-        const Reader read = reader_of(cpu);
+      [](const Backend& backend, py::object points, py::object centroids, py::object scratch, py::object labels,
+         py::object distances) {
+        const Reader read = reader_of(backend);
         const Points p = read.points(points, "points", -1), c = read.points(centroids, "centroids", p.n_dimensions);
         if (c.n < 1) refuse("centroids", "at least one", "none");
+        check_dimensions(backend, p);
+        void* memory = read.scratch(scratch, cluster_assign_scratch(backend, c));
         int32_t* l = read.array<int32_t>(labels, "labels", {p.n}).data;
         float* d = read.array<float>(distances, "distances", {p.n}).data;
         Unlocked unlocked;
-        cluster_assign(cpu, p, c, l, d);
+        cluster_assign(backend, p, c, memory, l, d);
       },
       "Nearest centroid of every point and the squared distance to it.");
+  m.def("cluster_update_scratch", [](const Backend& backend, py::object points, py::object centroids) {
+    const Reader read = reader_of(backend);
+    return cluster_update_scratch(backend, read.points(points, "points", -1), read.points(centroids, "centroids", -1));
+  });
   m.def(
       "cluster_update",
-      [](const Cpu& cpu, py::object points, py::object labels, py::object weights, py::object centroids,
-         py::object centroid_weights) {
-        const Reader read = reader_of(cpu);
+      [](const Backend& backend, py::object points, py::object labels, py::object weights, py::object centroids,
+         py::object scratch, py::object centroid_weights) {
+        const Reader read = reader_of(backend);
         const Points p = read.points(points, "points", -1), c = read.points(centroids, "centroids", p.n_dimensions);
         const int32_t* l = read.array<int32_t>(labels, "labels", {p.n}).data;
-        for (int64_t i = 0; i < p.n; ++i) {
-          if (!(l[i] >= 0 && l[i] < c.n)) refuse("labels", "rows of centroids", std::to_string(l[i]));
-        }
+        check_labels(backend, l, p.n, c.n);
         const float* w = read.array<float>(weights, "weights", {p.n}).data;
-        float* cw = read.array<float>(centroid_weights, "centroid_weights", {c.n}).data;
+        void* memory = read.scratch(scratch, cluster_update_scratch(backend, p, c));
+        const Clusters out = {c, read.array<float>(centroid_weights, "centroid_weights", {c.n}).data};
         Unlocked unlocked;
-        cluster_update(cpu, p, l, w, c, cw);
+        cluster_update(backend, p, l, w, memory, out);
       },
       "Moves every centroid to the weighted mean of its points.");
 }
@@ -355,13 +382,14 @@ PYBIND11_MODULE(_engine, m) {
       .def_property_readonly("n_threads", [](const Cpu& cpu) { return cpu.pool->n_threads(); })
       .def_property_readonly("simd", [](const Cpu& cpu) { return cpu.simd == Simd::kAvx2 ? "avx2" : "portable"; });
   bind_verbs<Cpu>(m);
-  bind_cluster(m);
+  bind_cluster<Cpu>(m);
   bind_diagnose(m);
 
 #ifdef SPACEPORT_BUILD_CUDA
   py::class_<Cuda>(m, "Cuda", "The CUDA backend: a stream of the current device.")
       .def(py::init([](uintptr_t stream) { return Cuda{reinterpret_cast<void*>(stream)}; }), py::arg("stream"));
   bind_verbs<Cuda>(m);
+  bind_cluster<Cuda>(m);
   bind_step(m);
   m.def("cuda_status", &cuda_status,
         "Empty if a GPU can be used, else why not: no driver, a driver too old for this build, no device.");

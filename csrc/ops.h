@@ -120,14 +120,29 @@ struct DensityStatistics {
 void density(const Cpu&, const Projected&, const float* d_splats, const Camera&, const DensityStatistics&);
 void density(const Cuda&, const Projected&, const float* d_splats, const Camera&, const DensityStatistics&);
 
-// One Lloyd step of k-means: the nearest centroid of every point with its squared distance, and the weighted means of
-// the points of every centroid. A centroid without weight stays where it is.
+// One Lloyd step of k-means: the nearest centroid of every point with its squared distance, the lowest of equally near
+// ones; and the weighted means of the points of every centroid. A centroid without weight stays where it is. Labels
+// name rows of the centroids; a GPU leaves out points whose label does not.
 struct Points {
   float* values;  // [n, n_dimensions]
   int64_t n, n_dimensions;
 };
-void cluster_assign(const Cpu&, const Points& points, const Points& centroids, int32_t* labels, float* distances);
-void cluster_update(const Cpu&, const Points& points, const int32_t* labels, const float* weights,
-                    const Points& centroids, float* centroid_weights);
+struct Clusters {
+  Points centroids;
+  float* weights;  // [n_centroids]
+};
+constexpr int kMaxPointDimensions = 45;  // on a GPU: SH of degree 3 without the constant
+size_t cluster_assign_scratch(const Cpu&, const Points& centroids);
+size_t cluster_assign_scratch(const Cuda&, const Points& centroids);
+void cluster_assign(const Cpu&, const Points& points, const Points& centroids, void* scratch, int32_t* labels,
+                    float* distances);
+void cluster_assign(const Cuda&, const Points& points, const Points& centroids, void* scratch, int32_t* labels,
+                    float* distances);
+size_t cluster_update_scratch(const Cpu&, const Points& points, const Points& centroids);
+size_t cluster_update_scratch(const Cuda&, const Points& points, const Points& centroids);
+void cluster_update(const Cpu&, const Points& points, const int32_t* labels, const float* weights, void* scratch,
+                    const Clusters& out);
+void cluster_update(const Cuda&, const Points& points, const int32_t* labels, const float* weights, void* scratch,
+                    const Clusters& out);
 
 }  // namespace spaceport

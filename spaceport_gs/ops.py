@@ -262,6 +262,31 @@ def density(projected: Projected, d_splats: torch.Tensor, camera: Camera, statis
     _engine.density(backend_of(d_splats), projected, d_splats, camera, statistics)
 
 
+def cluster_assign(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels [N] int32, the nearest of `centroids` [K, D] to each of `points` [N, D] and the lowest of several, and squared
+    distances [N]. On a GPU at most 45 dimensions."""
+    backend = backend_of(points)
+    scratch = _scratch(points, _engine.cluster_assign_scratch(backend, centroids))
+    labels, distances = _empty(points, len(points), dtype=torch.int32), _empty(points, len(points))
+    _engine.cluster_assign(backend, points, centroids, scratch, labels, distances)
+    return labels, distances
+
+
+def cluster_update(
+    points: torch.Tensor,  # [N, D]
+    labels: torch.Tensor,  # [N] int32
+    weights: torch.Tensor,  # [N]
+    centroids: torch.Tensor,  # [K, D]
+) -> torch.Tensor:  # [K]
+    """Moves every centroid, in place, to the weighted mean of its points; returns the sums of their weights. Centroids
+    without weight stay; a GPU leaves out points with a label that is no row of the centroids."""
+    backend = backend_of(points)
+    scratch = _scratch(points, _engine.cluster_update_scratch(backend, points, centroids))
+    centroid_weights = _empty(points, len(centroids))
+    _engine.cluster_update(backend, points, labels, weights, centroids, scratch, centroid_weights)
+    return centroid_weights
+
+
 def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:
     """The image of a camera, without what a gradient needs."""
     with torch.no_grad():

@@ -188,3 +188,19 @@ def update(
     second = 0.999 * moments.second + 0.001 * gradient**2
     unbiased = first / (1 - 0.9**step), second / (1 - 0.999**step)
     return value - rate * unbiased[0] / (unbiased[1].sqrt() + 1e-15), Moments(first, second)
+
+
+def cluster_assign(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row of the nearest of `centroids` [K, D] to each of `points` [N, D], the first of several, and the squared distance."""
+    distances = ((points[:, None] - centroids) ** 2).sum(dim=2)
+    labels = distances.argmin(dim=1)
+    return labels, distances.gather(1, labels[:, None])[:, 0]
+
+
+def cluster_update(
+    points: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted means of the points [N, D] of each label, and sums of their weights; centroids without weight stay."""
+    totals = weights.new_zeros(len(centroids)).index_add(0, labels, weights)
+    sums = torch.zeros_like(centroids).index_add(0, labels, weights[:, None] * points)
+    return torch.where(totals[:, None] > 0, sums / totals[:, None], centroids), totals

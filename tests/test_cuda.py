@@ -201,6 +201,30 @@ def test_a_step_with_nothing_visible() -> None:
     assert torch.equal(values.sh, before.sh)
 
 
+def test_clusters_are_those_of_the_cpu_to_the_bit() -> None:
+    draw = torch.Generator().manual_seed(0)
+    points, centroids = torch.randn(20_000, 45, generator=draw), torch.randn(1_000, 45, generator=draw)
+    weights = torch.rand(20_000, generator=draw)
+    results = []
+    for device in ("cpu", "cuda"):
+        place = [a.to(device) for a in (points, weights, centroids.clone())]
+        labels, distances = ops.cluster_assign(place[0], place[2])
+        totals = ops.cluster_update(place[0], labels, place[1], place[2])
+        results.append([a.cpu() for a in (labels, distances, place[2], totals)])
+    if ops.cpu().simd == "avx2":
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_scene_is_compressed_to_the_same_bytes(tmp_path: Path) -> None:
+    from spaceport_gs.pipeline.compress import CompressSettings, compress
+
+    rows = random_gaussians(20_000).numpy()
+    for device in ("cpu", "cuda"):
+        compress(rows, tmp_path / device, CompressSettings(device=device))
+    if ops.cpu().simd == "avx2":
+        assert (tmp_path / "cpu").read_bytes() == (tmp_path / "cuda").read_bytes()
+
+
 def test_two_streams_at_once() -> None:
     view, scenes = camera(320, 240, 260.0), [random_gaussians(50_000, seed=s).map(lambda a: a.cuda()) for s in (1, 2)]
     photo = photo_for(view).cuda()

@@ -295,6 +295,47 @@ def test_tiles_hold_every_pixel_that_is_reached(device: str) -> None:
         assert {(int(r) // 16 * 5 + int(k) // 16, s) for r, k in zip(rows, columns, strict=True)} <= listed
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(1, 1, 1), (0, 3, 2), (100, 7, 3), (300, 129, 24), (1003, 130, 45), (517, 260, 9), (129, 300, 17)]
+)
+def test_cluster(device: str, n: int, k: int, d: int) -> None:
+    draw = torch.Generator().manual_seed(n)
+    points, centroids = torch.randn(n, d, generator=draw), torch.randn(k, d, generator=draw)
+    weights = torch.rand(n, generator=draw) * (torch.arange(n) % 5 > 0)
+    labels, distances = ops.cluster_assign(points.to(device), centroids.to(device))
+    apart = ((points[:, None].double() - centroids) ** 2).sum(dim=2)
+    _, expected = reference.cluster_assign(points.double(), centroids.double())
+    torch.testing.assert_close(distances.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(apart.gather(1, labels.cpu().long()[:, None])[:, 0], expected, rtol=1e-5, atol=1e-5)
+    moved = centroids.to(device)
+    totals = ops.cluster_update(points.to(device), labels, weights.to(device), moved)
+    means, sums = reference.cluster_update(points.double(), labels.cpu().long(), weights.double(), centroids.double())
+    torch.testing.assert_close(moved.cpu().double(), means, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(totals.cpu().double(), sums, rtol=1e-5, atol=1e-6)
+    assert torch.equal(moved.cpu()[sums == 0], centroids[sums == 0])
+
+
+def test_equally_near_centroids_give_the_lowest_label(device: str) -> None:
+    """Whole numbers, so that distances are exact: many centroids are equal, or as far on the other side."""
+    draw = torch.Generator().manual_seed(0)
+    centroids = torch.randint(-1, 2, (700, 3), generator=draw).float()
+    points = torch.randint(-2, 3, (500, 3), generator=draw).float()
+    labels, distances = ops.cluster_assign(points.to(device), centroids.to(device))
+    expected, correct = reference.cluster_assign(points, centroids)
+    assert torch.equal(labels.cpu().long(), expected) and torch.equal(distances.cpu(), correct)
+
+
+def test_labels_that_name_no_centroid(device: str) -> None:
+    points, centroids = torch.ones(4, 2, device=device), torch.zeros(3, 2, device=device)
+    labels = torch.tensor([0, -1, 3, 0], dtype=torch.int32, device=device)
+    if device == "cpu":
+        with pytest.raises(ValueError, match="labels: expected rows of centroids, got -1"):
+            ops.cluster_update(points, labels, points[:, 0].contiguous(), centroids)
+    else:
+        totals = ops.cluster_update(points, labels, points[:, 0].contiguous(), centroids)
+        assert totals.tolist() == [2, 0, 0] and centroids.tolist() == [[1, 1], [0, 0], [0, 0]]
+
+
 def one_step(n_threads: int) -> list[torch.Tensor]:
     ops.use_cpu(n_threads)
     gaussians, view = random_gaussians(5000, scale=0.05), camera(300, 200, 220)
@@ -306,8 +347,12 @@ def one_step(n_threads: int) -> list[torch.Tensor]:
     d_image = Image(loss.d_color, torch.ones(200, 300))
     d_splats = ops.blend_vjp(projected, tiles, view, SETTINGS, image, d_image)
     gradient = ops.project_vjp(gaussians, view, SETTINGS, projected, d_splats)
+    points, centroids = gaussians.sh.flatten(1), gaussians.sh[:200].flatten(1).clone()
+    labels, distances = ops.cluster_assign(points, centroids)
+    totals = ops.cluster_update(points, labels, distances, centroids)
     ops.use_cpu()
-    return [image.color, torch.tensor([loss.value]), d_splats, *gradient.arrays()]
+    found = [labels, distances, centroids, totals]
+    return [image.color, torch.tensor([loss.value]), d_splats, *gradient.arrays(), *found]
 
 
 def test_same_bytes_with_any_number_of_threads() -> None:
