@@ -322,7 +322,8 @@ class _Clusters:
 
             self.place, self.host = (lambda a: torch.from_numpy(a).to(device)), (lambda tensor: tensor.cpu().numpy())
             self._backend = ops.backend_of(torch.empty(0, device=device))
-        self._points, self._weights, self.centroids = map(self.place, (points, weights, centroids))
+        self._points, self._weights = self.place(points), self.place(weights)
+        self.centroids: Array = self.place(centroids)
         self.labels = self.place(np.empty(len(points), np.int32))
         self.distances = self.place(np.empty(len(points), np.float32))
         self._centroid_weights = self.place(np.empty(len(centroids), np.float32))
