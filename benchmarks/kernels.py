@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from spaceport_gs import _engine, ops
-from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.gaussians import Gaussians, Rows
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
-from spaceport_gs.types import Camera, Image, RasterSettings, Statistics
+from spaceport_gs.types import Camera, DrawKey, GrowthSettings, Image, RasterSettings, Statistics
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,9 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     centroids = points[:N_CENTROIDS].clone()
     labels, _ = ops.cluster_assign(points, centroids)
 
+    growing, growth = Rows(gaussians, moments), growth_settings(gaussians)
+    scores = torch.rand(cloud.n, generator=torch.Generator().manual_seed(2))
+
     n, n_pixels, n_values = cloud.n, cloud.width * cloud.height, cloud.n * 59
     n_instances = len(tiles.splat_from_instance)
     n_dimensions = points.shape[1]
@@ -202,6 +205,22 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             "Gaussians",
             12,
             "memory",
+        ),
+        Kernel(
+            "growth (refinement)",
+            lambda: ops.grow(growing, scores, growth),
+            3 * n_values,
+            "values",
+            1,
+            "memory: 8 bytes a value",
+        ),
+        Kernel(
+            "Morton order",
+            lambda: ops.morton_order(gaussians.means),
+            n,
+            "Gaussians",
+            30,
+            "comparisons of a sort on one core",
         ),
         Kernel(
             "cluster, assignment",
@@ -295,6 +314,13 @@ def measure_cpu(cloud: Cloud) -> dict[str, object]:
     }
 
 
+def growth_settings(gaussians: Gaussians) -> GrowthSettings:
+    """Of rows with scores between 0 and 1, 5 % are cloned, 2 % split and 3 % dropped."""
+    sizes = np.quantile(gaussians.log_scales.amax(dim=1).cpu().numpy(), 5 / 7)
+    faint = np.quantile(gaussians.opacities.cpu().numpy(), 0.03)
+    return GrowthSettings(0.93, float(sizes), float(faint), DrawKey(0, 1))
+
+
 def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     """What to measure on a GPU, each for a view."""
     gaussians, settings, photo = random_cloud(cloud, "cuda"), RasterSettings(), photo_for(cloud, "cuda")
@@ -324,10 +350,16 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     centroids = points[:GPU_CENTROIDS].clone()
     labels, _ = ops.cluster_assign(points, centroids)
 
+    rows, growth = Rows(gaussians, (moments.first, moments.second)), growth_settings(gaussians)
+    scores = torch.rand(cloud.n, generator=torch.Generator().manual_seed(2)).to("cuda")
+    order = ops.morton_order(gaussians.means)
+    in_order = ops.select_rows(rows, order)
+
     step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
 
-    def steps(rule: UpdateRule) -> Callable[[int], None]:
-        recorded, numbers = TrainingStep(gaussians, moments, statistics_of, rule), itertools.count(1)
+    def steps(rule: UpdateRule, of: Rows = rows) -> Callable[[int], None]:
+        recorded = TrainingStep(of.values, ops.AdamMoments(*of.companions), statistics_of, rule)
+        numbers = itertools.count(1)
         return lambda i: recorded.run(step_views[i], replace(rates, step=next(numbers)))
 
     return {
@@ -343,10 +375,16 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
             gaussians, views[i], settings, projected[i], d_splats[i], moments, rates
         ),
         "density": lambda i: ops.density(projected[i], d_splats[i], views[i], statistics_of),
+        "growth (refinement)": lambda i: ops.grow(rows, scores, growth),
+        "growth, at a limit": lambda i: ops.grow(rows, scores, replace(growth, max_rows=cloud.n + cloud.n // 50)),
+        "Morton order": lambda i: ops.morton_order(gaussians.means),
+        "selection of all rows": lambda i: ops.select_rows(rows, order),
+        "relocation": lambda i: ops.relocate(rows, growth.min_opacity, growth.key),
         "cluster, assignment": lambda i: ops.cluster_assign(points, centroids),
         "cluster, means": lambda i: ops.cluster_update(points, labels, weights, centroids),
         "whole step, all rows": steps(UpdateRule.ALL),
         "whole step": steps(UpdateRule.CONTRIBUTING),
+        "whole step, rows in order": steps(UpdateRule.CONTRIBUTING, in_order),
     }
 
 
