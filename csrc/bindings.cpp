@@ -389,6 +389,7 @@ void bind_cluster(py::module_& m) {
         const Points p = read.points(points, "points", -1), c = read.points(centroids, "centroids", p.n_dimensions);
         const int32_t* l = read.array<int32_t>(labels, "labels", {p.n}).data;
         check_labels(backend, l, p.n, c.n);
+        check_dimensions(backend, p);
         const float* w = read.array<float>(weights, "weights", {p.n}).data;
         void* memory = read.scratch(scratch, cluster_update_scratch(backend, p, c));
         const Clusters out = {c, read.array<float>(centroid_weights, "centroid_weights", {c.n}).data};

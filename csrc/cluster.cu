@@ -245,22 +245,54 @@ __global__ __launch_bounds__(kThreads) void begins_kernel(const uint32_t* sorted
   begins[c] = low;
 }
 
-// A thread adds up one dimension of one centroid, in the order of the points.
+// A warp adds up a centroid, each lane two of its dimensions, in the order of the points. What waits for memory is
+// asked for many points at once: one centroid may have most of them.
 __global__ __launch_bounds__(kThreads) void means_kernel(Points points, const float* weights, UpdateScratch sorted,
                                                          Clusters out) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t n_dimensions = points.n_dimensions, c = i / n_dimensions, d = i % n_dimensions;
+  constexpr int kAtOnce = 16, kOfLane = (kMaxPointDimensions + 31) / 32;
+  const int64_t c = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32, n_dimensions = points.n_dimensions;
   if (c >= out.centroids.n) return;
+  const int lane = int(threadIdx.x % 32);
   const int64_t end = sorted.begins[c + 1];
-  float sum = 0.0f, total = 0.0f;
-#pragma unroll 8
-  for (int64_t k = sorted.begins[c]; k < end; ++k) {
-    const int64_t row = sorted.order[k];
-    sum = __fadd_rn(sum, __fmul_rn(weights[row], points.values[row * n_dimensions + d]));
-    total = __fadd_rn(total, weights[row]);
+  struct Point {
+    int64_t row;
+    float weight;
+  };
+  const auto point_at = [&](int64_t place) {
+    if (place >= end) return Point{0, 0.0f};
+    const int64_t row = sorted.order[place];
+    return Point{row, weights[row]};
+  };
+  float sums[kOfLane] = {}, total = 0.0f;
+  Point next = point_at(sorted.begins[c] + lane);
+  for (int64_t first = sorted.begins[c]; first < end; first += 32) {
+    const Point point = next;
+    next = point_at(first + 32 + lane);
+    const int n = end - first < 32 ? int(end - first) : 32;
+    for (int begin = 0; begin < n; begin += kAtOnce) {
+      float values[kAtOnce][kOfLane];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float* row = points.values + __shfl_sync(kAllLanes, point.row, begin + i) * n_dimensions;
+#pragma unroll
+        for (int k = 0; k < kOfLane; ++k) values[i][k] = lane + 32 * k < n_dimensions ? row[lane + 32 * k] : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float weight = __shfl_sync(kAllLanes, point.weight, begin + i);
+        if (begin + i >= n) continue;
+        total = __fadd_rn(total, weight);
+#pragma unroll
+        for (int k = 0; k < kOfLane; ++k) sums[k] = __fadd_rn(sums[k], __fmul_rn(weight, values[i][k]));
+      }
+    }
   }
-  if (total > 0.0f) out.centroids.values[i] = sum / total;
-  if (d == 0) out.weights[c] = total;
+  if (lane == 0) out.weights[c] = total;
+  if (!(total > 0.0f)) return;
+#pragma unroll
+  for (int k = 0; k < kOfLane; ++k) {
+    if (lane + 32 * k < n_dimensions) out.centroids.values[c * n_dimensions + lane + 32 * k] = sums[k] / total;
+  }
 }
 
 }  // namespace
@@ -305,8 +337,8 @@ void cluster_update(const Cuda& backend, const Points& points, const int32_t* la
   }
   cuda::begins_kernel<<<n_blocks_of(n_centroids + 1, cuda::kThreads), cuda::kThreads, 0, stream>>>(
       sorted.sorted_keys, n, n_centroids, sorted.begins);
-  cuda::means_kernel<<<n_blocks_of(n_centroids * points.n_dimensions, cuda::kThreads), cuda::kThreads, 0, stream>>>(
-      points, weights, sorted, out);
+  cuda::means_kernel<<<n_blocks_of(n_centroids * 32, cuda::kThreads), cuda::kThreads, 0, stream>>>(points, weights,
+                                                                                                   sorted, out);
   check_launch("cluster_update");
 }
 
