@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from spaceport_gs import _engine, ops
-from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.gaussians import Gaussians, Rows
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
-from spaceport_gs.types import Camera, Depth, Image, RasterSettings, Statistics
+from spaceport_gs.types import Camera, Depth, DrawKey, GrowthSettings, Image, RasterSettings, Statistics
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ CLOUDS = {
     "3M": Cloud(3_000_000, 0.006, 1600, 1066, 1200.0),
 }
 N_POINTS, N_CENTROIDS = 20_000, 4_096  # of the palette for SH coefficients
+GPU_CENTROIDS = 65_536  # for all Gaussians of a cloud
 REPEATS = 9
 N_VIEWS, GPU_WARM_UP, GPU_REPEATS = 8, 24, 64
 
@@ -117,8 +118,11 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
         return ops.project_vjp(gaussians, view, settings, projected, d, d_gaussians)
 
     points, weights = gaussians.sh[:N_POINTS, 1:].reshape(N_POINTS, -1).contiguous(), torch.ones(N_POINTS)
-    centroids, totals = points[:N_CENTROIDS].clone(), torch.empty(N_CENTROIDS)
-    labels, distances = torch.empty(N_POINTS, dtype=torch.int32), torch.empty(N_POINTS)
+    centroids = points[:N_CENTROIDS].clone()
+    labels, _ = ops.cluster_assign(points, centroids)
+
+    growing, growth = Rows(gaussians, moments), growth_settings(gaussians)
+    scores = torch.rand(cloud.n, generator=torch.Generator().manual_seed(2))
 
     n, n_pixels, n_values = cloud.n, cloud.width * cloud.height, cloud.n * 59
     n_instances = len(tiles.splat_from_instance)
@@ -229,8 +233,24 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             "memory",
         ),
         Kernel(
+            "growth (refinement)",
+            lambda: ops.grow(growing, scores, growth),
+            3 * n_values,
+            "values",
+            1,
+            "memory: 8 bytes a value",
+        ),
+        Kernel(
+            "Morton order",
+            lambda: ops.morton_order(gaussians.means),
+            n,
+            "Gaussians",
+            30,
+            "comparisons of a sort on one core",
+        ),
+        Kernel(
             "cluster, assignment",
-            lambda: _engine.cluster_assign(ops.cpu(), points, centroids, labels, distances),
+            lambda: ops.cluster_assign(points, centroids),
             N_POINTS * N_CENTROIDS,
             "distances",
             2 * n_dimensions,
@@ -238,7 +258,7 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
         ),
         Kernel(
             "cluster, means",
-            lambda: _engine.cluster_update(ops.cpu(), points, labels, weights, centroids, totals),
+            lambda: ops.cluster_update(points, labels, weights, centroids),
             N_POINTS * n_dimensions,
             "values",
             2,
@@ -320,6 +340,13 @@ def measure_cpu(cloud: Cloud) -> dict[str, object]:
     }
 
 
+def growth_settings(gaussians: Gaussians) -> GrowthSettings:
+    """Of rows with scores between 0 and 1, 5 % are cloned, 2 % split and 3 % dropped."""
+    sizes = np.quantile(gaussians.log_scales.amax(dim=1).cpu().numpy(), 5 / 7)
+    faint = np.quantile(gaussians.opacities.cpu().numpy(), 0.03)
+    return GrowthSettings(0.93, float(sizes), float(faint), DrawKey(0, 1))
+
+
 def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     """What to measure on a GPU, each for a view."""
     gaussians, settings, photo = random_cloud(cloud, "cuda"), RasterSettings(), photo_for(cloud, "cuda")
@@ -350,9 +377,19 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         t = ops.tile(p, views[i])
         return p, t, ops.blend(p, t, views[i], settings)
 
-    def steps(rule: UpdateRule, settings: RasterSettings = settings) -> Callable[[int], None]:
+    points, weights = gaussians.sh[:, 1:].reshape(cloud.n, -1).contiguous(), torch.ones(cloud.n, device="cuda")
+    centroids = points[:GPU_CENTROIDS].clone()
+    labels, _ = ops.cluster_assign(points, centroids)
+
+    rows, growth = Rows(gaussians, (moments.first, moments.second)), growth_settings(gaussians)
+    scores = torch.rand(cloud.n, generator=torch.Generator().manual_seed(2)).to("cuda")
+    order = ops.morton_order(gaussians.means)
+    in_order = ops.select_rows(rows, order)
+
+    def steps(rule: UpdateRule, of: Rows = rows, settings: RasterSettings = settings) -> Callable[[int], None]:
         step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
-        recorded, numbers = TrainingStep(gaussians, moments, statistics_of, rule), itertools.count(1)
+        recorded = TrainingStep(of.values, ops.AdamMoments(*of.companions), statistics_of, rule)
+        numbers = itertools.count(1)
         return lambda i: recorded.run(step_views[i], replace(rates, step=next(numbers)))
 
     return {
@@ -378,9 +415,17 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
             gaussians, views[i], settings, projected[i], d_splats[i], moments, rates
         ),
         "density": lambda i: ops.density(projected[i], d_splats[i], views[i], statistics_of),
+        "growth (refinement)": lambda i: ops.grow(rows, scores, growth),
+        "growth, at a limit": lambda i: ops.grow(rows, scores, replace(growth, max_rows=cloud.n + cloud.n // 50)),
+        "Morton order": lambda i: ops.morton_order(gaussians.means),
+        "selection of all rows": lambda i: ops.select_rows(rows, order),
+        "relocation": lambda i: ops.relocate(rows, growth.min_opacity, growth.key),
+        "cluster, assignment": lambda i: ops.cluster_assign(points, centroids),
+        "cluster, means": lambda i: ops.cluster_update(points, labels, weights, centroids),
         "whole step, all rows": steps(UpdateRule.ALL),
         "whole step": steps(UpdateRule.CONTRIBUTING),
-        "whole step, deterministic": steps(UpdateRule.CONTRIBUTING, ordered),
+        "whole step, deterministic": steps(UpdateRule.CONTRIBUTING, rows, ordered),
+        "whole step, rows in order": steps(UpdateRule.CONTRIBUTING, in_order),
     }
 
 

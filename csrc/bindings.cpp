@@ -1,6 +1,7 @@
 // Python's view of the engine; reader.h has how arguments are read.
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda_status.h"
@@ -206,6 +207,89 @@ void bind_verbs(py::module_& m) {
         });
 }
 
+// Only the CPU can look at lists of rows before it starts.
+void check_row_numbers(const Cpu&, const int32_t* rows, int64_t n, int64_t n_rows) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(rows[i] >= 0 && rows[i] < n_rows)) refuse("rows", "below " + std::to_string(n_rows), std::to_string(rows[i]));
+  }
+}
+#ifdef SPACEPORT_BUILD_CUDA
+void check_row_numbers(const Cuda&, const int32_t*, int64_t, int64_t) {}
+#endif
+
+// What adds, removes and moves rows.
+template <class Backend>
+void bind_growth(py::module_& m) {
+  m.def("plan_growth_scratch", [](const Backend& backend, int64_t n) { return plan_growth_scratch(backend, n); });
+  m.def(
+      "plan_growth",
+      [](const Backend& backend, py::object gaussians, py::object scores, py::object settings, py::object scratch,
+         py::object sources) {
+        const Reader read = reader_of(backend);
+        const Gaussians g = read.gaussians(gaussians);
+        const float* of_rows = read.array<float>(scores, "scores", {g.n}).data;
+        const GrowthSettings s = growth_settings_of(settings);
+        void* memory = read.scratch(scratch, plan_growth_scratch(backend, g.n));
+        int32_t* lists = read.array<int32_t>(sources, "sources", {kGrowthLists, g.n}).data;
+        GrowthCounts counts;
+        {
+          Unlocked unlocked;
+          counts = plan_growth(backend, g, of_rows, s, memory, lists);
+        }
+        return py::make_tuple(counts.kept, counts.clones, counts.parents);
+      },
+      "Lists the rows that stay, are cloned and are split; returns how many each.");
+  m.def(
+      "grow",
+      [](const Backend& backend, py::object rows, py::object sources, py::object counts, py::object key,
+         py::object out) {
+        const Reader read = reader_of(backend);
+        const Rows r = read.rows(rows);
+        const auto [kept, clones, parents] = counts.cast<std::tuple<int64_t, int64_t, int64_t>>();
+        const GrowthPlan plan = {read.array<int32_t>(sources, "sources", {kGrowthLists, r.values.n}).data,
+                                 r.values.n,
+                                 {kept, clones, parents}};
+        for (int64_t count : {kept, clones, parents}) {
+          if (!(count >= 0 && count <= r.values.n)) refuse("counts", "those of the plan", std::to_string(count));
+        }
+        const Rows to = read.rows(out, r, kept + clones + 2 * parents);
+        const DrawKey k = draw_key_of(key);
+        Unlocked unlocked;
+        grow(backend, r, plan, k, to);
+      },
+      "Writes the rows of a plan.");
+  m.def("select_rows", [](const Backend& backend, py::object rows, py::object selected, py::object out) {
+    const Reader read = reader_of(backend);
+    const Rows r = read.rows(rows);
+    const Array<int32_t> numbers = read.array<int32_t>(selected, "rows", {-1});
+    check_row_numbers(backend, numbers.data, numbers.shape[0], r.values.n);
+    const Rows to = read.rows(out, r, numbers.shape[0]);
+    Unlocked unlocked;
+    select_rows(backend, r, numbers.data, to);
+  });
+  m.def("morton_order_scratch", [](const Backend& backend, int64_t n) { return morton_order_scratch(backend, n); });
+  m.def("morton_order", [](const Backend& backend, py::object means, py::object scratch, py::object order) {
+    const Reader read = reader_of(backend);
+    const Array<float> m = read.array<float>(means, "means", {-1, 3});
+    void* memory = read.scratch(scratch, morton_order_scratch(backend, m.shape[0]));
+    int32_t* numbers = read.array<int32_t>(order, "order", {m.shape[0]}).data;
+    Unlocked unlocked;
+    morton_order(backend, {m.data, m.shape[0], 3}, memory, numbers);
+  });
+  m.def("relocate_scratch", [](const Backend& backend, int64_t n) { return relocate_scratch(backend, n); });
+  m.def(
+      "relocate",
+      [](const Backend& backend, py::object rows, float min_opacity, py::object key, py::object scratch) {
+        const Reader read = reader_of(backend);
+        const Rows r = read.rows(rows);
+        void* memory = read.scratch(scratch, relocate_scratch(backend, r.values.n));
+        const Relocation settings = {min_opacity, draw_key_of(key)};
+        Unlocked unlocked;
+        relocate(backend, r, settings, memory);
+      },
+      "Moves rows fainter than min_opacity (logit) onto others, in place.");
+}
+
 #ifdef SPACEPORT_BUILD_CUDA
 void bind_step(py::module_& m) {
   m.attr("STEP_PROGRESS_SIZE") = sizeof(StepProgress);
@@ -274,33 +358,61 @@ void bind_step(py::module_& m) {
 }
 #endif
 
+// A GPU leaves out labels that name no centroid; the CPU would write to memory that is not its own.
+void check_labels(const Cpu&, const int32_t* labels, int64_t n, int64_t n_centroids) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(labels[i] >= 0 && labels[i] < n_centroids)) refuse("labels", "rows of centroids", std::to_string(labels[i]));
+  }
+}
+void check_dimensions(const Cpu&, const Points&) {}
+#ifdef SPACEPORT_BUILD_CUDA
+void check_labels(const Cuda&, const int32_t*, int64_t, int64_t) {}
+void check_dimensions(const Cuda&, const Points& points) {
+  if (points.n_dimensions > kMaxPointDimensions) {
+    refuse("points", "at most " + std::to_string(kMaxPointDimensions) + " dimensions on a GPU",
+           std::to_string(points.n_dimensions));
+  }
+}
+#endif
+
+template <class Backend>
 void bind_cluster(py::module_& m) {
+  m.def("cluster_assign_scratch", [](const Backend& backend, py::object centroids) {
+    return cluster_assign_scratch(backend, reader_of(backend).points(centroids, "centroids", -1));
+  });
   m.def(
       "cluster_assign",
-      [](const Cpu& cpu, py::object points, py::object centroids, py::object labels, py::object distances) {
-        const Reader read = reader_of(cpu);
+      [](const Backend& backend, py::object points, py::object centroids, py::object scratch, py::object labels,
+         py::object distances) {
+        const Reader read = reader_of(backend);
         const Points p = read.points(points, "points", -1), c = read.points(centroids, "centroids", p.n_dimensions);
         if (c.n < 1) refuse("centroids", "at least one", "none");
+        check_dimensions(backend, p);
+        void* memory = read.scratch(scratch, cluster_assign_scratch(backend, c));
         int32_t* l = read.array<int32_t>(labels, "labels", {p.n}).data;
         float* d = read.array<float>(distances, "distances", {p.n}).data;
         Unlocked unlocked;
-        cluster_assign(cpu, p, c, l, d);
+        cluster_assign(backend, p, c, memory, l, d);
       },
       "Nearest centroid of every point and the squared distance to it.");
+  m.def("cluster_update_scratch", [](const Backend& backend, py::object points, py::object centroids) {
+    const Reader read = reader_of(backend);
+    return cluster_update_scratch(backend, read.points(points, "points", -1), read.points(centroids, "centroids", -1));
+  });
   m.def(
       "cluster_update",
-      [](const Cpu& cpu, py::object points, py::object labels, py::object weights, py::object centroids,
-         py::object centroid_weights) {
-        const Reader read = reader_of(cpu);
+      [](const Backend& backend, py::object points, py::object labels, py::object weights, py::object centroids,
+         py::object scratch, py::object centroid_weights) {
+        const Reader read = reader_of(backend);
         const Points p = read.points(points, "points", -1), c = read.points(centroids, "centroids", p.n_dimensions);
         const int32_t* l = read.array<int32_t>(labels, "labels", {p.n}).data;
-        for (int64_t i = 0; i < p.n; ++i) {
-          if (!(l[i] >= 0 && l[i] < c.n)) refuse("labels", "rows of centroids", std::to_string(l[i]));
-        }
+        check_labels(backend, l, p.n, c.n);
+        check_dimensions(backend, p);
         const float* w = read.array<float>(weights, "weights", {p.n}).data;
-        float* cw = read.array<float>(centroid_weights, "centroid_weights", {c.n}).data;
+        void* memory = read.scratch(scratch, cluster_update_scratch(backend, p, c));
+        const Clusters out = {c, read.array<float>(centroid_weights, "centroid_weights", {c.n}).data};
         Unlocked unlocked;
-        cluster_update(cpu, p, l, w, c, cw);
+        cluster_update(backend, p, l, w, memory, out);
       },
       "Moves every centroid to the weighted mean of its points.");
 }
@@ -362,6 +474,7 @@ PYBIND11_MODULE(_engine, m) {
   m.attr("TILE_SIZE") = kTileSize;
   m.attr("ALPHA_CUTOFF") = kAlphaCutoff;
   m.attr("SPLAT_STRIDE") = kSplatStride;
+  m.attr("GROWTH_LISTS") = kGrowthLists;
   m.attr("TILE_SET_STRIDE") = sizeof(TileSet) / sizeof(int32_t);
   m.attr("SPLAT_GRADIENT_STRIDE") = kSplatGradientStride;
   m.attr("SPLAT_DEPTH_GRADIENT_STRIDE") = kSplatDepthGradientStride;
@@ -374,13 +487,16 @@ PYBIND11_MODULE(_engine, m) {
       .def_property_readonly("n_threads", [](const Cpu& cpu) { return cpu.pool->n_threads(); })
       .def_property_readonly("simd", [](const Cpu& cpu) { return cpu.simd == Simd::kAvx2 ? "avx2" : "portable"; });
   bind_verbs<Cpu>(m);
-  bind_cluster(m);
+  bind_growth<Cpu>(m);
+  bind_cluster<Cpu>(m);
   bind_diagnose(m);
 
 #ifdef SPACEPORT_BUILD_CUDA
   py::class_<Cuda>(m, "Cuda", "The CUDA backend: a stream of the current device.")
       .def(py::init([](uintptr_t stream) { return Cuda{reinterpret_cast<void*>(stream)}; }), py::arg("stream"));
   bind_verbs<Cuda>(m);
+  bind_growth<Cuda>(m);
+  bind_cluster<Cuda>(m);
   bind_step(m);
   m.def("cuda_status", &cuda_status,
         "Empty if a GPU can be used, else why not: no driver, a driver too old for this build, no device.");

@@ -100,13 +100,22 @@ void project_vjp_update(const Cpu& cpu, const Gaussians& values, const Camera& c
   update(cpu, values, gradient, moments.first, moments.second, adam);
 }
 
-void cluster_assign(const Cpu& cpu, const Points& points, const Points& centroids, int32_t* labels, float* distances) {
+size_t cluster_assign_scratch(const Cpu&, const Points&) {
+  return 0;
+}
+
+void cluster_assign(const Cpu& cpu, const Points& points, const Points& centroids, void*, int32_t* labels,
+                    float* distances) {
   SPACEPORT_DISPATCH(cluster_assign, points, centroids, labels, distances);
 }
 
-void cluster_update(const Cpu& cpu, const Points& points, const int32_t* labels, const float* weights,
-                    const Points& centroids, float* centroid_weights) {
-  SPACEPORT_DISPATCH(cluster_update, points, labels, weights, centroids, centroid_weights);
+size_t cluster_update_scratch(const Cpu&, const Points&, const Points&) {
+  return 0;
+}
+
+void cluster_update(const Cpu& cpu, const Points& points, const int32_t* labels, const float* weights, void*,
+                    const Clusters& out) {
+  SPACEPORT_DISPATCH(cluster_update, points, labels, weights, out);
 }
 
 void multiply_adds(const Cpu& cpu, int64_t n_pieces) {

@@ -25,8 +25,7 @@ void loss(const Cpu&, const LossImages&, const LossSettings&, void* scratch, con
 void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
             const Gaussians& second_moment, const AdamSettings&);
 void cluster_assign(const Cpu&, const Points& points, const Points& centroids, int32_t* labels, float* distances);
-void cluster_update(const Cpu&, const Points& points, const int32_t* labels, const float* weights,
-                    const Points& centroids, float* centroid_weights);
+void cluster_update(const Cpu&, const Points& points, const int32_t* labels, const float* weights, const Clusters& out);
 void multiply_adds(const Cpu&, int64_t n_pieces);
 
 }  // namespace spaceport::SPACEPORT_ISA

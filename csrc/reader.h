@@ -137,6 +137,27 @@ class Reader {
     return g;
   }
 
+  Rows rows(py::handle object) const {
+    const py::sequence companions = object.attr("companions");
+    if (companions.size() > kMaxCompanions)
+      refuse("companions", "at most " + std::to_string(kMaxCompanions), std::to_string(companions.size()));
+    Rows rows = {gaussians(object.attr("values")), {}, int(companions.size())};
+    for (int c = 0; c < rows.n_companions; ++c) {
+      const py::object companion = companions[size_t(c)];
+      rows.companions[c] = gaussians_like(companion, rows.values);
+    }
+    return rows;
+  }
+
+  // Room for `n` rows with what those of `like` have.
+  Rows rows(py::handle object, const Rows& like, int64_t n) const {
+    const Rows r = rows(object);
+    if (r.values.n != n || r.values.n_coefficients != like.values.n_coefficients || r.n_companions != like.n_companions)
+      refuse("out", shape_text({n, like.values.n_coefficients, like.n_companions}) + " rows, coefficients, companions",
+             shape_text({r.values.n, r.values.n_coefficients, r.n_companions}));
+    return r;
+  }
+
   // `n` rows, of which the first that project fills are used; -1 takes all rows as filled.
   Projected projected(py::handle object, int64_t n = -1) const {
     const Array<float> splats = field<float>(object, "splats", {n, kSplatStride});
@@ -291,6 +312,23 @@ AdamSettings adam_settings_of(py::handle object) {
                           number("epsilon"),     object.attr("step").cast<int64_t>()};
   if (a.step < 1) refuse("step", "1 or more", std::to_string(a.step));
   return a;
+}
+
+DrawKey draw_key_of(py::handle object) {
+  return {object.attr("seed").cast<uint64_t>(), object.attr("step").cast<uint32_t>()};
+}
+
+GrowthSettings growth_settings_of(py::handle object) {
+  const auto number = [&](const char* name) { return object.attr(name).cast<float>(); };
+  const GrowthSettings s = {number("threshold"),
+                            number("split_log_scale"),
+                            number("min_opacity"),
+                            number("max_log_scale"),
+                            object.attr("max_rows").cast<int64_t>(),
+                            draw_key_of(object.attr("key"))};
+  if (!(s.threshold >= 0.0f)) refuse("threshold", "0 or more", std::to_string(s.threshold));
+  if (s.max_rows < 0) refuse("max_rows", "0 (no limit) or more", std::to_string(s.max_rows));
+  return s;
 }
 
 }  // namespace

@@ -58,6 +58,14 @@ struct Gaussians {
   int n_coefficients;  // K = 1, 4, 9 or 16
 };
 
+// Values, and what has a row for each of theirs: Adam's moments. They are added, moved and removed together.
+constexpr int kMaxCompanions = 2;
+struct Rows {
+  Gaussians values;
+  Gaussians companions[kMaxCompanions];
+  int n_companions;
+};
+
 // One row of Projected::splats. Conic (a, b, c): alpha = opacity * exp(-(a dx^2 + c dy^2) / 2 - b dx dy).
 struct Splat {
   float x, y;     // pixels

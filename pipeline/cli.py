@@ -300,7 +300,7 @@ def _is_finished(target: Path, resume: bool, overwrite: bool) -> bool:
 
 
 def _check_device(device: str) -> None:
-    """Refuses a device that is not there; `auto` is not looked for, since these commands work on the CPU."""
+    """Refuses a device that is not there; `auto` is not looked for, since for these commands it is the CPU."""
     from spaceport_gs.pipeline.run import device_of
 
     if device != "auto":
@@ -343,7 +343,8 @@ def compress_command(
         n_bytes = target.stat().st_size
         figures = {"sog_bytes": n_bytes, "ply_bytes": source.stat().st_size, "ratio": source.stat().st_size / n_bytes}
     else:
-        figures = compress(read_ply(source), target, CompressSettings(seed=seed))
+        chosen = CompressSettings(seed=seed, device="cpu" if device == "auto" else device)
+        figures = compress(read_ply(source), target, chosen)
     _finish(figures, json, quiet, lambda: (
         f"{target}: {figures['sog_bytes'] / 1e6:.1f} MB, {figures['ratio']:.1f} times smaller"
     ))  # fmt: skip

@@ -255,7 +255,8 @@ def compress_stage(workspace: Workspace, settings: RunSettings, listen: Listener
         from spaceport_gs.evaluate import evaluate
         from spaceport_gs.scene import load_scene, split
 
-        figures = compress(read_ply(workspace.folder / "scene.ply"), sog, CompressSettings(seed=settings.seed), listen)
+        chosen = CompressSettings(seed=settings.seed, device=device_of(settings.device))
+        figures = compress(read_ply(workspace.folder / "scene.ply"), sog, chosen, listen)
         _, held_out = split(load_scene(workspace.folder / "sfm", settings.downscale), settings.eval_every)
         score = evaluate(read_sog(sog), held_out)
         return {**figures, "psnr": score.psnr, "ssim": score.ssim}

@@ -5,12 +5,23 @@
 
 from typing import Any, Literal, TypedDict
 
-from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.types import Array, Camera, Image, Projected, RasterSettings, Statistics, Tiles
+from spaceport_gs.gaussians import Gaussians, Rows
+from spaceport_gs.types import (
+    Array,
+    Camera,
+    DrawKey,
+    GrowthSettings,
+    Image,
+    Projected,
+    RasterSettings,
+    Statistics,
+    Tiles,
+)
 
 TILE_SIZE: int
 ALPHA_CUTOFF: float
 SPLAT_STRIDE: int
+GROWTH_LISTS: int
 TILE_SET_STRIDE: int
 STEP_PROGRESS_SIZE: int
 MOST_INSTANCES: int
@@ -141,13 +152,30 @@ def project_vjp_update(
     scratch: Array,
 ) -> None: ...
 def density(backend: Backend, projected: Projected, d_splats: Array, camera: Camera, out: Any) -> None: ...
-def cluster_assign(cpu: Cpu, points: Array, centroids: Array, labels: Array, distances: Array) -> None: ...
+def plan_growth_scratch(backend: Backend, n: int) -> int: ...
+def plan_growth(
+    backend: Backend, gaussians: Gaussians, scores: Array, settings: GrowthSettings, scratch: Array, sources: Array
+) -> tuple[int, int, int]: ...
+def grow(
+    backend: Backend, rows: Rows, sources: Array, counts: tuple[int, int, int], key: DrawKey, out: Rows
+) -> None: ...
+def select_rows(backend: Backend, rows: Rows, selected: Array, out: Rows) -> None: ...
+def morton_order_scratch(backend: Backend, n: int) -> int: ...
+def morton_order(backend: Backend, means: Array, scratch: Array, order: Array) -> None: ...
+def relocate_scratch(backend: Backend, n: int) -> int: ...
+def relocate(backend: Backend, rows: Rows, min_opacity: float, key: DrawKey, scratch: Array) -> None: ...
+def cluster_assign_scratch(backend: Backend, centroids: Array) -> int: ...
+def cluster_assign(
+    backend: Backend, points: Array, centroids: Array, scratch: Array, labels: Array, distances: Array
+) -> None: ...
+def cluster_update_scratch(backend: Backend, points: Array, centroids: Array) -> int: ...
 def cluster_update(
-    cpu: Cpu,
+    backend: Backend,
     points: Array,
     labels: Array,
     weights: Array,
     centroids: Array,
+    scratch: Array,
     centroid_weights: Array,
 ) -> None: ...
 def multiply_adds(cpu: Cpu, n_pieces: int) -> None: ...

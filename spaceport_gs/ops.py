@@ -15,8 +15,18 @@ import torch
 
 from spaceport_gs import _engine
 from spaceport_gs.errors import BackendError
-from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.types import Camera, Depth, Image, Projected, RasterSettings, Statistics, Tiles
+from spaceport_gs.gaussians import Gaussians, Rows
+from spaceport_gs.types import (
+    Camera,
+    Depth,
+    DrawKey,
+    GrowthSettings,
+    Image,
+    Projected,
+    RasterSettings,
+    Statistics,
+    Tiles,
+)
 
 _cpu = _engine.Cpu()
 _kept = threading.local()
@@ -274,6 +284,84 @@ def project_vjp_update(
 def density(projected: Projected, d_splats: torch.Tensor, camera: Camera, statistics: Statistics) -> None:
     """Adds to the statistics, in place, what one step saw of each Gaussian."""
     _engine.density(backend_of(d_splats), projected, d_splats, camera, statistics)
+
+
+def _rows_like(rows: Rows, n: int) -> Rows:
+    """Room for `n` rows with all that these have."""
+
+    def room(gaussians: Gaussians) -> Gaussians:
+        return gaussians.map(lambda array: array.new_empty((n, *array.shape[1:])))
+
+    return Rows(room(rows.values), tuple(map(room, rows.companions)))
+
+
+def grow(rows: Rows, scores: torch.Tensor, settings: GrowthSettings) -> Rows:
+    """Clones small and splits large rows with a high score [N], and drops faint, huge and broken ones (Kerbl et al. 2023).
+
+    Rows that stay, then clones, first and second children, each in the order of what they come from; companions of new
+    rows are zero. A GPU is waited for once, for the number of rows.
+    """
+    n, backend = len(rows.values), backend_of(scores)
+    sources = _empty(scores, _engine.GROWTH_LISTS, n, dtype=torch.int32)
+    scratch = _scratch(scores, _engine.plan_growth_scratch(backend, n))
+    counts = _engine.plan_growth(backend, rows.values, scores, settings, scratch, sources)
+    kept, clones, parents = counts
+    grown = _rows_like(rows, kept + clones + 2 * parents)
+    _engine.grow(backend, rows, sources, counts, settings.key, grown)
+    return grown
+
+
+def select_rows(rows: Rows, numbers: torch.Tensor) -> Rows:
+    """The rows that `numbers` [M] int32 names, which only the CPU checks."""
+    selected = _rows_like(rows, len(numbers))
+    _engine.select_rows(backend_of(numbers), rows, numbers, selected)
+    return selected
+
+
+def morton_order(means: torch.Tensor) -> torch.Tensor:
+    """Row numbers [N] int32 along a Morton curve through the box of the means [N, 3]; rows that are not finite go last."""
+    backend = backend_of(means)
+    scratch = _scratch(means, _engine.morton_order_scratch(backend, len(means)))
+    order = _empty(means, len(means), dtype=torch.int32)
+    _engine.morton_order(backend, means, scratch, order)
+    return order
+
+
+def relocate(rows: Rows, min_opacity: float, key: DrawKey) -> None:
+    """Moves rows that are fainter than `min_opacity` (logit) or broken, in place, onto others that are drawn by opacity.
+
+    Those that then coincide share opacity and size so that the image stays as it was (Kheradmand et al., 3D Gaussian
+    Splatting as Markov chain Monte Carlo, 2024); the moments of rows that changed become zero.
+    """
+    like = rows.values.means
+    backend = backend_of(like)
+    scratch = _scratch(like, _engine.relocate_scratch(backend, len(rows.values)))
+    _engine.relocate(backend, rows, min_opacity, key, scratch)
+
+
+def cluster_assign(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels [N] int32, the nearest of `centroids` [K, D] to each of `points` [N, D] and the lowest of several, and squared
+    distances [N]. On a GPU at most 45 dimensions."""
+    backend = backend_of(points)
+    scratch = _scratch(points, _engine.cluster_assign_scratch(backend, centroids))
+    labels, distances = _empty(points, len(points), dtype=torch.int32), _empty(points, len(points))
+    _engine.cluster_assign(backend, points, centroids, scratch, labels, distances)
+    return labels, distances
+
+
+def cluster_update(
+    points: torch.Tensor,  # [N, D]
+    labels: torch.Tensor,  # [N] int32
+    weights: torch.Tensor,  # [N]
+    centroids: torch.Tensor,  # [K, D]
+) -> torch.Tensor:  # [K]
+    """Moves every centroid, in place, to the weighted mean of its points; returns the sums of their weights. Centroids
+    without weight stay; a GPU leaves out points with a label that is no row of the centroids."""
+    backend = backend_of(points)
+    scratch = _scratch(points, _engine.cluster_update_scratch(backend, points, centroids))
+    centroid_weights = _empty(points, len(centroids))
+    _engine.cluster_update(backend, points, labels, weights, centroids, scratch, centroid_weights)
+    return centroid_weights
 
 
 def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:

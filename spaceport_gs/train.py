@@ -18,14 +18,14 @@ import numpy as np
 
 from spaceport_gs import _engine, checkpoint, schedule
 from spaceport_gs.checkpoint import Check, Phase, State, copied
-from spaceport_gs.density import Growth, Rows, grow, logit, reset_opacities
+from spaceport_gs.density import Growth, grow, logit, reset_opacities
 from spaceport_gs.errors import InputError, Interrupted
 from spaceport_gs.evaluate import mean_psnr
-from spaceport_gs.gaussians import Gaussians, from_points
+from spaceport_gs.gaussians import Gaussians, Rows, from_points
 from spaceport_gs.progress import Listener, Progress, ignore
 from spaceport_gs.scene import Scene, View, extent, farthest_views, split
 from spaceport_gs.schedule import Recipe, TrainSettings
-from spaceport_gs.types import Image, RasterSettings, Statistics
+from spaceport_gs.types import DrawKey, Image, RasterSettings, Statistics
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,7 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
                 _check(run, state)
             with _timed(state):
                 stepper.step(state, previous)
+            stepper.grow(state, previous)
             _advance_phase(run, state, stepper)
             if state.step % TELL_EVERY == 0 or state.phase.name == "done":
                 stepper.wait(state)
@@ -191,20 +192,13 @@ class _Plan:
     """What a step does besides looking at its view."""
 
     adam: AdamSettings
-    previous: float
-    """Moment before the step."""
     gathers: bool
     """Adds to the statistics of growth."""
-    is_growth_due: bool
-    """Or a reset of opacities."""
 
     @staticmethod
     def of(run: _Run, state: State, previous: float) -> _Plan:
-        recipe, in_main = run.recipe, state.phase.name == "main"
-        is_due = schedule.grows(recipe, previous, state.moment) or schedule.resets_opacity(
-            recipe, previous, state.moment
-        )
-        return _Plan(_adam(run, state), previous, in_main and previous < recipe.growth_until, in_main and is_due)
+        gathers = state.phase.name == "main" and previous < run.recipe.growth_until
+        return _Plan(_adam(run, state), gathers)
 
 
 class _Recorded:
@@ -259,15 +253,35 @@ class _Stepper:
         self.last_loss = math.nan
 
     def step(self, state: State, previous: float) -> None:
-        """One step, with the growth and the reset of opacities that are due in it. `previous`: the moment before it."""
+        """One step. `previous`: the moment before it."""
         recipe, view = self._run.recipe, self._view(state, previous)
         settings = RasterSettings(schedule.sh_degree(recipe, previous), low_pass=schedule.low_pass(self._level))
         plan = _Plan.of(self._run, state, previous)
-        if state.rows.values.means.is_cuda and not plan.is_growth_due:
+        if state.rows.values.means.is_cuda:
             self._record(state).run(view, self._photo(view), settings, plan)
         else:
-            self.settle(state)
             self._step_by_verbs(state, view, settings, plan)
+
+    def grow(self, state: State, previous: float) -> None:
+        """The growth and the reset of opacities that are due behind the step from moment `previous`."""
+        recipe = self._run.recipe
+        is_due = schedule.grows(recipe, previous, state.moment)
+        is_reset_due = schedule.resets_opacity(recipe, previous, state.moment)
+        if state.phase.name != "main" or not (is_due or is_reset_due):
+            return
+        self.settle(state)
+        with _timed(state):
+            if is_due:
+                key = DrawKey(self._run.settings.seed % 2**64, state.step)
+                growth = Growth(recipe, self._run.extent, state.moment, key)
+                state.rows = grow(state.rows, state.statistics.scores(), growth)
+                state.statistics = Statistics.empty(len(state.rows.values), self._run.settings.device)
+            if is_reset_due:
+                state.rows = reset_opacities(state.rows, recipe.reset_opacity)
+        if len(state.rows.values) == 0:
+            raise InputError(
+                "training lost every Gaussian: the cameras or points cannot be right; check the SfM report"
+            )
 
     def _step_by_verbs(self, state: State, view: View, settings: RasterSettings, plan: _Plan) -> None:
         from spaceport_gs import ops
@@ -282,14 +296,8 @@ class _Stepper:
         self._losses.append(loss.means)
         if plan.gathers:
             ops.density(projected, d_splats, camera, state.statistics)
-        if plan.is_growth_due:
-            gradient = ops.project_vjp(values, camera, settings, projected, d_splats)
-            gradient = self._densify(state, gradient, plan.previous)
-            first_moment, second_moment = state.rows.companions
-            ops.update(state.rows.values, gradient, first_moment, second_moment, plan.adam)
-        else:
-            moments = ops.AdamMoments(*state.rows.companions)
-            ops.project_vjp_update(values, camera, settings, projected, d_splats, moments, plan.adam)
+        moments = ops.AdamMoments(*state.rows.companions)
+        ops.project_vjp_update(values, camera, settings, projected, d_splats, moments, plan.adam)
 
     def _record(self, state: State) -> _Recorded:
         """The recorded step on these rows; another where they were replaced."""
@@ -319,24 +327,6 @@ class _Stepper:
         if self._recorded is not None:
             with _timed(state):
                 self._recorded.settle()
-
-    def _densify(self, state: State, gradient: Gaussians, previous: float) -> Gaussians:
-        """Growth, pruning and opacity resets that are due; new rows have no gradient, so this step leaves them alone."""
-        recipe = self._run.recipe
-        rows = Rows(state.rows.values, (gradient, *state.rows.companions))
-        if schedule.grows(recipe, previous, state.moment):
-            key = (self._run.settings.seed, state.step)
-            growth = Growth(recipe, self._run.extent, state.moment, key)
-            rows = grow(rows, state.statistics.scores(), growth)
-            if len(rows.values) == 0:
-                raise InputError(
-                    "training lost every Gaussian: the cameras or points cannot be right; check the SfM report"
-                )
-            state.statistics = Statistics.empty(len(rows.values), self._run.settings.device)
-        if schedule.resets_opacity(recipe, previous, state.moment):
-            rows = reset_opacities(rows, recipe.reset_opacity)
-        state.rows = Rows(rows.values, rows.companions[1:])
-        return rows.companions[0]
 
     def _view(self, state: State, moment: float) -> View:
         """This step's view at this step's resolution: views in shuffled epochs, the same for the same seed and step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import Flag
 from typing import Any
@@ -130,3 +131,30 @@ class Statistics:
     def scores(self) -> Array:
         """[N], mean norm over the steps in which the Gaussian was visible; 0 if there was none."""
         return self.gradient_sums / self.n_visible.clip(min=1)
+
+
+@dataclass(frozen=True)
+class DrawKey:
+    """The same key draws the same samples."""
+
+    seed: int
+    """0 … 2^64 - 1."""
+    step: int
+    """0 … 2^32 - 1."""
+
+
+@dataclass(frozen=True)
+class GrowthSettings:
+    """Which rows grow, and which are dropped."""
+
+    threshold: float
+    """Of the score, 0 or more, from which a row grows."""
+    split_log_scale: float
+    """A row that grows is split in two if its largest log-scale is above this, else cloned."""
+    min_opacity: float
+    """Logit; fainter rows are dropped."""
+    key: DrawKey
+    max_log_scale: float = math.inf
+    """Rows with a larger one are dropped."""
+    max_rows: int = 0
+    """The highest scores go first where growth alone would lead beyond; 0 = no limit."""

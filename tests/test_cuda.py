@@ -11,10 +11,10 @@ import torch
 from scenes import assert_close, camera, random_gaussians
 
 from spaceport_gs import _engine, ops
-from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.gaussians import Gaussians, Rows
 from spaceport_gs.pipeline.doctor import cuda_missing
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
-from spaceport_gs.types import Camera, Depth, Image, Projected, RasterSettings, Statistics
+from spaceport_gs.types import Camera, Depth, DrawKey, GrowthSettings, Image, Projected, RasterSettings, Statistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_missing()), reason=cuda_missing())]
 
@@ -313,6 +313,58 @@ def test_a_step_with_nothing_visible() -> None:
     step.run(StepView(view, photo_for(view).cuda(), SETTINGS, ops.LossSettings()), rates(1))
     assert step.settle()[1] > 0
     assert torch.equal(values.sh, before.sh)
+
+
+def test_clusters_are_those_of_the_cpu_to_the_bit() -> None:
+    draw = torch.Generator().manual_seed(0)
+    points, centroids = torch.randn(20_000, 45, generator=draw), torch.randn(1_000, 45, generator=draw)
+    weights = torch.rand(20_000, generator=draw)
+    results = []
+    for device in ("cpu", "cuda"):
+        place = [a.to(device) for a in (points, weights, centroids.clone())]
+        labels, distances = ops.cluster_assign(place[0], place[2])
+        totals = ops.cluster_update(place[0], labels, place[1], place[2])
+        results.append([a.cpu() for a in (labels, distances, place[2], totals)])
+    if ops.cpu().simd == "avx2":
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_scene_is_compressed_to_the_same_bytes(tmp_path: Path) -> None:
+    from spaceport_gs.pipeline.compress import CompressSettings, compress
+
+    rows = random_gaussians(20_000).numpy()
+    for device in ("cpu", "cuda"):
+        compress(rows, tmp_path / device, CompressSettings(device=device))
+    if ops.cpu().simd == "avx2":
+        assert (tmp_path / "cpu").read_bytes() == (tmp_path / "cuda").read_bytes()
+
+
+def test_large_growth_is_that_of_the_cpu() -> None:
+    """To the order of the rows, and to rounding of the children's offsets; whatever it was that it repeats to the bit."""
+    n = 1_000_003
+    values, moments = random_gaussians(n, scale=0.01), random_gaussians(n, seed=1)
+    rows, scores = Rows(values, (moments, moments)), torch.rand(n, generator=torch.Generator().manual_seed(2))
+    settings = GrowthSettings(0.9, math.log(0.015), -3.0, DrawKey(1, 2), max_log_scale=-2.5, max_rows=n + n // 20)
+    expected = ops.grow(rows, scores, settings)
+    on_gpu = Rows(*(values.map(lambda a: a.cuda()), (moments.map(lambda a: a.cuda()),) * 2))
+    first, second = (ops.grow(on_gpu, scores.cuda(), settings) for _ in range(2))
+    for result, again, correct in zip(*([r.values, *r.companions] for r in (first, second, expected)), strict=True):
+        for a, b, c in zip(result.arrays(), again.arrays(), correct.arrays(), strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a.cpu(), c, rtol=1e-5, atol=1e-6)
+
+
+def test_large_orders_and_relocations_are_those_of_the_cpu() -> None:
+    values = random_gaussians(300_000)
+    assert torch.equal(ops.morton_order(values.means.cuda()).cpu(), ops.morton_order(values.means))
+    results = []
+    for device in ("cpu", "cuda"):
+        rows = Rows(values.map(lambda a, device=device: a.clone().to(device)), ())
+        ops.relocate(rows, -1.0, DrawKey(3, 4))
+        results.append(rows.values)
+    for a, b in zip(*(r.arrays() for r in results), strict=True):
+        apart = (a - b.cpu()).abs().flatten(1).amax(dim=1) if a.dim() > 1 else (a - b.cpu()).abs()
+        assert float((apart > 1e-4).double().mean()) < 1e-4  # a draw at the edge of two rows
 
 
 def test_two_streams_at_once() -> None:
