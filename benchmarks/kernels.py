@@ -21,6 +21,7 @@ import torch
 
 from spaceport_gs import _engine, ops
 from spaceport_gs.gaussians import Gaussians, Rows
+from spaceport_gs.render import Renderer
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
 from spaceport_gs.types import Camera, Depth, DrawKey, GrowthSettings, Image, RasterSettings, Statistics
 
@@ -377,6 +378,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         t = ops.tile(p, views[i])
         return p, t, ops.blend(p, t, views[i], settings)
 
+    renderer = Renderer(gaussians, settings)
     points, weights = gaussians.sh[:, 1:].reshape(cloud.n, -1).contiguous(), torch.ones(cloud.n, device="cuda")
     centroids = points[:GPU_CENTROIDS].clone()
     labels, _ = ops.cluster_assign(points, centroids)
@@ -398,6 +400,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "blend": lambda i: ops.blend(projected[i], tiles[i], views[i], settings),
         "blend, with depths": lambda i: ops.blend(projected[i], tiles[i], views[i], deep),
         "forward (project, tile, blend)": forward,
+        "renderer, a batch of views": lambda i: renderer.render(views),
         "loss and gradient": lambda i: ops.loss(images[i].color, photo, ops.LossSettings()),
         "blend'": blend_vjp,
         "blend', deterministic": lambda i: ops.blend_vjp(

@@ -8,6 +8,7 @@
 #include "diagnose.h"
 #include "ops.h"
 #include "reader.h"
+#include "render.h"
 #include "step.h"
 
 namespace spaceport {
@@ -291,6 +292,15 @@ void bind_growth(py::module_& m) {
 }
 
 #ifdef SPACEPORT_BUILD_CUDA
+// What a recorded sequence is for.
+StepSize checked_size(int64_t n_gaussians, int64_t n_instances, int width, int height) {
+  if (n_gaussians < 1) refuse("gaussians", "at least one", "none");
+  if (width < 1 || height < 1) refuse("width, height", "a positive size", shape_text({width, height}));
+  if (n_instances < 1 || n_instances > kMostInstances)
+    refuse("n_instances", "1 to " + std::to_string(kMostInstances), std::to_string(n_instances));
+  return {n_gaussians, n_instances, width, height};
+}
+
 void bind_step(py::module_& m) {
   m.attr("STEP_PROGRESS_SIZE") = sizeof(StepProgress);
   m.attr("MOST_INSTANCES") = kMostInstances;
@@ -328,11 +338,7 @@ void bind_step(py::module_& m) {
                        py::object progress_on_host) {
         const Reader read = reader_of(cuda);
         const Gaussians v = read.gaussians(values);
-        if (v.n < 1) refuse("values", "at least one Gaussian", "none");
-        if (width < 1 || height < 1) refuse("width, height", "a positive size", shape_text({width, height}));
-        if (n_instances < 1 || n_instances > kMostInstances)
-          refuse("n_instances", "1 to " + std::to_string(kMostInstances), std::to_string(n_instances));
-        const StepSize size = {v.n, n_instances, width, height};
+        const StepSize size = checked_size(v.n, n_instances, width, height);
         const RasterSettings raster = raster_settings_of(settings, v.n_coefficients);
         StepBuffers buffers = {v,
                                {read.gaussians_like(first, v), read.gaussians_like(second, v)},
@@ -354,6 +360,32 @@ void bind_step(py::module_& m) {
         const AdamSettings a = adam_settings_of(adam);
         Unlocked unlocked;
         graph.launch(cuda, {view, a, gathers_statistics});
+      });
+}
+
+void bind_render(py::module_& m) {
+  m.def(
+      "render_scratch",
+      [](const Cuda& cuda, int64_t n, int64_t n_instances, int width, int height) {
+        return render_scratch(cuda, {n, n_instances, width, height});
+      },
+      "Bytes of scratch that a renderer needs.");
+  py::class_<RenderGraph>(m, "RenderGraph", "Images of one size, recorded.")
+      .def(py::init([](const Cuda& cuda, py::object gaussians, py::object scratch, int64_t n_instances, int width,
+                       int height, py::object settings, py::object most, py::object most_on_host) {
+        const Reader read = reader_of(cuda);
+        const Gaussians g = read.gaussians(gaussians);
+        const StepSize size = checked_size(g.n, n_instances, width, height);
+        const RenderBook book = {read.array<int64_t>(most, "most", {1}).data,
+                                 Reader("cpu").array<int64_t>(most_on_host, "most_on_host", {1}).data};
+        return new RenderGraph(g, size, raster_settings_of(settings, g.n_coefficients),
+                               read.scratch(scratch, render_scratch(cuda, size)), book);
+      }))
+      .def("launch", [](const RenderGraph& graph, const Cuda& cuda, py::object camera, py::object out) {
+        const Camera c = camera_of(camera);
+        const Image image = reader_of(cuda).image(out, c);
+        Unlocked unlocked;
+        graph.launch(cuda, c, image);
       });
 }
 #endif
@@ -498,6 +530,7 @@ PYBIND11_MODULE(_engine, m) {
   bind_growth<Cuda>(m);
   bind_cluster<Cuda>(m);
   bind_step(m);
+  bind_render(m);
   m.def("cuda_status", &cuda_status,
         "Empty if a GPU can be used, else why not: no driver, a driver too old for this build, no device.");
 #endif

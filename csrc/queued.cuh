@@ -8,6 +8,7 @@
 #include "radix_sort.cuh"
 #include "scalar.h"
 #include "splat_math.h"
+#include "step.h"
 
 namespace spaceport {
 namespace cuda {
@@ -38,6 +39,14 @@ struct Late {
     }
   }
 };
+
+// A camera of which only the size is known yet.
+inline Camera camera_of(const StepSize& size) {
+  Camera camera = {};
+  camera.width = size.width;
+  camera.height = size.height;
+  return camera;
+}
 
 // The gradient by a splat's first six columns, from the sums that blend' makes of d, the gradient by the exponent of e,
 // and of its products with dx, dy, dx^2, dx dy and dy^2: in place.
@@ -99,7 +108,7 @@ struct DepthLimits {
   uint32_t* is_undone;
 };
 void queue_blend(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
-                 const DepthLimits&, const Image& out);
+                 const DepthLimits&, const Late<Image>& out);
 
 // The sums that give a splat's gradient, [M, 9] or, if d_image has a depth, [M, 10]; they must be zero at the start.
 // `d_image.transmittance` may be null. Scratch: that of blend_vjp.

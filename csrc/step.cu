@@ -40,13 +40,6 @@ __global__ void book_kernel(const double* means, const ProjectedCounts* counts, 
   *book.host = progress;
 }
 
-Camera camera_of(const StepSize& size) {
-  Camera camera = {};
-  camera.width = size.width;
-  camera.height = size.height;
-  return camera;
-}
-
 struct StepScratch {
   char* zeros;  // what must be zero at the start of a step
   size_t n_zeros;
@@ -97,7 +90,7 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
     queue_project(stream, buffers.values, Late<View<float>>::at(&s.inputs->update.view), limits, camera, raster,
                   s.projected, s.counts);
     queue_tile(stream, s.projected, Late<ProjectedCounts>::at(s.counts), limits, camera, s.tile, s.work, s.tiles);
-    queue_blend(stream, s.projected, s.tiles, camera, raster, {limits, s.is_undone}, s.image);
+    queue_blend(stream, s.projected, s.tiles, camera, raster, {limits, s.is_undone}, Late<Image>(s.image));
   };
   queue_image(stream);
   if (has_conditions()) record_if(stream, s.is_undone, &book.device->n_rendered_again, queue_image);

@@ -47,7 +47,8 @@ EvalEvery = Annotated[
     typer.Option("--eval-every", min=0, help="Hold out every so-many-th photo for evaluation; 0: none."),
 ]
 CheckpointEvery = Annotated[
-    int, typer.Option("--checkpoint-every", min=1, help="Steps of training between two checkpoints.")
+    int,
+    typer.Option("--checkpoint-every", min=0, help="Steps of training between two checkpoints; 0: half a minute."),
 ]
 Deterministic = Annotated[
     bool,
@@ -200,7 +201,7 @@ def _decibels(value: float | None) -> str:
 def reconstruct_command(
     photos: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard",
     steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
-    checkpoint_every: CheckpointEvery = 500, deterministic: Deterministic = False, threads: Threads = 0, title: Title = "", resume: Resume = False,
+    checkpoint_every: CheckpointEvery = 0, deterministic: Deterministic = False, threads: Threads = 0, title: Title = "", resume: Resume = False,
     overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """The main job: photos (a folder, a .zip, a COLMAP project) to scene, page and report."""
@@ -260,7 +261,7 @@ def sfm_command(
 def train_command(
     project: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard",
     steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
-    checkpoint_every: CheckpointEvery = 500, threads: Threads = 0, resume: Resume = False, overwrite: Overwrite = False,
+    checkpoint_every: CheckpointEvery = 0, threads: Threads = 0, resume: Resume = False, overwrite: Overwrite = False,
     quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """A COLMAP project to scene.ply and report.json."""

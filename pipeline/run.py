@@ -46,8 +46,8 @@ class RunSettings:
     """For training; 0 = no limit."""
     downscale: float = 1.0
     eval_every: int = 8
-    checkpoint_every: int = 500
-    """Steps between two checkpoints of the training."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints of the training; 0 = half a minute."""
     sfm: str = "fast"
     """fast, or deterministic: one thread and fixed seeds."""
     title: str = ""

@@ -72,6 +72,21 @@ class StepGraph:
     ) -> None: ...
     def launch(self, backend: Cuda, view: StepView, adam: Any, gathers_statistics: bool) -> None: ...
 
+class RenderGraph:
+    def __init__(
+        self,
+        backend: Cuda,
+        gaussians: Gaussians,
+        scratch: Array,
+        n_instances: int,
+        width: int,
+        height: int,
+        settings: RasterSettings,
+        most: Array,
+        most_on_host: Array,
+    ) -> None: ...
+    def launch(self, backend: Cuda, camera: Camera, out: Image) -> None: ...
+
 Backend = Cpu | Cuda
 
 def build_info() -> BuildInfo: ...
@@ -98,6 +113,7 @@ def project_vjp(
     scratch: Array | None,
 ) -> None: ...
 def step_scratch(backend: Cuda, n: int, n_instances: int, width: int, height: int, settings: RasterSettings) -> int: ...
+def render_scratch(backend: Cuda, n: int, n_instances: int, width: int, height: int) -> int: ...
 def catch_up(
     backend: Cuda, values: Gaussians, first: Gaussians, second: Gaussians, up_to_date: Array, adam: Any
 ) -> None: ...

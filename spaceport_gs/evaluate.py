@@ -36,30 +36,41 @@ class Evaluation:
 
 def evaluate(gaussians: Gaussians, views: Sequence[View], settings: RasterSettings | None = None) -> Evaluation:
     """PSNR and SSIM of each view's render, rounded to 8 bits, against its photo; means over the views."""
-    from spaceport_gs.render import render_8bit
+    from spaceport_gs.render import Renderer, to_8bit
 
     scores = []
+    images = Renderer(gaussians, settings)
     for view in views:
-        render = render_8bit(gaussians, view.camera, settings)
+        render = to_8bit(images.render([view.camera])[0])
         scores.append(Score(view.name, psnr(render, view.photo), ssim(render, view.photo)))
     return Evaluation(_mean([s.psnr for s in scores]), _mean([s.ssim for s in scores]), tuple(scores))
 
 
 def mean_psnr(gaussians: Gaussians, views: Sequence[View], settings: RasterSettings | None = None) -> float | None:
     """Mean PSNR of the views as in `evaluate`; None without views."""
-    from spaceport_gs.render import render_8bit
+    import torch
 
-    return _mean([psnr(render_8bit(gaussians, v.camera, settings), v.photo) for v in views])
+    from spaceport_gs.render import Renderer, on_device_8bit
+
+    images, scores = Renderer(gaussians, settings), []
+    for view in views:
+        render = on_device_8bit(images.render([view.camera])[0])
+        difference = render.int() - torch.from_numpy(view.photo).to(render.device).int()
+        scores.append(_psnr(int((difference * difference).sum()), difference.numel()))
+    return _mean(scores)
 
 
 def psnr(image: np.ndarray, photo: np.ndarray) -> float:
     """dB; two uint8 images of one shape. Identical images score 100."""
     _check(image, photo)
     difference = image.astype(np.int32) - photo
-    squared = int(np.sum(difference * difference, dtype=np.int64))
-    if squared == 0:
+    return _psnr(int(np.sum(difference * difference, dtype=np.int64)), image.size)
+
+
+def _psnr(squared_errors: int, n: int) -> float:
+    if squared_errors == 0:
         return MAX_PSNR
-    return min(10 * math.log10(255.0**2 * image.size / squared), MAX_PSNR)
+    return min(10 * math.log10(255.0**2 * n / squared_errors), MAX_PSNR)
 
 
 def ssim(image: np.ndarray, photo: np.ndarray) -> float:

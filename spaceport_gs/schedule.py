@@ -117,8 +117,8 @@ class TrainSettings:
     seed: int = 0
     eval_every: int = 8
     """Every so-many-th photo is held out for evaluation; 0 = none."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0 = whenever half a minute of training has passed."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
     recipe: Recipe | None = None
@@ -275,7 +275,7 @@ def _check(settings: TrainSettings) -> None:
         ("max_seconds", 0),
         ("seed", 0),
         ("eval_every", 0),
-        ("checkpoint_every", 1),
+        ("checkpoint_every", 0),
     ):
         value = getattr(settings, name)
         if not (value >= least and math.isfinite(value)):

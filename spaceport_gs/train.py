@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 STAGE = "train"
 TELL_EVERY = 25  # steps
+CHECKPOINT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
     folder, fingerprint = out / "checkpoints", _fingerprint(used, settings)
     state = _resumed(folder, fingerprint, settings, listen) or _start(used, run)
     stepper = _Stepper(run)
-    saved_at = state.step
+    saved = state.step, state.seconds
 
     with _signals() as stop:
         while state.phase.name != "done":
@@ -90,10 +91,10 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
                 stepper.settle(state)
                 checkpoint.save(folder, state, fingerprint)
                 raise Interrupted(f"stopped by {stop[0].name} at step {state.step}; go on with --resume")
-            if state.step - saved_at >= settings.checkpoint_every or state.phase.name == "done":
+            if _is_checkpoint_due(state, saved, settings.checkpoint_every):
                 stepper.settle(state)
                 checkpoint.save(folder, state, fingerprint)
-                saved_at = state.step
+                saved = state.step, state.seconds
     values = state.rows.values
     return TrainReport(
         values.select(values.opacities >= logit(_engine.ALPHA_CUTOFF)),
@@ -391,6 +392,13 @@ def _is_check_due(run: _Run, state: State, previous: float) -> bool:
     """Checks fall on multiples of their distance, and on the last step."""
     every = run.recipe.plateau.check_every if run.recipe.plateau else run.recipe.evaluate_every
     return schedule.passes(previous, state.moment, every) is not None or state.moment >= run.recipe.steps
+
+
+def _is_checkpoint_due(state: State, saved: tuple[int, float], every: int) -> bool:
+    """`saved`: step and seconds of the last one."""
+    if every > 0 and state.step - saved[0] >= every:
+        return True
+    return state.phase.name == "done" or (every == 0 and state.seconds - saved[1] >= CHECKPOINT_SECONDS)
 
 
 def _check(run: _Run, state: State) -> None:

@@ -13,6 +13,7 @@ from scenes import assert_close, camera, random_gaussians
 from spaceport_gs import _engine, ops
 from spaceport_gs.gaussians import Gaussians, Rows
 from spaceport_gs.pipeline.doctor import cuda_missing
+from spaceport_gs.render import Renderer
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
 from spaceport_gs.types import Camera, Depth, DrawKey, GrowthSettings, Image, Projected, RasterSettings, Statistics
 
@@ -365,6 +366,20 @@ def test_large_orders_and_relocations_are_those_of_the_cpu() -> None:
     for a, b in zip(*(r.arrays() for r in results), strict=True):
         apart = (a - b.cpu()).abs().flatten(1).amax(dim=1) if a.dim() > 1 else (a - b.cpu()).abs()
         assert float((apart > 1e-4).double().mean()) < 1e-4  # a draw at the edge of two rows
+
+
+@pytest.mark.parametrize("sizes", [[(320, 240)] * 5, [(64, 48), (640, 427), (1, 1), (64, 48)]])
+def test_a_renderer_makes_the_same_images(sizes: list[tuple[int, int]]) -> None:
+    """Its first memory does not suffice for Gaussians as large as these."""
+    gaussians = random_gaussians(20_000, scale=0.2).map(lambda a: a.cuda())
+    views = [replace(camera(*size, focal=0.8 * size[0]), cx=5.0 * i) for i, size in enumerate(sizes)]
+    renderer = Renderer(gaussians, SETTINGS)
+    for _ in range(2):
+        for view, image in zip(views, renderer.render(views), strict=True):
+            expected = ops.render(gaussians, view, SETTINGS)
+            assert torch.equal(image.color, expected.color)
+            assert torch.equal(image.transmittance, expected.transmittance)
+    assert renderer.render([]) == []
 
 
 def test_two_streams_at_once() -> None:
