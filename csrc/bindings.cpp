@@ -328,8 +328,12 @@ void bind_step(py::module_& m) {
         const Reader read = reader_of(cuda);
         const Camera c = camera_of(camera);
         const int64_t n_tiles = int64_t(c.tiles_x()) * c.tiles_y();
-        return StepView{c, read.array<uint8_t>(photo, "photo", {c.height, c.width, 3}).data,
-                        reinterpret_cast<uint32_t*>(read.array<int32_t>(depth_limits, "depth_limits", {n_tiles}).data)};
+        StepView view = {c, read.array<uint8_t>(photo, "photo", {c.height, c.width, 3}).data, nullptr};
+        if (!depth_limits.is_none()) {
+          view.depth_limits =
+              reinterpret_cast<uint32_t*>(read.array<int32_t>(depth_limits, "depth_limits", {n_tiles}).data);
+        }
+        return view;
       }));
   py::class_<StepGraph>(m, "StepGraph", "A training step for images of one size, recorded.")
       .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object sums,

@@ -95,11 +95,10 @@ struct TileState {
 };
 
 // `projected.n` and `out.n_instances` are capacities: `counts` says how many splats have a depth, and touch how many
-// tiles. Instances that do not fit are left out. The limits are those of project.
+// tiles. Instances that do not fit are left out.
 size_t queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& size);
-void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& counts,
-                const Late<uint32_t*>& depth_limits, const Camera& size, const TileState&, void* scratch,
-                const Tiles& out);
+void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& counts, const Camera& size,
+                const TileState&, void* scratch, const Tiles& out);
 
 // Sets the limits for the next visit. Where a tile had one and was seen through to its end, something may be missing:
 // it has none from then on, and *is_undone is set.

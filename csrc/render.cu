@@ -76,8 +76,7 @@ RenderGraph::RenderGraph(const Gaussians& gaussians, const StepSize& size, const
     check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "render");
     cuda::queue_project(stream, gaussians, cuda::Late<cuda::View<float>>::at(&s.frame->view), no_limits, camera,
                         settings, s.projected, s.counts);
-    cuda::queue_tile(stream, s.projected, cuda::Late<ProjectedCounts>::at(s.counts), no_limits, camera, s.tile, s.work,
-                     s.tiles);
+    cuda::queue_tile(stream, s.projected, cuda::Late<ProjectedCounts>::at(s.counts), camera, s.tile, s.work, s.tiles);
     cuda::queue_blend(stream, s.projected, s.tiles, camera, settings, {no_limits, nullptr},
                       cuda::Late<Image>::at(&s.frame->out));
     cuda::note_kernel<<<1, 1, 0, stream>>>(s.counts, book);

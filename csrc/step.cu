@@ -89,7 +89,7 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
     check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
     queue_project(stream, buffers.values, Late<View<float>>::at(&s.inputs->update.view), limits, camera, raster,
                   s.projected, s.counts);
-    queue_tile(stream, s.projected, Late<ProjectedCounts>::at(s.counts), limits, camera, s.tile, s.work, s.tiles);
+    queue_tile(stream, s.projected, Late<ProjectedCounts>::at(s.counts), camera, s.tile, s.work, s.tiles);
     queue_blend(stream, s.projected, s.tiles, camera, raster, {limits, s.is_undone}, Late<Image>(s.image));
   };
   queue_image(stream);

@@ -45,8 +45,9 @@ struct StepBook {
 // What changes from step to step.
 struct StepView {
   Camera camera;
-  const uint8_t* photo;    // [H, W, 3]
-  uint32_t* depth_limits;  // [n_tiles] what the view's last visit knows for the next: all bits set before the first
+  const uint8_t* photo;  // [H, W, 3]
+  // [n_tiles] what the view's last visit knows for the next, all bits set before the first; or null.
+  uint32_t* depth_limits;
 };
 struct StepInputs {
   StepView view;

@@ -98,7 +98,7 @@ class Recipe:
     """Resolution rises until here; 0 = full resolution from the start."""
     first_side: int = 0
     """Pixels of the shorter side at the start."""
-    evaluate_every: int = 500
+    evaluate_every: int = 2_500
     """Distance of two evaluations of the held-out views, which are for the record only."""
     plateau: PlateauRule | None = None
     """None = always run to the end."""

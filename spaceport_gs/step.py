@@ -26,6 +26,8 @@ _PROGRESS = np.dtype(
 )
 HEADROOM = 1.05
 """Memory for this many times the instances that a step needed."""
+LIMITS_TRIAL = 64
+"""Steps after which depth limits are given up, if more than one in sixteen was rendered again because of them."""
 
 
 class UpdateRule(Enum):
@@ -91,6 +93,9 @@ class TrainingStep:
         self._prepared: dict[StepView, tuple[_engine.StepGraph, _engine.StepView]] = {}
         self._unconfirmed: deque[tuple[StepView, ops.AdamSettings, bool]] = deque()
         self._n_confirmed = 0
+        self.uses_depth_limits = True
+        """Of the views (see StepView); given up where they prove wrong too often."""
+        self._trial = 0, 0  # steps, and how many were rendered again, at its start
 
     def run(self, view: StepView, adam: ops.AdamSettings, gathers_statistics: bool = False) -> None:
         """Queues a step; `adam.step` counts up by one. Statistics: adds what the step sees of each Gaussian."""
@@ -132,6 +137,7 @@ class TrainingStep:
         while self._n_confirmed < n_done:
             self._unconfirmed.popleft()
             self._n_confirmed += 1
+        self._judge_limits()
         if is_halted:
             needed = int(self._seen["n_instances"][0])
             most = _engine.MOST_INSTANCES
@@ -146,6 +152,15 @@ class TrainingStep:
             for step in self._unconfirmed:
                 self._launch(*step)
 
+    def _judge_limits(self) -> None:
+        n_again = self.n_rendered_again
+        if not self.uses_depth_limits or self._n_confirmed < self._trial[0] + LIMITS_TRIAL:
+            return
+        if n_again - self._trial[1] > (self._n_confirmed - self._trial[0]) // 16:
+            self.uses_depth_limits = False
+            self._prepared.clear()
+        self._trial = self._n_confirmed, n_again
+
     def _launch(self, view: StepView, adam: ops.AdamSettings, gathers_statistics: bool) -> None:
         graph, prepared = self._prepared.get(view) or self._prepare(view)
         graph.launch(ops.backend_of(self._sums), prepared, adam, gathers_statistics)
@@ -153,7 +168,8 @@ class TrainingStep:
     def _prepare(self, view: StepView) -> tuple[_engine.StepGraph, _engine.StepView]:
         key = (view.camera.width, view.camera.height, view.raster, view.loss)
         graph = self._graphs.get(key) or self._record(*key)
-        prepared = graph, _engine.StepView(ops.backend_of(self._sums), view.camera, view.photo, view.depth_limits)
+        limits = view.depth_limits if self.uses_depth_limits else None
+        prepared = graph, _engine.StepView(ops.backend_of(self._sums), view.camera, view.photo, limits)
         self._graphs[key], self._prepared[view] = graph, prepared
         return prepared
 

@@ -76,7 +76,7 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
         while state.phase.name != "done":
             previous = state.moment
             state.step += 1
-            state.moment = min(previous + _pace(run, state), run.recipe.steps)
+            state.moment = _next_moment(run, state)
             if _is_check_due(run, state, previous):  # before growth, whose new rows need steps to find their place
                 stepper.settle(state)
                 _check(run, state)
@@ -221,6 +221,7 @@ class _Recorded:
         self._views: dict[str, StepView] = {}
         if before is not None:  # they remember more than their photos
             self._settings, self._views = before._settings, before._views
+            self._step.uses_depth_limits = before._step.uses_depth_limits
 
     def run(self, view: View, photo: torch.Tensor, settings: RasterSettings, plan: _Plan) -> None:
         from spaceport_gs.step import StepView
@@ -353,6 +354,12 @@ class _Stepper:
         if view.name not in self._photos:
             self._photos[view.name] = torch.from_numpy(view.photo).to(self._run.settings.device)
         return self._photos[view.name]
+
+
+def _next_moment(run: _Run, state: State) -> float:
+    following = state.moment + _pace(run, state)
+    is_last = following > run.recipe.steps - 1e-3 * run.pace  # what rounding leaves over is no step of its own
+    return run.recipe.steps if is_last else following
 
 
 def _pace(run: _Run, state: State) -> float:
