@@ -386,7 +386,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     rows, growth = Rows(gaussians, (moments.first, moments.second)), growth_settings(gaussians)
     scores = torch.rand(cloud.n, generator=torch.Generator().manual_seed(2)).to("cuda")
     order = ops.morton_order(gaussians.means)
-    in_order = ops.select_rows(rows, order)
+    in_order, relocated = ops.select_rows(rows, order), ops.select_rows(rows, order)
 
     def steps(rule: UpdateRule, of: Rows = rows, settings: RasterSettings = settings) -> Callable[[int], None]:
         step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
@@ -422,13 +422,14 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "growth, at a limit": lambda i: ops.grow(rows, scores, replace(growth, max_rows=cloud.n + cloud.n // 50)),
         "Morton order": lambda i: ops.morton_order(gaussians.means),
         "selection of all rows": lambda i: ops.select_rows(rows, order),
-        "relocation": lambda i: ops.relocate(rows, growth.min_opacity, growth.key),
+        "relocation": lambda i: ops.relocate(relocated, growth.min_opacity, growth.key),
         "cluster, assignment": lambda i: ops.cluster_assign(points, centroids),
         "cluster, means": lambda i: ops.cluster_update(points, labels, weights, centroids),
         "whole step, all rows": steps(UpdateRule.ALL),
+        "whole step, all rows in order": steps(UpdateRule.ALL, in_order),
         "whole step": steps(UpdateRule.CONTRIBUTING),
         "whole step, deterministic": steps(UpdateRule.CONTRIBUTING, rows, ordered),
-        "whole step, rows in order": steps(UpdateRule.CONTRIBUTING, in_order),
+        "whole step, in order": steps(UpdateRule.CONTRIBUTING, in_order),
     }
 
 
