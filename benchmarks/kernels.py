@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from spaceport_gs import _engine, ops
+from spaceport_gs.exposure import Exposure
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
 from spaceport_gs.types import Camera, Image, RasterSettings, Statistics
@@ -89,6 +90,11 @@ def photo_for(cloud: Cloud, device: str) -> torch.Tensor:
     return torch.randint(0, 256, (cloud.height, cloud.width, 3), generator=draw, dtype=torch.uint8).to(device)
 
 
+def target_of(photo: torch.Tensor) -> ops.LossTarget:
+    """With every part that a target may have."""
+    return ops.LossTarget(photo, photo[..., 0].contiguous(), Exposure.identity(1, photo.device).values[0])
+
+
 def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     """The rows to measure on the CPU, and the figures of the scene they run on."""
     gaussians, view, settings = random_cloud(cloud, "cpu"), camera(cloud), RasterSettings()
@@ -99,6 +105,7 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     n_evaluated, n_blended = _engine.count_pairs(cpu, projected, tiles, view, settings)
     photo = photo_for(cloud, "cpu")
     d_color = ops.loss(image.color, photo, ops.LossSettings()).d_color
+    target = target_of(photo)
     d_image = Image(d_color, torch.zeros_like(image.transmittance))
     d_splats = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
     d_gaussians = ops.empty_like(gaussians)
@@ -184,6 +191,14 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             n_pixels,
             "pixels",
             1180,
+            "loads of the filters' taps",
+        ),
+        Kernel(
+            "loss with a mask and an exposure",
+            lambda: ops.loss(image.color, target, ops.LossSettings()),
+            n_pixels,
+            "pixels",
+            1240,
             "loads of the filters' taps",
         ),
         Kernel(
@@ -300,6 +315,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     moments = ops.AdamMoments(ops.zeros_like(gaussians), ops.zeros_like(gaussians))
     d_gaussians, rates = ops.empty_like(gaussians), ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=1)
     statistics_of = Statistics.empty(cloud.n, "cuda")
+    target, valid = target_of(photo), ops.LossSettings(padding=ops.SsimPadding.VALID)
     views = [camera(cloud, i) for i in range(N_VIEWS)]
     projected = [ops.project(gaussians, view, settings) for view in views]
     tiles = [ops.tile(p, view) for p, view in zip(projected, views, strict=True)]
@@ -319,11 +335,14 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         t = ops.tile(p, views[i])
         return p, t, ops.blend(p, t, views[i], settings)
 
+    exposures = Exposure.identity(N_VIEWS, "cuda")
     step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
 
-    def steps(rule: UpdateRule) -> Callable[[int], None]:
+    exposed_views = [replace(view, mask=target.mask, exposure=exposures.of(i)) for i, view in enumerate(step_views)]
+
+    def steps(rule: UpdateRule, views: list[StepView] = step_views) -> Callable[[int], None]:
         recorded, numbers = TrainingStep(gaussians, moments, statistics_of, rule), itertools.count(1)
-        return lambda i: recorded.run(step_views[i], replace(rates, step=next(numbers)))
+        return lambda i: recorded.run(views[i], replace(rates, step=next(numbers)))
 
     return {
         "project": lambda i: ops.project(gaussians, views[i], settings),
@@ -331,6 +350,8 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "blend": lambda i: ops.blend(projected[i], tiles[i], views[i], settings),
         "forward (project, tile, blend)": forward,
         "loss and gradient": lambda i: ops.loss(images[i].color, photo, ops.LossSettings()),
+        "loss with valid padding": lambda i: ops.loss(images[i].color, photo, valid),
+        "loss with a mask and an exposure": lambda i: ops.loss(images[i].color, target, ops.LossSettings()),
         "blend'": blend_vjp,
         "project'": lambda i: ops.project_vjp(gaussians, views[i], settings, projected[i], d_splats[i], d_gaussians),
         "update": lambda i: ops.update(gaussians, d_gaussians, moments.first, moments.second, rates),
@@ -339,6 +360,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         ),
         "density": lambda i: ops.density(projected[i], d_splats[i], views[i], statistics_of),
         "whole step, all rows": steps(UpdateRule.ALL),
+        "whole step, with masks and exposures": steps(UpdateRule.ALL, exposed_views),
         "whole step": steps(UpdateRule.CONTRIBUTING),
     }
 

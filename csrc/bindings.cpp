@@ -131,19 +131,23 @@ void bind_verbs(py::module_& m) {
         [](const Backend& backend, int width, int height) { return loss_scratch(backend, width, height); });
   m.def(
       "loss",
-      [](const Backend& backend, py::object color, py::object photo, float ssim_weight, py::object scratch,
-         py::object means, py::object d_color) {
+      [](const Backend& backend, py::object color, py::object target, py::object settings, py::object scratch,
+         py::object out) {
         const Reader read = reader_of(backend);
         const Array<float> x = read.array<float>(color, "color", {-1, -1, 3});
-        const LossImages images = {x.data, read.array<uint8_t>(photo, "photo", x.shape).data, int(x.shape[1]),
-                                   int(x.shape[0])};
+        const int64_t height = x.shape[0], width = x.shape[1];
+        const LossImages images = {x.data, read.loss_target(target, width, height), int(width), int(height)};
+        const LossSettings s = loss_settings_of(settings, width, height);
         void* memory = read.scratch(scratch, loss_scratch(backend, images.width, images.height));
-        const LossOutput out = {read.array<double>(means, "means", {2}).data,
-                                read.array<float>(d_color, "d_color", x.shape).data};
+        LossOutput output = {read.field<double>(out, "means", {2}).data,
+                             read.field<float>(out, "d_color", x.shape).data, nullptr};
+        if (images.target.exposure != nullptr) {
+          output.d_exposure = read.field<float>(out, "d_exposure", {3, 4}).data;
+        }
         Unlocked unlocked;
-        loss(backend, images, {ssim_weight}, memory, out);
+        loss(backend, images, s, memory, output);
       },
-      "Means of L1 and of SSIM; d_color becomes the gradient of (1 - w) L1 + w (1 - SSIM).");
+      "Fills `out`: means of L1 and of SSIM, and the gradients of (1 - w) L1 + w (1 - SSIM).");
 
   m.def("update", [](const Backend& backend, py::object values, py::object gradient, py::object first,
                      py::object second, py::object settings) {
@@ -214,16 +218,25 @@ void bind_step(py::module_& m) {
         catch_up(cuda, v, moments, rows, a);
       },
       "Makes up for the steps that rows have missed, up to and with adam.step.");
-  py::class_<StepView>(m, "StepView", "A camera and its photo, read once.")
-      .def(py::init([](const Cuda& cuda, py::object camera, py::object photo) {
+  py::class_<StepView>(m, "StepView", "A camera and what its image is compared with, read once.")
+      .def(py::init([](const Cuda& cuda, py::object camera, py::object photo, py::object mask, py::object exposure) {
         const Camera c = camera_of(camera);
-        return StepView{c, reader_of(cuda).array<uint8_t>(photo, "photo", {c.height, c.width, 3}).data};
+        const Reader read = reader_of(cuda);
+        StepView view = {c, {read.array<uint8_t>(photo, "photo", {c.height, c.width, 3}).data, nullptr, nullptr}, {}};
+        if (!mask.is_none()) view.target.mask = read.array<uint8_t>(mask, "mask", {c.height, c.width}).data;
+        if (!exposure.is_none()) {
+          view.exposure = {
+              read.field<float>(exposure, "values", {3, 4}).data, read.field<float>(exposure, "first", {3, 4}).data,
+              read.field<float>(exposure, "second", {3, 4}).data, read.field<float>(exposure, "n_steps", {}).data};
+          view.target.exposure = view.exposure.values;
+        }
+        return view;
       }));
   py::class_<StepGraph>(m, "StepGraph", "A training step for images of one size, recorded.")
       .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object numbers,
                        py::object sums, py::object up_to_date, py::object statistics, py::object scratch,
-                       int64_t n_instances, int width, int height, py::object settings, float ssim_weight,
-                       py::object progress, py::object progress_on_host) {
+                       int64_t n_instances, int width, int height, bool has_mask, bool has_exposure,
+                       py::object settings, py::object loss, py::object progress, py::object progress_on_host) {
         const Reader read = reader_of(cuda);
         const Gaussians v = read.gaussians(values);
         if (v.n < 1) refuse("values", "at least one Gaussian", "none");
@@ -245,7 +258,8 @@ void bind_step(py::module_& m) {
             reinterpret_cast<StepProgress*>(read.array<uint8_t>(progress, "progress", {n_bytes}).data),
             reinterpret_cast<StepProgress*>(
                 Reader("cpu").array<uint8_t>(progress_on_host, "progress_on_host", {n_bytes}).data)};
-        return new StepGraph(buffers, size, raster_settings_of(settings, v.n_coefficients), {ssim_weight}, book);
+        return new StepGraph(buffers, size, {has_mask, has_exposure}, raster_settings_of(settings, v.n_coefficients),
+                             loss_settings_of(loss, width, height), book);
       }))
       .def("launch", [](const StepGraph& graph, const Cuda& cuda, const StepView& view, py::object adam,
                         bool gathers_statistics) {

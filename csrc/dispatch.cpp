@@ -59,7 +59,7 @@ void blend_vjp(const Cpu& cpu, const Projected& projected, const Tiles& tiles, c
 }
 
 size_t loss_scratch(const Cpu&, int width, int height) {
-  return size_t(n_pieces_of(width, kLossBlockWidth) * n_pieces_of(height, kLossBlockHeight)) * 2 * sizeof(double);
+  return size_t(n_pieces_of(width, kLossBlockWidth) * n_pieces_of(height, kLossBlockHeight)) * sizeof(LossSums);
 }
 
 void loss(const Cpu& cpu, const LossImages& images, const LossSettings& settings, void* scratch,

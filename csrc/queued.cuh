@@ -75,9 +75,18 @@ void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& cou
 void queue_blend_vjp(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
                      const Image&, const Image& d_image, float* moments);
 
-// `images.photo` is not read.
-void queue_loss(cudaStream_t, const LossImages& images, const Late<const uint8_t*>& photo, const LossSettings&,
-                void* scratch, const LossOutput& out);
+// A target whose pointers may come late; which of them are null is known from the start.
+struct LateTarget {
+  Late<LossTarget> late;
+  bool has_mask, has_exposure;
+
+  static LateTarget of(const LossTarget& target) {
+    return {Late<LossTarget>(target), target.mask != nullptr, target.exposure != nullptr};
+  }
+};
+// `images.target` is not read.
+void queue_loss(cudaStream_t, const LossImages& images, const LateTarget&, const LossSettings&, void* scratch,
+                const LossOutput& out);
 
 // What project' and Adam in one take from step to step.
 struct UpdateInputs {

@@ -174,6 +174,15 @@ class Reader {
     return i;
   }
 
+  // What an image of this size is compared with: its attributes photo, mask and exposure, the last two maybe None.
+  LossTarget loss_target(py::handle object, int64_t width, int64_t height) const {
+    LossTarget target = {field<uint8_t>(object, "photo", {height, width, 3}).data, nullptr, nullptr};
+    if (!object.attr("mask").is_none()) target.mask = field<uint8_t>(object, "mask", {height, width}).data;
+    if (!object.attr("exposure").is_none())
+      target.exposure = array<float>(object.attr("exposure"), "exposure", {3, 4}).data;
+    return target;
+  }
+
   Points points(py::handle object, const char* name, int64_t n_dimensions) const {
     const Array<float> values = array<float>(object, name, {-1, n_dimensions});
     return {values.data, values.shape[0], values.shape[1]};
@@ -254,6 +263,22 @@ RasterSettings raster_settings_of(py::handle object, int n_coefficients) {
   return s;
 }
 
+// For images of this size.
+LossSettings loss_settings_of(py::handle object, int64_t width, int64_t height) {
+  LossSettings s = {object.attr("ssim_weight").cast<float>(), SsimPadding::kZero};
+  const std::string padding = object.attr("padding").attr("value").cast<std::string>();
+  if (padding == "valid") {
+    s.padding = SsimPadding::kValid;
+    if (width < kSsimWindow || height < kSsimWindow) {
+      refuse("color", "at least 11x11 pixels, a whole window of SSIM, for the padding `valid`",
+             shape_text({height, width}));
+    }
+  } else if (padding != "zero") {
+    refuse("padding", "zero or valid", padding);
+  }
+  return s;
+}
+
 Cpu make_cpu(int n_threads, const std::string& simd) {
   if (n_threads < 0) refuse("n_threads", "0 (all cores) or more", std::to_string(n_threads));
   Simd chosen = has_avx2() ? Simd::kAvx2 : Simd::kPortable;
@@ -273,7 +298,8 @@ AdamSettings adam_settings_of(py::handle object) {
                           number("quaternions"), number("opacities"),
                           number("sh_dc"),       number("sh_rest"),
                           number("beta1"),       number("beta2"),
-                          number("epsilon"),     object.attr("step").cast<int64_t>()};
+                          number("epsilon"),     object.attr("step").cast<int64_t>(),
+                          number("exposure")};
   if (a.step < 1) refuse("step", "1 or more", std::to_string(a.step));
   return a;
 }

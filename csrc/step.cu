@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "queued.cuh"
+#include "ssim_math.h"
 
 namespace spaceport {
 namespace cuda {
@@ -14,7 +15,8 @@ namespace {
 // What the recorded kernels find on the device: written anew before every replay.
 struct DeviceInputs {
   UpdateInputs update;
-  const uint8_t* photo;
+  LossTarget target;
+  StepExposure exposure;
 };
 
 __global__ void set_inputs_kernel(DeviceInputs inputs, DeviceInputs* place) {
@@ -38,6 +40,20 @@ __global__ void book_kernel(const double* means, const ProjectedCounts* counts, 
   *book.host = progress;
 }
 
+// Adam on the exposure of the view, unless the step is not made: a thread for each number.
+__global__ void update_exposure_kernel(const float* gradient, const DeviceInputs* inputs, const uint32_t* is_halted) {
+  if (*is_halted != 0) return;
+  const StepExposure& exposure = inputs->exposure;
+  const float step = *exposure.n_steps + 1.0f;
+  __syncthreads();
+  if (threadIdx.x == 0) *exposure.n_steps = step;
+  AdamRates rates = inputs->update.rates;
+  rates.first_correction = -1.0f / expm1f(step * logf(rates.beta1));
+  rates.second_correction = -1.0f / expm1f(step * logf(rates.beta2));
+  const int i = int(threadIdx.x);
+  adam(exposure.values[i], gradient[i], exposure.first[i], exposure.second[i], inputs->update.settings.exposure, rates);
+}
+
 struct StepScratch {
   char* zeros;  // what must be zero at the start of a step
   size_t n_zeros;
@@ -50,6 +66,7 @@ struct StepScratch {
   Tiles tiles;
   Image image, d_image;
   double* means;
+  float* d_exposure;
 
   static StepScratch of(Arena& arena, const StepSize& size, const Camera& camera) {
     const int64_t n = size.n_gaussians, n_pixels = int64_t(size.width) * size.height;
@@ -71,6 +88,7 @@ struct StepScratch {
                arena.take<int32_t>(hits_size(any, size.n_instances, camera))};
     s.d_image = {arena.take<float>(3 * n_pixels), nullptr, nullptr};
     s.means = arena.take<double>(2);
+    s.d_exposure = arena.take<float>(kExposureSize);
     return s;
   }
 };
@@ -82,18 +100,31 @@ Camera camera_of(const StepSize& size) {
   return camera;
 }
 
-void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScratch& s, const Camera& camera,
-                const RasterSettings& raster, const LossSettings& loss_settings, const StepBook& book) {
+// What a step is recorded for.
+struct StepRecipe {
+  Camera camera;  // its size
+  StepParts parts;
+  RasterSettings raster;
+  LossSettings loss;
+};
+
+void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScratch& s, const StepRecipe& recipe,
+                const StepBook& book) {
+  const Camera& camera = recipe.camera;
+  const RasterSettings& raster = recipe.raster;
   const auto view = Late<View<float>>::at(&s.inputs->update.view);
   const auto counts = Late<ProjectedCounts>::at(s.counts);
   check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
   queue_project(stream, buffers.values, view, camera, raster, s.projected, s.counts);
   queue_tile(stream, s.projected, counts, camera, s.tile, buffers.numbers, s.work, s.tiles);
   blend(Cuda{stream}, s.projected, s.tiles, camera, raster, s.image);
-  const LossImages images = {s.image.color, nullptr, camera.width, camera.height};
-  queue_loss(stream, images, Late<const uint8_t*>::at(&s.inputs->photo), loss_settings, s.work,
-             {s.means, s.d_image.color});
-  book_kernel<<<1, 1, 0, stream>>>(s.means, s.counts, s.tiles.n_instances, double(loss_settings.ssim_weight), book);
+  const LossImages images = {s.image.color, {}, camera.width, camera.height};
+  const LateTarget target = {Late<LossTarget>::at(&s.inputs->target), recipe.parts.has_mask, recipe.parts.has_exposure};
+  queue_loss(stream, images, target, recipe.loss, s.work, {s.means, s.d_image.color, s.d_exposure});
+  book_kernel<<<1, 1, 0, stream>>>(s.means, s.counts, s.tiles.n_instances, double(recipe.loss.ssim_weight), book);
+  if (recipe.parts.has_exposure) {
+    update_exposure_kernel<<<1, kExposureSize, 0, stream>>>(s.d_exposure, s.inputs, &book.device->is_halted);
+  }
   queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, buffers.sums);
   queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
                            s.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
@@ -115,10 +146,11 @@ struct StepGraph::Recorded {
   cuda::DeviceInputs* inputs;
   DensityStatistics statistics;
   int width, height;
+  StepParts parts;
 };
 
-StepGraph::StepGraph(const StepBuffers& buffers, const StepSize& size, const RasterSettings& raster,
-                     const LossSettings& loss, const StepBook& book) {
+StepGraph::StepGraph(const StepBuffers& buffers, const StepSize& size, const StepParts& parts,
+                     const RasterSettings& raster, const LossSettings& loss, const StepBook& book) {
   const Camera camera = cuda::camera_of(size);
   Arena arena(buffers.scratch);
   const cuda::StepScratch scratch = cuda::StepScratch::of(arena, size, camera);
@@ -130,7 +162,7 @@ StepGraph::StepGraph(const StepBuffers& buffers, const StepSize& size, const Ras
   std::string failure;
   if (error == cudaSuccess) {
     try {
-      cuda::queue_step(stream, buffers, scratch, camera, raster, loss, book);
+      cuda::queue_step(stream, buffers, scratch, {camera, parts, raster, loss}, book);
     } catch (const std::exception& thrown) {
       failure = thrown.what();
     }
@@ -141,7 +173,7 @@ StepGraph::StepGraph(const StepBuffers& buffers, const StepSize& size, const Ras
   cudaStreamDestroy(stream);
   if (!failure.empty()) throw std::runtime_error(failure);
   check(error, "step");
-  recorded_ = new Recorded{executable, scratch.inputs, buffers.statistics, size.width, size.height};
+  recorded_ = new Recorded{executable, scratch.inputs, buffers.statistics, size.width, size.height, parts};
 }
 
 StepGraph::~StepGraph() {
@@ -153,11 +185,17 @@ void StepGraph::launch(const Cuda& backend, const StepInputs& inputs) const {
   if (inputs.view.camera.width != recorded_->width || inputs.view.camera.height != recorded_->height) {
     throw std::invalid_argument("camera: the step was recorded for images of another size");
   }
+  const StepParts& parts = recorded_->parts;
+  const LossTarget& target = inputs.view.target;
+  if ((target.mask != nullptr) != parts.has_mask || (target.exposure != nullptr) != parts.has_exposure) {
+    throw std::invalid_argument("view: the step was recorded for views with another mask or exposure");
+  }
   const cudaStream_t stream = stream_of(backend);
   const cuda::DeviceInputs on_device = {
       {cuda::view_of<float>(inputs.view.camera), inputs.adam, cuda::AdamRates::of(inputs.adam),
        inputs.gathers_statistics ? recorded_->statistics : DensityStatistics{}},
-      inputs.view.photo};
+      target,
+      inputs.view.exposure};
   cuda::set_inputs_kernel<<<1, 1, 0, stream>>>(on_device, recorded_->inputs);
   check_launch("step");
   check(cudaGraphLaunch(recorded_->graph, stream), "step");

@@ -43,10 +43,20 @@ struct StepBook {
   StepProgress* host;  // pinned
 };
 
+// A view's exposure, its moments and the number of its steps, each its own: Adam moves it in every step on the view.
+struct StepExposure {
+  float *values, *first, *second;  // [3, 4]
+  float* n_steps;                  // [1]
+};
 // What changes from step to step.
 struct StepView {
   Camera camera;
-  const uint8_t* photo;  // [H, W, 3]
+  LossTarget target;
+  StepExposure exposure;  // that of the target; null without one
+};
+// Whether the views of a recorded step have a mask, and an exposure.
+struct StepParts {
+  bool has_mask, has_exposure;
 };
 struct StepInputs {
   StepView view;
@@ -57,12 +67,13 @@ struct StepInputs {
 class StepGraph {
  public:
   // Records the sequence for images of one size.
-  StepGraph(const StepBuffers&, const StepSize&, const RasterSettings&, const LossSettings&, const StepBook&);
+  StepGraph(const StepBuffers&, const StepSize&, const StepParts&, const RasterSettings&, const LossSettings&,
+            const StepBook&);
   ~StepGraph();
   StepGraph(const StepGraph&) = delete;
   StepGraph& operator=(const StepGraph&) = delete;
 
-  // The camera has the size that was recorded.
+  // The view has the size and the parts that were recorded.
   void launch(const Cuda&, const StepInputs&) const;
 
  private:

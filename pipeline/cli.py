@@ -49,6 +49,10 @@ EvalEvery = Annotated[
 CheckpointEvery = Annotated[
     int, typer.Option("--checkpoint-every", min=1, help="Steps of training between two checkpoints.")
 ]
+ExposureRate = Annotated[
+    float,
+    typer.Option("--exposure-rate", min=0, help="Learn each photo's exposure this fast, such as 0.001; 0: not at all."),
+]
 Deterministic = Annotated[
     bool,
     typer.Option("--deterministic", help="SfM with one thread and fixed seeds: the same files again."),
@@ -200,8 +204,9 @@ def _decibels(value: float | None) -> str:
 def reconstruct_command(
     photos: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard",
     steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
-    checkpoint_every: CheckpointEvery = 500, deterministic: Deterministic = False, threads: Threads = 0, title: Title = "", resume: Resume = False,
-    overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+    checkpoint_every: CheckpointEvery = 500, exposure_rate: ExposureRate = 0, deterministic: Deterministic = False,
+    threads: Threads = 0, title: Title = "", resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False,
+    json: Json = False,
 ) -> None:  # fmt: skip
     """The main job: photos (a folder, a .zip, a COLMAP project) to scene, page and report."""
     from spaceport_gs.pipeline import run as stages
@@ -217,6 +222,7 @@ def reconstruct_command(
         checkpoint_every,
         "deterministic" if deterministic else "fast",
         title,
+        exposure_rate,
     )
     stages.check(settings)
     with _work(
@@ -260,13 +266,15 @@ def sfm_command(
 def train_command(
     project: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard",
     steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
-    checkpoint_every: CheckpointEvery = 500, threads: Threads = 0, resume: Resume = False, overwrite: Overwrite = False,
-    quiet: Quiet = False, json: Json = False,
+    checkpoint_every: CheckpointEvery = 500, exposure_rate: ExposureRate = 0, threads: Threads = 0,
+    resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """A COLMAP project to scene.ply and report.json."""
     from spaceport_gs.pipeline import run as stages
 
-    settings = stages.RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every, checkpoint_every)
+    settings = stages.RunSettings(
+        device, seed, preset, steps, max_seconds, downscale, eval_every, checkpoint_every, exposure_rate=exposure_rate
+    )
     stages.check(settings)
     with _work(
         project,

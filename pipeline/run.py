@@ -51,6 +51,8 @@ class RunSettings:
     sfm: str = "fast"
     """fast, or deterministic: one thread and fixed seeds."""
     title: str = ""
+    exposure_rate: float = 0.0
+    """Learning rate of each photo's exposure; 0 = the preset's."""
 
 
 def device_of(wanted: str) -> str:
@@ -218,6 +220,7 @@ def train_stage(workspace: Workspace, settings: RunSettings, listen: Listener) -
         eval_every=settings.eval_every,
         checkpoint_every=settings.checkpoint_every,
         device=device_of(settings.device),
+        exposure_rate=settings.exposure_rate,
     )
 
     def work() -> dict[str, Any]:

@@ -36,7 +36,9 @@ class Cuda:
     def __init__(self, stream: int) -> None: ...
 
 class StepView:
-    def __init__(self, backend: Cuda, camera: Camera, photo: Array) -> None: ...
+    def __init__(
+        self, backend: Cuda, camera: Camera, photo: Array, mask: Array | None, exposure: Any | None
+    ) -> None: ...
 
 class StepGraph:
     def __init__(
@@ -53,8 +55,10 @@ class StepGraph:
         n_instances: int,
         width: int,
         height: int,
+        has_mask: bool,
+        has_exposure: bool,
         settings: RasterSettings,
-        ssim_weight: float,
+        loss: Any,
         progress: Array,
         progress_on_host: Array,
     ) -> None: ...
@@ -110,9 +114,7 @@ def blend_vjp(
     d_splats: Array,
 ) -> None: ...
 def loss_scratch(backend: Backend, width: int, height: int) -> int: ...
-def loss(
-    backend: Backend, color: Array, photo: Array, ssim_weight: float, scratch: Array, means: Array, d_color: Array
-) -> None: ...
+def loss(backend: Backend, color: Array, target: Any, settings: Any, scratch: Array, out: Any) -> None: ...
 def update(
     backend: Backend,
     values: Gaussians,

@@ -14,12 +14,14 @@ import numpy as np
 
 from spaceport_gs.density import Rows
 from spaceport_gs.errors import InputError
+from spaceport_gs.exposure import Exposure
 from spaceport_gs.files import replacing
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.types import Statistics
 
 FORMAT = "spaceport-gs checkpoint 1"
 N_KEPT = 2
+EXPOSURES = ("exposures", "best_exposures")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ class State:
     """Of the steps since the last check."""
     phase: Phase = Phase()
     history: list[Check] = field(default_factory=list)
+    exposures: Exposure | None = None
+    """Of the training views, in the order of their names; None where they are not trained."""
+    best_exposures: Exposure | None = None
+    """Those of `best`."""
 
 
 def save(folder: Path, state: State, fingerprint: str) -> Path:
@@ -73,6 +79,10 @@ def save(folder: Path, state: State, fingerprint: str) -> Path:
     arrays = {f"{n}/{field.name}": a for n, g in _gaussians(state) for field, a in _named(g)}
     arrays["gradient_sums"] = state.statistics.gradient_sums.cpu().numpy()
     arrays["n_visible"] = state.statistics.n_visible.cpu().numpy()
+    for name in EXPOSURES:
+        exposures: Exposure | None = getattr(state, name)
+        if exposures is not None:
+            arrays.update({f"{name}/{field}": tensor.cpu().numpy() for field, tensor in vars(exposures).items()})
     metadata = {
         "format": FORMAT,
         "fingerprint": fingerprint,
@@ -163,7 +173,19 @@ def _state(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any], device
         loss_sum=float(metadata["loss_sum"]),
         phase=Phase(**metadata["phase"]),
         history=[Check(**check) for check in metadata["history"]],
+        **{name: _exposures(arrays, name, device) for name in EXPOSURES},
     )
+
+
+def _exposures(arrays: Mapping[str, np.ndarray], name: str, device: str) -> Exposure | None:
+    import torch
+
+    if f"{name}/values" not in arrays:
+        return None
+    n_views = len(arrays[f"{name}/values"])
+    shapes = {"values": (n_views, 3, 4), "first": (n_views, 3, 4), "second": (n_views, 3, 4), "n_steps": (n_views,)}
+    tables = {f: _floats(arrays, f"{name}/{f}", shape) for f, shape in shapes.items()}
+    return Exposure(**{f: torch.as_tensor(table.copy(), device=device) for f, table in tables.items()})
 
 
 def _rows(arrays: Mapping[str, np.ndarray], name: str, device: str) -> Rows:

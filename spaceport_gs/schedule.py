@@ -71,6 +71,9 @@ class Recipe:
     opacity_rate: float = 0.05
     scale_rate: float = 5e-3
     rotation_rate: float = 1e-3
+    exposure_rate: float = 0.0
+    """Learning rate of each photo's exposure, an affine change of colour that the scene is seen through in training (and
+    only there: photos of one scene with different exposures cannot all be right). 0 = photos have none."""
     sh_degree: int = 3
     """Highest SH degree."""
     sh_every: int = 1_000
@@ -121,6 +124,8 @@ class TrainSettings:
     """Steps between two checkpoints."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
+    exposure_rate: float = 0.0
+    """Learning rate of each photo's exposure, such as 0.001; 0 = the recipe's."""
     recipe: Recipe | None = None
     """None = the preset's recipe for the capture."""
 
@@ -128,6 +133,8 @@ class TrainSettings:
         """The settings with recipe and steps filled in, for training views of `n_pixels` pixels each."""
         _check(self)
         recipe = self.recipe or preset(self.preset, n_views, n_pixels)
+        if self.exposure_rate > 0:
+            recipe = replace(recipe, exposure_rate=self.exposure_rate)
         return replace(self, recipe=recipe, steps=self.steps or recipe.steps)
 
     def to_json(self) -> dict[str, Any]:
@@ -273,6 +280,7 @@ def _check(settings: TrainSettings) -> None:
     for name, least in (
         ("steps", 0),
         ("max_seconds", 0),
+        ("exposure_rate", 0),
         ("seed", 0),
         ("eval_every", 0),
         ("checkpoint_every", 1),

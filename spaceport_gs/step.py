@@ -11,6 +11,7 @@ import torch
 
 from spaceport_gs import _engine, ops
 from spaceport_gs.errors import BackendError
+from spaceport_gs.exposure import Exposure
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.types import Camera, RasterSettings, Statistics
 
@@ -48,6 +49,32 @@ class StepView:
     photo: torch.Tensor  # [H, W, 3] uint8, on the GPU
     raster: RasterSettings
     loss: ops.LossSettings
+    mask: torch.Tensor | None = None  # [H, W] uint8, on the GPU; see ops.LossTarget
+    exposure: Exposure | None = None
+    """Of the view, on the GPU; a step moves it in place."""
+
+    @property
+    def kind(self) -> _Kind:
+        return _Kind(
+            self.camera.width,
+            self.camera.height,
+            self.mask is not None,
+            self.exposure is not None,
+            self.raster,
+            self.loss,
+        )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a step is recorded for."""
+
+    width: int
+    height: int
+    has_mask: bool
+    has_exposure: bool
+    raster: RasterSettings
+    loss: ops.LossSettings
 
 
 class TrainingStep:
@@ -80,7 +107,7 @@ class TrainingStep:
         self._progress_on_host = torch.zeros_like(self._progress, device="cpu").pin_memory()
         self._seen = self._progress_on_host.numpy().view(_PROGRESS)
         self._n_done, self._is_halted = self._seen["n_done"], self._seen["is_halted"]
-        self._graphs: dict[tuple[int, int, RasterSettings, ops.LossSettings], _engine.StepGraph] = {}
+        self._graphs: dict[_Kind, _engine.StepGraph] = {}
         self._prepared: dict[StepView, tuple[_engine.StepGraph, _engine.StepView]] = {}
         self._unconfirmed: deque[tuple[StepView, ops.AdamSettings, bool]] = deque()
         self._n_confirmed = 0
@@ -140,19 +167,20 @@ class TrainingStep:
         graph.launch(ops.backend_of(self._sums), prepared, adam, gathers_statistics)
 
     def _prepare(self, view: StepView) -> tuple[_engine.StepGraph, _engine.StepView]:
-        key = (view.camera.width, view.camera.height, view.raster, view.loss)
-        graph = self._graphs.get(key) or self._record(*key)
-        prepared = graph, _engine.StepView(ops.backend_of(self._sums), view.camera, view.photo)
-        self._graphs[key], self._prepared[view] = graph, prepared
+        kind = view.kind
+        graph = self._graphs.get(kind) or self._record(kind)
+        backend = ops.backend_of(self._sums)
+        prepared = graph, _engine.StepView(backend, view.camera, view.photo, view.mask, view.exposure)
+        self._graphs[kind], self._prepared[view] = graph, prepared
         return prepared
 
     def _forget(self) -> None:
         self._graphs.clear()
         self._prepared.clear()
 
-    def _record(self, width: int, height: int, raster: RasterSettings, loss: ops.LossSettings) -> _engine.StepGraph:
+    def _record(self, kind: _Kind) -> _engine.StepGraph:
         backend, values, moments = ops.backend_of(self._sums), self._values, self._moments
-        n_bytes = _engine.step_scratch(backend, len(values), self.n_instances, width, height)
+        n_bytes = _engine.step_scratch(backend, len(values), self.n_instances, kind.width, kind.height)
         if len(self._scratch) < n_bytes:
             torch.cuda.current_stream().synchronize()  # recorded steps that still run have their buffers in it
             self._forget()
@@ -169,10 +197,12 @@ class TrainingStep:
             self._statistics,
             self._scratch,
             self.n_instances,
-            width,
-            height,
-            raster,
-            loss.ssim_weight,
+            kind.width,
+            kind.height,
+            kind.has_mask,
+            kind.has_exposure,
+            kind.raster,
+            kind.loss,
             self._progress,
             self._progress_on_host,
         )

@@ -11,6 +11,7 @@ import torch
 from scenes import assert_close, camera, random_gaussians
 
 from spaceport_gs import ops
+from spaceport_gs.exposure import Exposure
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.pipeline.doctor import cuda_missing
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
@@ -141,6 +142,62 @@ def test_steps_that_do_not_fit_are_repeated() -> None:
     assert_same_steps((values, statistics), steps_by_verbs(gaussians, views, photo))
 
 
+@pytest.mark.parametrize("padding", list(ops.SsimPadding))
+@pytest.mark.parametrize(("parts", "n_instances"), [("mask", 0), ("exposure", 1), ("mask and exposure", 1)])
+def test_recorded_steps_with_masks_and_exposures(parts: str, n_instances: int, padding: ops.SsimPadding) -> None:
+    """Also of steps that are repeated: an exposure makes each of them once."""
+    gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(6)
+    settings, photo = ops.LossSettings(0.2, padding), photo_for(views[0]).cuda()
+    mask = photo_for(views[0], seed=1)[..., 0].contiguous().cuda() if "mask" in parts else None
+    routes = []
+    for is_recorded in (False, True):
+        values = gaussians.map(lambda a: a.clone())
+        moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
+        exposures = Exposure.identity(3, "cuda")
+        step = TrainingStep(values, moments, Statistics.empty(len(values), "cuda"), UpdateRule.ALL, n_instances)
+        losses = []
+        for i, view in enumerate(views):
+            adam = replace(rates(i + 1), exposure=1e-2)
+            exposure = exposures.of(i % 2) if "exposure" in parts else None
+            if is_recorded:
+                step.run(StepView(view, photo, SETTINGS, settings, mask, exposure), adam)
+                continue
+            projected = ops.project(values, view, SETTINGS)
+            tiles = ops.tile(projected, view)
+            image = ops.blend(projected, tiles, view, SETTINGS)
+            target = ops.LossTarget(photo, mask, None if exposure is None else exposure.values)
+            loss = ops.loss(image.color, target, settings)
+            d_image = Image(loss.d_color, torch.zeros_like(image.transmittance))
+            d_splats = ops.blend_vjp(projected, tiles, view, SETTINGS, image, d_image)
+            if exposure is not None:
+                exposure.update(loss.d_exposure, adam)
+            ops.project_vjp_update(values, view, SETTINGS, projected, d_splats, moments, adam)
+            losses.append(loss.value)
+        if is_recorded:
+            losses.append(step.settle()[1])
+        routes.append((values, exposures, losses[-1]))
+    for a, b in zip(routes[0][0].arrays(), routes[1][0].arrays(), strict=True):
+        assert float((a - b).abs().mean()) < 5e-5
+    assert routes[0][2] == pytest.approx(routes[1][2], rel=1e-4)
+    for a, b in zip(routes[0][1].tensors(), routes[1][1].tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5)
+    assert routes[1][1].n_steps.tolist() == ([3, 3, 0] if "exposure" in parts else [0, 0, 0])
+
+
+def test_views_of_all_kinds_share_a_step() -> None:
+    values = random_gaussians(3_000, scale=0.05).map(lambda a: a.cuda())
+    moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
+    step, view = TrainingStep(values, moments, Statistics.empty(len(values), "cuda")), camera()
+    photo, exposure = photo_for(view).cuda(), Exposure.identity(1, "cuda").of(0)
+    nothing = torch.zeros(view.height, view.width, dtype=torch.uint8, device="cuda")
+    losses = []
+    for i, (mask, own) in enumerate([(None, None), (nothing, None), (None, exposure), (nothing, exposure)]):
+        step.run(StepView(view, photo, SETTINGS, ops.LossSettings(), mask, own), replace(rates(i + 1), exposure=1e-2))
+        losses.append(step.settle()[1])
+    assert losses[0] > 0.1 and losses[2] > 0.1 and losses[1] == losses[3] == 0
+    assert float(exposure.n_steps) == 2
+
+
 def test_rows_that_miss_steps_make_up_for_them() -> None:
     """Views to the left, then to the right: most rows end with steps behind them that they did not make. And there and
     back: rows come back with one step from where they were left, where a dense Adam would have carried them on."""
@@ -231,7 +288,9 @@ def test_wrong_places_are_named() -> None:
         ops.render(mixed, camera(), RasterSettings())
 
 
-def test_training_on_the_gpu_is_as_good(orbit_capture: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", [0, 1e-3])
+def test_training_on_the_gpu_is_as_good(orbit_capture: Path, tmp_path: Path, rate: float) -> None:
+    """Without exposures, and with them."""
     from spaceport_gs.evaluate import evaluate
     from spaceport_gs.scene import load_scene, split
     from spaceport_gs.schedule import TrainSettings
@@ -241,7 +300,7 @@ def test_training_on_the_gpu_is_as_good(orbit_capture: Path, tmp_path: Path) -> 
     _, held_out = split(scene, 8)
     scores = []
     for device in ("cpu", "cuda"):
-        report = train(scene, TrainSettings(steps=600, device=device), tmp_path / device)
+        report = train(scene, TrainSettings(steps=600, device=device, exposure_rate=rate), tmp_path / device)
         scores.append(evaluate(report.gaussians, held_out).psnr)
     assert all(score is not None and math.isfinite(score) for score in scores)
     assert scores[1] == pytest.approx(scores[0], abs=0.5)

@@ -12,11 +12,13 @@ import torch
 from scenes import assert_close, camera, random_gaussians
 
 from spaceport_gs import _engine, ops, reference
+from spaceport_gs.exposure import Exposure
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.pipeline.doctor import cuda_missing
 from spaceport_gs.types import Camera, Image, RasterSettings
 
 SETTINGS = RasterSettings(background=(0.2, 0.5, 0.7))
+RATES = ops.AdamSettings(1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3, step=7)
 
 
 @pytest.fixture(params=["portable", "avx2", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -202,6 +204,84 @@ def test_loss_of_a_perfect_image(device: str) -> None:
     assert result.ssim == pytest.approx(1.0, abs=1e-6)
 
 
+def images(width: int, height: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A colour, a photo and a mask with all of nothing, something and everything in it."""
+    draw = torch.Generator().manual_seed(width)
+    photo = torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8)
+    mask = (torch.randn(height, width, generator=draw) * 200 + 128).clamp(0, 255).to(torch.uint8)
+    return torch.rand(height, width, 3, generator=draw), photo, mask
+
+
+EXPOSURE = torch.tensor([[0.9, 0.05, -0.1, 0.02], [0.1, 1.2, 0.03, -0.04], [-0.06, 0.07, 0.8, 0.05]])
+
+
+@pytest.mark.parametrize("padding", list(ops.SsimPadding))
+@pytest.mark.parametrize("parts", ["", "mask", "exposure", "mask and exposure"])
+@pytest.mark.parametrize(("width", "height"), [(70, 45), (17, 11), (195, 130)])
+def test_loss_with_all_its_parts(device: str, width: int, height: int, parts: str, padding: ops.SsimPadding) -> None:
+    color, photo, mask = images(width, height)
+    if "mask" not in parts:
+        mask = torch.full_like(mask, 255)
+    truth, exposure = color.double().requires_grad_(), EXPOSURE.double().requires_grad_()
+    exposed = reference.expose(truth, exposure) if "exposure" in parts else truth
+    expected = reference.masked_loss(exposed, photo, mask, 0.3, is_padded=padding is ops.SsimPadding.ZERO)
+    expected.backward()
+    target = ops.LossTarget(
+        photo.to(device),
+        mask.to(device) if "mask" in parts else None,
+        EXPOSURE.to(device) if "exposure" in parts else None,
+    )
+    result = ops.loss(color.to(device), target, ops.LossSettings(0.3, padding))
+    assert result.value == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert_close(result.d_color, truth.grad)
+    if "exposure" in parts:
+        assert_close(result.d_exposure, exposure.grad)
+
+
+def test_what_a_mask_hides_has_no_influence(device: str) -> None:
+    color, photo, mask = (image.to(device) for image in images(70, 45))
+    hidden = mask < 100
+    mask[hidden] = 0
+    results = []
+    for level in (0, 255):
+        photo[hidden], color[hidden] = level, 1 - level / 200
+        results.append(ops.loss(color, ops.LossTarget(photo, mask), ops.LossSettings()))
+    assert torch.equal(results[0].means, results[1].means)
+    assert torch.equal(results[0].d_color, results[1].d_color)
+    assert not results[0].d_color[hidden].any() and results[0].d_color[~hidden].any()
+
+
+@pytest.mark.parametrize("padding", list(ops.SsimPadding))
+def test_where_all_is_hidden_the_loss_is_zero(device: str, padding: ops.SsimPadding) -> None:
+    color, photo, mask = (image.to(device) for image in images(17, 12))
+    target = ops.LossTarget(photo, torch.zeros_like(mask), EXPOSURE.to(device))
+    result = ops.loss(color, target, ops.LossSettings(0.2, padding))
+    assert result.value == 0 and result.d_exposure is not None
+    assert not result.d_color.any() and not result.d_exposure.any()
+
+
+def test_images_without_a_window_have_no_valid_padding(device: str) -> None:
+    color, photo, mask = (image.to(device) for image in images(40, 10))
+    with pytest.raises(ValueError, match="color: expected at least 11x11 pixels"):
+        ops.loss(color, photo, ops.LossSettings(0.2, ops.SsimPadding.VALID))
+    with pytest.raises(ValueError, match="mask: expected shape"):
+        ops.loss(color, ops.LossTarget(photo, mask[:5]), ops.LossSettings())
+
+
+def test_exposure_moves_as_adam_does(device: str) -> None:
+    """Each view at its own pace."""
+    exposures, draw = Exposure.identity(3, device), torch.Generator().manual_seed(0)
+    truth = torch.eye(3, 4).double()
+    moments = reference.Moments(torch.zeros_like(truth), torch.zeros_like(truth))
+    for step in range(1, 4):
+        gradient = torch.randn(3, 4, generator=draw)
+        exposures.of(1).update(gradient.to(device), replace(RATES, exposure=1e-2, step=70 + step))
+        truth, moments = reference.update(truth, gradient.double(), moments, 1e-2, step)
+    torch.testing.assert_close(exposures.values[1].cpu().double(), truth, rtol=1e-4, atol=1e-6)
+    assert torch.equal(exposures.values[[0, 2]].cpu(), torch.eye(3, 4).repeat(2, 1, 1))
+    assert exposures.n_steps.tolist() == [0, 3, 0]
+
+
 def test_update_is_adam(device: str) -> None:
     values, truth = on(device, random_gaussians(37)), random_gaussians(37)
     first, second = ops.zeros_like(values), ops.zeros_like(values)
@@ -241,7 +321,7 @@ def test_fused_update_is_the_two_verbs(device: str, n: int, degree: int, held: i
             on(device, random_gaussians(n, seed=1, sh_degree=held)),
             on(device, random_gaussians(n, seed=2, sh_degree=held).map(lambda array: array.abs())),
         )
-        adam = ops.AdamSettings(1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3, step=7)
+        adam = RATES
         projected = ops.project(values, view, settings)
         draw = torch.Generator().manual_seed(3)
         d_splats = torch.randn(len(projected.splats), 9, generator=draw).to(device)

@@ -93,7 +93,8 @@ int main(int argc, char** argv) {
   blend(cpu, projected, tiles, camera, settings, image);
   scratch.resize(loss_scratch(cpu, width, height));
   std::vector<double> means(2);
-  loss(cpu, {color.data(), photo.data(), width, height}, {0.2f}, scratch.data(), {means.data(), d_color.data()});
+  loss(cpu, {color.data(), {photo.data(), nullptr, nullptr}, width, height}, {0.2f, SsimPadding::kZero}, scratch.data(),
+       {means.data(), d_color.data(), nullptr});
 
   scratch.resize(blend_vjp_scratch(cpu, n_instances));
   std::vector<float> d_splats(static_cast<size_t>(projected.n) * kSplatGradientStride);
