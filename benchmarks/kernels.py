@@ -340,7 +340,9 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
 
     exposed_views = [replace(view, mask=target.mask, exposure=exposures.of(i)) for i, view in enumerate(step_views)]
 
-    def steps(rule: UpdateRule, views: list[StepView] = step_views) -> Callable[[int], None]:
+    def steps(
+        rule: UpdateRule, views: list[StepView] = step_views, moments: ops.AdamMoments = moments
+    ) -> Callable[[int], None]:
         recorded, numbers = TrainingStep(gaussians, moments, statistics_of, rule), itertools.count(1)
         return lambda i: recorded.run(views[i], replace(rates, step=next(numbers)))
 
@@ -361,6 +363,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "density": lambda i: ops.density(projected[i], d_splats[i], views[i], statistics_of),
         "whole step, all rows": steps(UpdateRule.ALL),
         "whole step, with masks and exposures": steps(UpdateRule.ALL, exposed_views),
+        "whole step, compact moments": steps(UpdateRule.ALL, moments=moments.stored(ops.MomentStorage.COMPACT)),
         "whole step": steps(UpdateRule.CONTRIBUTING),
     }
 

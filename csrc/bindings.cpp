@@ -154,10 +154,10 @@ void bind_verbs(py::module_& m) {
     const Reader read = reader_of(backend);
     const Gaussians v = read.gaussians(values);
     const Gaussians g = read.gaussians_like(gradient, v);
-    const Gaussians m1 = read.gaussians_like(first, v), m2 = read.gaussians_like(second, v);
+    const AdamMoments moments = read.moments(first, second, v);
     const AdamSettings a = adam_settings_of(settings);
     Unlocked unlocked;
-    update(backend, v, g, m1, m2, a);
+    update(backend, v, g, moments, a);
   });
 
   m.def("project_vjp_update_scratch", [](const Backend& backend, py::object values) {
@@ -171,7 +171,7 @@ void bind_verbs(py::module_& m) {
         const Gaussians v = read.gaussians(values);
         const Projected p = read.projected(projected);
         const float* d = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
-        const AdamMoments moments = {read.gaussians_like(first, v), read.gaussians_like(second, v)};
+        const AdamMoments moments = read.moments(first, second, v);
         const AdamSettings a = adam_settings_of(adam);
         check_rows(backend, p, v.n);
         void* memory = read.scratch(scratch, project_vjp_update_scratch(backend, v));
@@ -211,7 +211,7 @@ void bind_step(py::module_& m) {
          py::object adam) {
         const Reader read = reader_of(cuda);
         const Gaussians v = read.gaussians(values);
-        const AdamMoments moments = {read.gaussians_like(first, v), read.gaussians_like(second, v)};
+        const AdamMoments moments = read.moments(first, second, v);
         int32_t* rows = read.array<int32_t>(up_to_date, "up_to_date", {v.n}).data;
         const AdamSettings a = adam_settings_of(adam);
         Unlocked unlocked;
@@ -245,7 +245,7 @@ void bind_step(py::module_& m) {
           refuse("n_instances", "1 to 2^31 - 1", std::to_string(n_instances));
         const StepSize size = {v.n, n_instances, width, height};
         StepBuffers buffers = {v,
-                               {read.gaussians_like(first, v), read.gaussians_like(second, v)},
+                               read.moments(first, second, v),
                                read.array<int32_t>(numbers, "numbers", {v.n}).data,
                                read.array<float>(sums, "sums", {v.n, kSplatGradientStride}).data,
                                nullptr,

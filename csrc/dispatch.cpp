@@ -67,9 +67,9 @@ void loss(const Cpu& cpu, const LossImages& images, const LossSettings& settings
   SPACEPORT_DISPATCH(loss, images, settings, scratch, out);
 }
 
-void update(const Cpu& cpu, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
-            const Gaussians& second_moment, const AdamSettings& settings) {
-  SPACEPORT_DISPATCH(update, values, gradient, first_moment, second_moment, settings);
+void update(const Cpu& cpu, const Gaussians& values, const Gaussians& gradient, const AdamMoments& moments,
+            const AdamSettings& settings) {
+  SPACEPORT_DISPATCH(update, values, gradient, moments.first, moments.second, settings);
 }
 
 size_t project_vjp_update_scratch(const Cpu&, const Gaussians& values) {
@@ -92,7 +92,7 @@ void project_vjp_update(const Cpu& cpu, const Gaussians& values, const Camera& c
   gradient.opacities = take(1);
   gradient.sh = take(3 * values.n_coefficients);
   project_vjp(cpu, values, camera, settings, projected, d_splats, gradient);
-  update(cpu, values, gradient, moments.first, moments.second, adam);
+  update(cpu, values, gradient, moments, adam);
 }
 
 void cluster_assign(const Cpu& cpu, const Points& points, const Points& centroids, int32_t* labels, float* distances) {

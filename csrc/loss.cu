@@ -159,10 +159,11 @@ struct Comparison {
   const float* color;
   LossTarget target;
 
-  __device__ float weight(int64_t at) const {
+  // Of the pixel `at`; all its numbers fit an int.
+  __device__ float weight(int at) const {
     return kIsPlain || target.mask == nullptr ? 1.0f : shade_of(target.mask[at]);
   }
-  __device__ Pair pair(int64_t at, int channel) const {
+  __device__ Pair pair(int at, int channel) const {
     const float y = shade_of(target.photo[kChannels * at + channel]);
     if (kIsPlain) return {color[kChannels * at + channel], y};
     const float x = target.exposure == nullptr ? color[kChannels * at + channel]
@@ -211,7 +212,7 @@ __global__ __launch_bounds__(kThreads, kIsPlain ? 5 : 3) void moments_kernel(Los
       const float own[5] = {moments[0][i], moments[1][i], moments[2][i], 0.0f, moments[3][i]};
       SsimDerivatives<float> d = ssim_of(own);
       if (!kIsPlain) {
-        const float weight = comparison.weight(int64_t(row) * images.width + column);
+        const float weight = comparison.weight(row * images.width + column);
         const bool is_inner =
             column >= margin && column < images.width - margin && row >= margin && row < images.height - margin;
         const float inner_weight = is_inner ? weight : 0.0f;
@@ -302,7 +303,7 @@ __global__ __launch_bounds__(kThreads, kIsPlain ? 4 : 2) void gradient_kernel(Lo
     for (int i = 0; i < kDown; ++i) {
       const int row = top + row_of(i);
       if (column >= images.width || row >= images.height) continue;
-      const int64_t at = int64_t(row) * images.width + column;
+      const int at = row * images.width + column;
       const auto [x, y] = comparison.pair(at, channel);
       const float sign = x > y ? factors.l1 : x < y ? -factors.l1 : 0.0f;
       out.d_color[kChannels * at + channel] =

@@ -108,16 +108,22 @@ struct AdamSettings {
   int64_t step;    // 1 for the first
   float exposure;  // learning rate of the view's exposure
 };
-void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
-            const Gaussians& second_moment, const AdamSettings&);
-void update(const Cuda&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
-            const Gaussians& second_moment, const AdamSettings&);
+// How the moments of SH coefficients lie in memory; those of all else are floats.
+enum class MomentStorage {
+  kFull,     // as the coefficients do
+  kCompact,  // on a GPU: first.sh is [N, K, 3] words, each two bfloat16, of the first moment (the upper half) and of
+             // the second. But the constant coefficient keeps floats: its words are the first moment, second.sh is [N,
+             // 1, 3]
+};
+struct AdamMoments {
+  Gaussians first, second;
+  MomentStorage storage;
+};
+void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const AdamMoments&, const AdamSettings&);
+void update(const Cuda&, const Gaussians& values, const Gaussians& gradient, const AdamMoments&, const AdamSettings&);
 
 // project_vjp and update in one, without the gradient in between where the backend can do so. The moments' and values'
 // rows that are not visible take their step with a gradient of zero.
-struct AdamMoments {
-  Gaussians first, second;
-};
 size_t project_vjp_update_scratch(const Cpu&, const Gaussians&);
 size_t project_vjp_update_scratch(const Cuda&, const Gaussians&);
 void project_vjp_update(const Cpu&, const Gaussians& values, const Camera&, const RasterSettings&, const Projected&,

@@ -8,6 +8,7 @@
 #include "look_back.cuh"
 #include "queued.cuh"
 #include "rows.cuh"
+#include "sh_moments.cuh"
 
 namespace spaceport {
 namespace cuda {
@@ -48,21 +49,6 @@ __device__ void adam(float& value, float gradient, float& first, float& second, 
   if (lag.drift != 0.0f) catch_up(value, first, second, rate, r, lag);
   adam(value, gradient, first, second, rate, r);
 }
-
-template <class T>
-struct Parameter {
-  T value, first, second;
-
-  __device__ static Parameter load(const float* values, const float* firsts, const float* seconds, int64_t at) {
-    return {reinterpret_cast<const T*>(values)[at], reinterpret_cast<const T*>(firsts)[at],
-            reinterpret_cast<const T*>(seconds)[at]};
-  }
-  __device__ void store(float* values, float* firsts, float* seconds, int64_t at) const {
-    reinterpret_cast<T*>(values)[at] = value;
-    reinterpret_cast<T*>(firsts)[at] = first;
-    reinterpret_cast<T*>(seconds)[at] = second;
-  }
-};
 
 __device__ void step(Parameter<float>& p, float gradient, float rate, const AdamRates& rates, const Lag& lag) {
   adam(p.value, gradient, p.first, p.second, rate, rates, lag);
@@ -302,9 +288,9 @@ constexpr unsigned kMostShBlocks = 2640;       // several times what a large GPU
 
 // Adam on the SH coefficients of the rows that have a record: neighbouring threads take neighbouring coefficients, four
 // at a time where the rows' length allows it.
-template <int kDegree, class Rows>
+template <int kDegree, class Rows, class Sh>
 __global__ __launch_bounds__(kShThreads) void update_sh_kernel(UpdateJob job, Rows rows, Late<UpdateInputs> late_inputs,
-                                                               const ShRecord* records) {
+                                                               const ShRecord* records, Sh sh) {
   constexpr int kCoefficients = n_coefficients_of(kDegree);
   __shared__ float bases[kCoefficients][kShRows + 1];
   __shared__ float colors[3][kShRows + 1];
@@ -312,15 +298,16 @@ __global__ __launch_bounds__(kShThreads) void update_sh_kernel(UpdateJob job, Ro
   __shared__ Lag lag_of[kShRows];
   __shared__ AdamRates rates;
   __shared__ float dc, rest;
+  __shared__ Rounding rounding;
   if (job.changes_nothing()) return;
   const int64_t n_rows = rows.n(job);
   const int thread = int(threadIdx.x), stride = 3 * job.values.n_coefficients;
-  float *values = job.values.sh, *firsts = job.moments.first.sh, *seconds = job.moments.second.sh;
   if (thread == 0) {
     const UpdateInputs& u = *late_inputs.place_or_value();
     rates = u.rates;
     dc = u.settings.sh_dc;
     rest = u.settings.sh_rest;
+    rounding = {uint32_t(u.settings.step)};
   }
   const auto gradient_of = [&](int slot, int column) {
     const int k = column / 3;
@@ -351,8 +338,7 @@ __global__ __launch_bounds__(kShThreads) void update_sh_kernel(UpdateJob job, Ro
         for (int j = 0; j < kAtOnce; ++j) {
           const int i = begin + j * kShThreads, slot = i / n_fours;
           if (i < n * n_fours) {
-            p[j] =
-                Parameter<float4>::load(values, firsts, seconds, int64_t(row_of[slot]) * n_fours + i - slot * n_fours);
+            p[j] = sh.load(row_of[slot], n_fours, i - slot * n_fours);
           }
         }
 #pragma unroll
@@ -363,16 +349,15 @@ __global__ __launch_bounds__(kShThreads) void update_sh_kernel(UpdateJob job, Ro
                                               gradient_of(slot, column + 2), gradient_of(slot, column + 3));
           step(p[j], gradient, column == 0 ? make_float4(dc, dc, dc, rest) : make_float4(rest, rest, rest, rest), rates,
                lag_of[slot]);
-          p[j].store(values, firsts, seconds, int64_t(row_of[slot]) * n_fours + four);
+          sh.store(p[j], row_of[slot], n_fours, four, rounding);
         }
       }
     } else {
       for (int i = thread; i < n * stride; i += kShThreads) {
         const int slot = i / stride, column = i - slot * stride;
-        const int64_t at = int64_t(row_of[slot]) * stride + column;
-        auto p = Parameter<float>::load(values, firsts, seconds, at);
+        Parameter<float> p = sh.load_one(row_of[slot], stride, column);
         step(p, gradient_of(slot, column), column < 3 ? dc : rest, rates, lag_of[slot]);
-        p.store(values, firsts, seconds, at);
+        sh.store_one(p, row_of[slot], stride, column, rounding);
       }
     }
   }
@@ -425,26 +410,27 @@ __global__ __launch_bounds__(kThreads) void list_contributing_kernel(UpdateJob j
   }
 }
 
-// One table of parameters with its moments, each [N, n_columns]; the first columns may have a rate of their own.
+// One table of parameters with its moments, each [N, n_columns].
 struct Table {
   float *values, *first, *second;
-  int n_columns, n_leading;
-  float leading_rate, rate;
+  int n_columns;
+  float rate;
 };
 struct Tables {
-  Table tables[5];
+  Table tables[4];
 };
 
 // All rows that have missed steps make up for them.
-__global__ __launch_bounds__(kRows) void catch_up_kernel(Tables all, int64_t n, int64_t step, AdamRates rates,
-                                                         int32_t* up_to_date) {
+template <class Sh>
+__global__ __launch_bounds__(kRows) void catch_up_kernel(Tables all, Sh sh, int n_sh_columns, int64_t n, AdamSettings a,
+                                                         AdamRates rates, int32_t* up_to_date) {
   __shared__ Lag lags[kRows];
   const int64_t first_row = int64_t(blockIdx.x) * kRows;
   const int n_rows = int(n - first_row < kRows ? n - first_row : kRows);
   if (int(threadIdx.x) < n_rows) {
     const int64_t row = first_row + threadIdx.x;
-    lags[threadIdx.x] = Lag::between(up_to_date[row], step + 1, rates);
-    up_to_date[row] = int32_t(step);
+    lags[threadIdx.x] = Lag::between(up_to_date[row], a.step + 1, rates);
+    up_to_date[row] = int32_t(a.step);
   }
   __syncthreads();
   for (const Table& table : all.tables) {
@@ -452,9 +438,15 @@ __global__ __launch_bounds__(kRows) void catch_up_kernel(Tables all, int64_t n, 
       const int row = i / table.n_columns;
       if (lags[row].drift == 0.0f) continue;
       const int64_t at = first_row * table.n_columns + i;
-      const float rate = i - row * table.n_columns < table.n_leading ? table.leading_rate : table.rate;
-      catch_up(table.values[at], table.first[at], table.second[at], rate, rates, lags[row]);
+      catch_up(table.values[at], table.first[at], table.second[at], table.rate, rates, lags[row]);
     }
+  }
+  for (int i = int(threadIdx.x); i < n_rows * n_sh_columns; i += kRows) {
+    const int row = i / n_sh_columns, column = i - row * n_sh_columns;
+    if (lags[row].drift == 0.0f) continue;
+    Parameter<float> p = sh.load_one(first_row + row, n_sh_columns, column);
+    catch_up(p.value, p.first, p.second, column < 3 ? a.sh_dc : a.sh_rest, rates, lags[row]);
+    sh.store_one(p, first_row + row, n_sh_columns, column, {uint32_t(a.step)});
   }
 }
 
@@ -475,7 +467,9 @@ void launch_update(cudaStream_t stream, const UpdateJob& job, int sh_degree, con
   const unsigned n_sh_blocks = std::min(n_blocks_of(n, kShRows), kMostShBlocks);
   for_degree(sh_degree, [&](auto degree) {
     update_shape_kernel<degree><<<n_blocks_of(n, kRows), kRows, 0, stream>>>(job, rows, inputs, records);
-    update_sh_kernel<degree><<<n_sh_blocks, kShThreads, 0, stream>>>(job, rows, inputs, records);
+    for_storage(job.values, job.moments, [&](const auto& sh) {
+      update_sh_kernel<degree><<<n_sh_blocks, kShThreads, 0, stream>>>(job, rows, inputs, records, sh);
+    });
   });
 }
 
@@ -532,13 +526,15 @@ void catch_up(const Cuda& backend, const Gaussians& values, const AdamMoments& m
               const AdamSettings& a) {
   if (values.n == 0) return;
   const Gaussians &m = moments.first, &v = moments.second;
-  const cuda::Tables tables = {{{values.means, m.means, v.means, 3, 0, 0.0f, a.means},
-                                {values.log_scales, m.log_scales, v.log_scales, 3, 0, 0.0f, a.log_scales},
-                                {values.quaternions, m.quaternions, v.quaternions, 4, 0, 0.0f, a.quaternions},
-                                {values.opacities, m.opacities, v.opacities, 1, 0, 0.0f, a.opacities},
-                                {values.sh, m.sh, v.sh, 3 * values.n_coefficients, 3, a.sh_dc, a.sh_rest}}};
-  cuda::catch_up_kernel<<<n_blocks_of(values.n, cuda::kRows), cuda::kRows, 0, stream_of(backend)>>>(
-      tables, values.n, a.step, cuda::AdamRates::of(a), up_to_date);
+  const cuda::Tables tables = {{{values.means, m.means, v.means, 3, a.means},
+                                {values.log_scales, m.log_scales, v.log_scales, 3, a.log_scales},
+                                {values.quaternions, m.quaternions, v.quaternions, 4, a.quaternions},
+                                {values.opacities, m.opacities, v.opacities, 1, a.opacities}}};
+  const unsigned n_blocks = n_blocks_of(values.n, cuda::kRows);
+  cuda::for_storage(values, moments, [&](const auto& sh) {
+    cuda::catch_up_kernel<<<n_blocks, cuda::kRows, 0, stream_of(backend)>>>(
+        tables, sh, 3 * values.n_coefficients, values.n, a, cuda::AdamRates::of(a), up_to_date);
+  });
   check_launch("catch up");
 }
 

@@ -137,6 +137,24 @@ class Reader {
     return g;
   }
 
+  // Adam's moments of these values, in either storage.
+  AdamMoments moments(py::handle first, py::handle second, const Gaussians& values) const {
+    const bool is_compact = is_gpu() && py::str(first.attr("sh").attr("dtype")).cast<std::string>() == "torch.int32";
+    if (!is_compact) return {gaussians_like(first, values), gaussians_like(second, values), MomentStorage::kFull};
+    const auto shape_and = [&](py::handle object, float* sh) {
+      return Gaussians{field<float>(object, "means", {values.n, 3}).data,
+                       field<float>(object, "log_scales", {values.n, 3}).data,
+                       aligned(field<float>(object, "quaternions", {values.n, 4}), "quaternions").data,
+                       field<float>(object, "opacities", {values.n}).data,
+                       sh,
+                       values.n,
+                       values.n_coefficients};
+    };
+    const Array<int32_t> words = field<int32_t>(first, "sh", {values.n, values.n_coefficients, 3});
+    return {shape_and(first, reinterpret_cast<float*>(aligned(words, "sh").data)),
+            shape_and(second, field<float>(second, "sh", {values.n, 1, 3}).data), MomentStorage::kCompact};
+  }
+
   // `n` rows, of which the first that project fills are used; -1 takes all rows as filled.
   Projected projected(py::handle object, int64_t n = -1) const {
     const Array<float> splats = field<float>(object, "splats", {n, kSplatStride});

@@ -53,6 +53,8 @@ class RunSettings:
     title: str = ""
     exposure_rate: float = 0.0
     """Learning rate of each photo's exposure; 0 = the preset's."""
+    moments: str = "full"
+    """full or compact: see TrainSettings."""
 
 
 def device_of(wanted: str) -> str:
@@ -92,10 +94,12 @@ def train_project(source: Path, workspace: Workspace, settings: RunSettings, lis
 
 def check(settings: RunSettings) -> None:
     """InputError or BackendError for settings that no run can have, before anything is touched."""
-    from spaceport_gs.schedule import preset
+    from spaceport_gs.schedule import MOMENTS, preset
 
     device_of(settings.device)
     preset(settings.preset, 1, 1)
+    if settings.moments not in MOMENTS:
+        raise InputError(f"--moments {settings.moments}: choose {' or '.join(MOMENTS)}")
     if settings.eval_every == 1:
         raise InputError("--eval-every 1 would hold out every photo: give 0 (none) or at least 2")
 
@@ -221,6 +225,7 @@ def train_stage(workspace: Workspace, settings: RunSettings, listen: Listener) -
         checkpoint_every=settings.checkpoint_every,
         device=device_of(settings.device),
         exposure_rate=settings.exposure_rate,
+        moments=settings.moments,
     )
 
     def work() -> dict[str, Any]:

@@ -199,18 +199,25 @@ def _rows(arrays: Mapping[str, np.ndarray], name: str, device: str) -> Rows:
         opacities=(n_gaussians,),
         sh=(n_gaussians, n_coefficients, 3),
     )
-    values, *companions = (
-        Gaussians(*(_floats(arrays, f"{name}/{i}/{f.name}", getattr(shapes, f.name)) for f in fields(Gaussians))).torch(
-            device
-        )
-        for i in range(3)
-    )
+    tables = [
+        Gaussians(*(_floats(arrays, f"{name}/{i}/{f.name}", getattr(s, f.name)) for f in fields(Gaussians)))
+        for i, s in enumerate((shapes, *_shapes_of_moments(shapes, arrays[f"{name}/1/sh"])))
+    ]
+    values, *companions = (table.torch(device) for table in tables)
     return Rows(values, tuple(companions))
+
+
+def _shapes_of_moments(values: Gaussians, first_sh: np.ndarray) -> tuple[Gaussians, Gaussians]:
+    """In the storage that this table of the first moment has; see ops.AdamMoments."""
+    if first_sh.dtype != np.int32:
+        return values, values
+    return values, replace(values, sh=(values.sh[0], 1, 3))
 
 
 def _floats(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
     array = arrays[name]
-    if array.dtype != np.float32 or array.shape != shape:
+    is_words = name.endswith("/1/sh") and array.dtype == np.int32  # of compact moments
+    if (array.dtype != np.float32 and not is_words) or array.shape != shape:
         raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, not float32{list(shape)}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinity")

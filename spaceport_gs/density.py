@@ -31,8 +31,10 @@ class Rows:
 
     def append(self, values: Gaussians) -> Rows:
         """New rows, whose gradient and moments are zero."""
-        zeros = values.map(lambda array: array.new_zeros(array.shape))
-        return Rows(self.values.append(values), tuple(c.append(zeros) for c in self.companions))
+        n = len(values)
+        zeros = [c.map(lambda array: array.new_zeros((n, *array.shape[1:]))) for c in self.companions]
+        companions = tuple(c.append(z) for c, z in zip(self.companions, zeros, strict=True))
+        return Rows(self.values.append(values), companions)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -260,16 +260,61 @@ def update(
     second_moment: Gaussians,
     settings: AdamSettings,
 ) -> None:
-    """One step of Adam over every row, in place."""
+    """One step of Adam over every row, in place. The moments may be compact ones."""
     _engine.update(backend_of(values.means), values, gradient, first_moment, second_moment, settings)
+
+
+class MomentStorage(Enum):
+    """How Adam's moments of the SH coefficients lie in memory; those of all else are float32."""
+
+    FULL = "full"
+    """float32."""
+    COMPACT = "compact"
+    """bfloat16, on a GPU alone: 180 bytes less for each Gaussian of degree 3. Rounded up or down at random, in proportion to
+    how near the two lie, so that averages are right in the mean; those of the constant coefficient stay float32."""
 
 
 @dataclass(frozen=True)
 class AdamMoments:
-    """Adam's averages of the gradient and of its square; they start at zero."""
+    """Adam's averages of the gradient and of its square; they start at zero.
+
+    Compact ones: `first.sh` is [N, K, 3] int32, each two bfloat16 of the first moment (the upper half) and of the second.
+    But of the constant coefficient it holds the bits of the first moment, and `second.sh` [N, 1, 3] the second.
+    """
 
     first: Gaussians
     second: Gaussians
+
+    @staticmethod
+    def zeros(values: Gaussians, storage: MomentStorage = MomentStorage.FULL) -> AdamMoments:
+        """Before the first step on these values."""
+        first, second = zeros_like(values), zeros_like(values)
+        if storage is MomentStorage.FULL:
+            return AdamMoments(first, second)
+        return AdamMoments(
+            replace(first, sh=torch.zeros_like(values.sh, dtype=torch.int32)),
+            replace(second, sh=torch.zeros_like(values.sh[:, :1])),
+        )
+
+    @property
+    def storage(self) -> MomentStorage:
+        return MomentStorage.COMPACT if self.first.sh.dtype == torch.int32 else MomentStorage.FULL
+
+    def stored(self, storage: MomentStorage) -> AdamMoments:
+        """The same moments, rounded to the nearest where they become compact."""
+        if storage is self.storage:
+            return self
+        first, second = self.first.sh, self.second.sh
+        if storage is MomentStorage.COMPACT:
+            halves = (moment.bfloat16().view(torch.int16).to(torch.int32) for moment in (first, second))
+            words = (next(halves) << 16) | (next(halves) & 0xFFFF)
+            words[:, 0] = first[:, 0].view(torch.int32)
+            first, second = words, second[:, :1].clone()
+        else:
+            words, constant = first, second
+            first, second = (words & -0x10000).view(torch.float32), (words << 16).view(torch.float32)
+            first[:, 0], second[:, :1] = words[:, 0].view(torch.float32), constant
+        return AdamMoments(replace(self.first, sh=first), replace(self.second, sh=second))
 
 
 def project_vjp_update(

@@ -18,6 +18,7 @@ from spaceport_gs.types import RasterSettings
 LEVELS = 16  # resolutions are multiples of 1/16, so that no level jumps far
 FEW_VIEWS = 60  # fewer photos than this overfit, and get schedules of their own
 VERY_FEW_VIEWS = 25
+MOMENTS = ("full", "compact")
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ class TrainSettings:
     """Where to train: cpu or cuda."""
     exposure_rate: float = 0.0
     """Learning rate of each photo's exposure, such as 0.001; 0 = the recipe's."""
+    moments: str = "full"
+    """How Adam's moments of the SH coefficients are kept on a GPU: `full`, or `compact` in half of the memory."""
     recipe: Recipe | None = None
     """None = the preset's recipe for the capture."""
 
@@ -142,8 +145,12 @@ class TrainSettings:
         return asdict(self)
 
     def decisive(self) -> dict[str, Any]:
-        """The part of `to_json` that a resumed run must agree with; it may go on on another device."""
-        return {name: value for name, value in self.to_json().items() if name not in ("checkpoint_every", "device")}
+        """The part of `to_json` that a resumed run must agree with; it may go on on another device, in another storage."""
+        return {
+            name: value
+            for name, value in self.to_json().items()
+            if name not in ("checkpoint_every", "device", "moments")
+        }
 
 
 def preset(name: str, n_views: int, n_pixels: int) -> Recipe:
@@ -277,6 +284,8 @@ def plateau(rule: PlateauRule, probes: Sequence[float]) -> str | None:
 
 
 def _check(settings: TrainSettings) -> None:
+    if settings.moments not in MOMENTS:
+        raise InputError(f"--moments must be {' or '.join(MOMENTS)}, not {settings.moments}")
     for name, least in (
         ("steps", 0),
         ("max_seconds", 0),

@@ -32,7 +32,7 @@ from spaceport_gs.types import Image, RasterSettings, Statistics
 if TYPE_CHECKING:
     import torch
 
-    from spaceport_gs.ops import AdamSettings
+    from spaceport_gs.ops import AdamSettings, MomentStorage
     from spaceport_gs.step import StepView, TrainingStep
 
 STAGE = "train"
@@ -163,13 +163,29 @@ def _fingerprint(scene: Scene, settings: TrainSettings) -> str:
 
 
 def _start(scene: Scene, run: _Run) -> State:
+    from spaceport_gs.ops import AdamMoments
+
     values = from_points(scene.points, scene.colors, run.recipe.sh_degree).torch(run.settings.device)
-    zeros = values.map(lambda array: array.new_zeros(array.shape))
-    moments = tuple(zeros.map(lambda array: array.clone()) for _ in range(2))
-    state = State(Rows(values, moments), Statistics.empty(len(values), run.settings.device))
+    moments = AdamMoments.zeros(values, _storage(run.settings))
+    state = State(Rows(values, (moments.first, moments.second)), Statistics.empty(len(values), run.settings.device))
     if run.recipe.exposure_rate > 0:
         state.exposures = Exposure.identity(len(run.names), run.settings.device)
     return state
+
+
+def _storage(settings: TrainSettings) -> MomentStorage:
+    from spaceport_gs.ops import MomentStorage
+
+    is_compact = settings.moments == "compact" and settings.device != "cpu"
+    return MomentStorage.COMPACT if is_compact else MomentStorage.FULL
+
+
+def _stored(rows: Rows, settings: TrainSettings) -> Rows:
+    """The rows with their moments as these settings keep them."""
+    from spaceport_gs.ops import AdamMoments
+
+    moments = AdamMoments(*rows.companions).stored(_storage(settings))
+    return Rows(rows.values, (moments.first, moments.second))
 
 
 def _resumed(folder: Path, fingerprint: str, settings: TrainSettings, listen: Listener) -> State | None:
@@ -182,6 +198,8 @@ def _resumed(folder: Path, fingerprint: str, settings: TrainSettings, listen: Li
             failure = failure or error
             listen(Progress(STAGE, 0, settings.steps, str(error)))
         else:
+            state.rows = _stored(state.rows, settings)
+            state.best = None if state.best is None else _stored(state.best, settings)
             return state
     if failure is not None:
         raise failure

@@ -258,6 +258,52 @@ def test_a_step_with_nothing_visible() -> None:
     assert torch.equal(values.sh, before.sh)
 
 
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_compact_moments_are_right_in_the_mean(degree: int) -> None:
+    """Averages that move by a thousandth a step, up and down again, of which rounding to the nearest would lose all."""
+    start = random_gaussians(4_000, sh_degree=degree).map(lambda a: a.cuda())
+    draw = torch.Generator("cuda").manual_seed(0)
+    routes = {s: (start.map(lambda a: a.clone()), ops.AdamMoments.zeros(start, s)) for s in ops.MomentStorage}
+    for i in range(400):
+        size = 1.0 if i < 200 else 0.01
+        gradient = start.map(lambda a, size=size: size * (1 + torch.randn(a.shape, generator=draw, device="cuda")))
+        for values, moments in routes.values():
+            ops.update(values, gradient, moments.first, moments.second, rates(i + 1))
+    full, compact = (routes[s] for s in (ops.MomentStorage.FULL, ops.MomentStorage.COMPACT))
+    unpacked = compact[1].stored(ops.MomentStorage.FULL)
+    for name in ("first", "second"):
+        a, b = getattr(unpacked, name).sh, getattr(full[1], name).sh
+        assert float((a.double().mean() / b.double().mean()).log().abs()) < 2e-3
+        assert float((a - b).abs().mean()) < 0.05 * float(b.abs().mean())
+    moved, apart = full[0].sh - start.sh, compact[0].sh - full[0].sh
+    assert abs(float(apart.mean())) < 1e-3 * float(moved.abs().mean())
+    assert float(apart.abs().mean()) < 0.02 * float(moved.abs().mean())
+    assert torch.equal(compact[0].sh[:, 0], full[0].sh[:, 0])
+    for a, b in zip(compact[0].arrays()[:4], full[0].arrays()[:4], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("rule", list(UpdateRule))
+def test_recorded_steps_with_compact_moments(rule: UpdateRule, degree: int) -> None:
+    gaussians = random_gaussians(20_000, scale=0.03, sh_degree=degree).map(lambda a: a.cuda())
+    views = some_views(8) * 5
+    photo, results = photo_for(views[0]).cuda(), []
+    for storage in ops.MomentStorage:
+        values = gaussians.map(lambda a: a.clone())
+        moments = ops.AdamMoments.zeros(values, storage)
+        step = TrainingStep(values, moments, Statistics.empty(len(values), "cuda"), rule)
+        for i, view in enumerate(views):
+            step.run(StepView(view, photo, SETTINGS, ops.LossSettings()), rates(i + 1))
+        step.settle()
+        results.append((values, moments.stored(ops.MomentStorage.FULL)))
+    (full, of_full), (compact, of_compact) = results
+    for start, a, b in zip(gaussians.arrays(), full.arrays(), compact.arrays(), strict=True):
+        assert float((a - b).abs().mean()) < 0.05 * float((a - start).abs().mean())
+    a, b = of_compact.second.sh.double().sum(), of_full.second.sh.double().sum()
+    assert float((a / b).log().abs()) < 5e-3
+
+
 def test_two_streams_at_once() -> None:
     view, scenes = camera(320, 240, 260.0), [random_gaussians(50_000, seed=s).map(lambda a: a.cuda()) for s in (1, 2)]
     photo = photo_for(view).cuda()
@@ -288,9 +334,9 @@ def test_wrong_places_are_named() -> None:
         ops.render(mixed, camera(), RasterSettings())
 
 
-@pytest.mark.parametrize("rate", [0, 1e-3])
-def test_training_on_the_gpu_is_as_good(orbit_capture: Path, tmp_path: Path, rate: float) -> None:
-    """Without exposures, and with them."""
+@pytest.mark.parametrize(("rate", "moments"), [(0, "full"), (1e-3, "full"), (0, "compact")])
+def test_training_on_the_gpu_is_as_good(orbit_capture: Path, tmp_path: Path, rate: float, moments: str) -> None:
+    """Also with exposures, and with compact moments."""
     from spaceport_gs.evaluate import evaluate
     from spaceport_gs.scene import load_scene, split
     from spaceport_gs.schedule import TrainSettings
@@ -300,7 +346,8 @@ def test_training_on_the_gpu_is_as_good(orbit_capture: Path, tmp_path: Path, rat
     _, held_out = split(scene, 8)
     scores = []
     for device in ("cpu", "cuda"):
-        report = train(scene, TrainSettings(steps=600, device=device, exposure_rate=rate), tmp_path / device)
+        settings = TrainSettings(steps=600, device=device, exposure_rate=rate, moments=moments)
+        report = train(scene, settings, tmp_path / device)
         scores.append(evaluate(report.gaussians, held_out).psnr)
     assert all(score is not None and math.isfinite(score) for score in scores)
     assert scores[1] == pytest.approx(scores[0], abs=0.5)

@@ -308,6 +308,32 @@ def test_update_is_adam(device: str) -> None:
         torch.testing.assert_close(value.cpu().double(), correct, rtol=1e-5, atol=1e-6)
 
 
+def random_moments(n: int, sh_degree: int = 3) -> ops.AdamMoments:
+    squares = random_gaussians(n, seed=2, sh_degree=sh_degree).map(lambda array: 1e-3 * array**2)
+    return ops.AdamMoments(random_gaussians(n, seed=1, sh_degree=sh_degree), squares)
+
+
+def test_compact_moments_take_half_of_the_memory_and_lose_little() -> None:
+    full = random_moments(1000)
+    compact = full.stored(ops.MomentStorage.COMPACT)
+    n_bytes = [sum(a.nbytes for g in (m.first, m.second) for a in g.arrays()) for m in (full, compact)]
+    assert n_bytes[0] - n_bytes[1] == 180 * 1000
+    back = compact.stored(ops.MomentStorage.FULL)
+    for a, b in ((back.first.sh, full.first.sh), (back.second.sh, full.second.sh)):
+        assert torch.equal(a[:, 0], b[:, 0])
+        torch.testing.assert_close(a, b, rtol=2**-8, atol=0)
+    empty = ops.AdamMoments.zeros(random_gaussians(5), ops.MomentStorage.COMPACT)
+    assert not any(a.any() for g in (empty.first, empty.second) for a in g.arrays())
+    for a, b in ((empty.first, compact.first), (empty.second, compact.second)):
+        assert [(x.dtype, x.shape[1:]) for x in a.arrays()] == [(x.dtype, x.shape[1:]) for x in b.arrays()]
+
+
+def test_the_cpu_has_no_compact_moments() -> None:
+    values, moments = random_gaussians(9), random_moments(9).stored(ops.MomentStorage.COMPACT)
+    with pytest.raises(ValueError, match="sh: expected float32, got int32"):
+        ops.update(values, values, moments.first, moments.second, RATES)
+
+
 @pytest.mark.parametrize(("n", "degree", "held"), [(300, 3, 3), (129, 1, 3), (128, 2, 2), (77, 0, 1), (5, 0, 0)])
 def test_fused_update_is_the_two_verbs(device: str, n: int, degree: int, held: int) -> None:
     """Also of rows that are not visible: their moments decay, and their values go on."""

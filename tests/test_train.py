@@ -28,6 +28,7 @@ from spaceport_gs.pipeline.synthesize import SynthesizeSettings, synthesize
 from spaceport_gs.scene import load_scene, resize_by_area, split
 from spaceport_gs.schedule import PlateauRule, Recipe, TrainSettings
 from spaceport_gs.train import train
+from spaceport_gs.types import Statistics
 
 STEPS = 240
 SPACEPORT = str(Path(sys.executable).parent / "spaceport")
@@ -209,6 +210,24 @@ def test_growth_by_hand() -> None:
     assert torch.equal(grown.companions[0].opacities, torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]))
     limited = grow(rows_of(values), scores, Growth(Recipe(max_gaussians=5), 1.0, 600, (0, 1)))
     assert len(limited.values) == 4
+
+
+def test_compact_moments_grow_and_are_saved(project: Path, tmp_path: Path) -> None:
+    values = from_points(np.random.default_rng(0).normal(size=(50, 3)), np.zeros((50, 3), np.uint8), 3).torch()
+    ones = values.map(torch.ones_like)
+    moments = ops.AdamMoments(ones, ones).stored(ops.MomentStorage.COMPACT)
+    rows = Rows(values, (moments.first, moments.second))
+    grown = grow(rows, torch.arange(50) * 1e-5, Growth(Recipe(), extent=1.0, moment=600, key=(0, 1)))
+    n_new = len(grown.values) - len(values)
+    assert n_new > 0
+    full = ops.AdamMoments(*grown.companions).stored(ops.MomentStorage.FULL)
+    for moment in (full.first, full.second):
+        assert moment.sh.shape == grown.values.sh.shape
+        assert (moment.sh.flatten(1) == 0).all(dim=1).sum() >= n_new and (moment.sh == 1).all(dim=2).all(dim=1).any()
+    state = checkpoint.State(grown, Statistics.empty(len(grown.values)), best=grown)
+    loaded = checkpoint.load(checkpoint.save(tmp_path, state, "mark"), "mark", "cpu")
+    for a, b in zip(loaded.rows.companions, grown.companions, strict=True):
+        assert same(a, b)
 
 
 def test_opacity_reset() -> None:

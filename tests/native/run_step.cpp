@@ -102,8 +102,8 @@ int main(int argc, char** argv) {
   blend_vjp(cpu, projected, tiles, camera, settings, image, d_image, scratch.data(), d_splats.data());
   Table gradient(n, k), first(n, k), second(n, k);
   project_vjp(cpu, values.view(), camera, settings, projected, d_splats.data(), gradient.view());
-  const AdamSettings adam = {1e-3f, 2e-3f, 3e-3f, 4e-3f, 5e-3f, 6e-3f, 0.9f, 0.999f, 1e-15f, 1};
-  update(cpu, values.view(), gradient.view(), first.view(), second.view(), adam);
+  const AdamSettings adam = {1e-3f, 2e-3f, 3e-3f, 4e-3f, 5e-3f, 6e-3f, 0.9f, 0.999f, 1e-15f, 1, 0.0f};
+  update(cpu, values.view(), gradient.view(), {first.view(), second.view(), MomentStorage::kFull}, adam);
 
   FILE* output = fopen(argv[2], "wb");
   if (!output) return 1;
