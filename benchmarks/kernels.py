@@ -364,6 +364,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "whole step, all rows": steps(UpdateRule.ALL),
         "whole step, with masks and exposures": steps(UpdateRule.ALL, exposed_views),
         "whole step, compact moments": steps(UpdateRule.ALL, moments=moments.stored(ops.MomentStorage.COMPACT)),
+        "whole step, SH deferred": steps(UpdateRule.DEFERRED),
         "whole step": steps(UpdateRule.CONTRIBUTING),
     }
 

@@ -218,6 +218,20 @@ void bind_step(py::module_& m) {
         catch_up(cuda, v, moments, rows, a);
       },
       "Makes up for the steps that rows have missed, up to and with adam.step.");
+  m.def(
+      "sh_log_size", [](const Cuda& cuda, int64_t n) { return sh_log_size(cuda, n); },
+      "Bytes of the log of a step whose SH coefficients are brought up to date later.");
+  m.def(
+      "flush_sh",
+      [](const Cuda& cuda, py::object values, py::object first, py::object second, py::object sh_log) {
+        const Reader read = reader_of(cuda);
+        const Gaussians v = read.gaussians(values);
+        const AdamMoments moments = read.moments(first, second, v);
+        uint8_t* log = read.array<uint8_t>(sh_log, "sh_log", {int64_t(sh_log_size(cuda, v.n))}).data;
+        Unlocked unlocked;
+        flush_sh(cuda, v, moments, log);
+      },
+      "Brings the SH coefficients up to date with what is logged.");
   py::class_<StepView>(m, "StepView", "A camera and what its image is compared with, read once.")
       .def(py::init([](const Cuda& cuda, py::object camera, py::object photo, py::object mask, py::object exposure) {
         const Camera c = camera_of(camera);
@@ -234,8 +248,8 @@ void bind_step(py::module_& m) {
       }));
   py::class_<StepGraph>(m, "StepGraph", "A training step for images of one size, recorded.")
       .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object numbers,
-                       py::object sums, py::object up_to_date, py::object statistics, py::object scratch,
-                       int64_t n_instances, int width, int height, bool has_mask, bool has_exposure,
+                       py::object sums, py::object up_to_date, py::object sh_log, py::object statistics,
+                       py::object scratch, int64_t n_instances, int width, int height, bool has_mask, bool has_exposure,
                        py::object settings, py::object loss, py::object progress, py::object progress_on_host) {
         const Reader read = reader_of(cuda);
         const Gaussians v = read.gaussians(values);
@@ -249,10 +263,15 @@ void bind_step(py::module_& m) {
                                read.array<int32_t>(numbers, "numbers", {v.n}).data,
                                read.array<float>(sums, "sums", {v.n, kSplatGradientStride}).data,
                                nullptr,
+                               nullptr,
                                {read.field<float>(statistics, "gradient_sums", {v.n}).data,
                                 read.field<float>(statistics, "n_visible", {v.n}).data},
                                read.scratch(scratch, step_scratch(cuda, size))};
         if (!up_to_date.is_none()) buffers.up_to_date = read.array<int32_t>(up_to_date, "up_to_date", {v.n}).data;
+        if (!sh_log.is_none()) {
+          if (!up_to_date.is_none()) refuse("sh_log", "None where rows miss steps", "a log");
+          buffers.sh_log = read.array<uint8_t>(sh_log, "sh_log", {int64_t(sh_log_size(cuda, v.n))}).data;
+        }
         const int64_t n_bytes = sizeof(StepProgress);
         const StepBook book = {
             reinterpret_cast<StepProgress*>(read.array<uint8_t>(progress, "progress", {n_bytes}).data),

@@ -125,20 +125,22 @@ class Block {
     std::memset(y_row_, 0, size_t(stride_) * sizeof(float));
     std::memcpy(x_row_ + skipped, image_.color + at, size_t(n) * sizeof(float));
     for (int i = 0; i < n; ++i) y_row_[skipped + i] = float(image_.target.photo[at + i]) * (1.0f / 255.0f);
-    if (image_.target.exposure != nullptr) {
-      for (int i = 0; i < n; i += kChannels) {
-        for (int c = 0; c < kChannels; ++c) {
-          x_row_[skipped + i + c] = exposed(image_.target.exposure, image_.color + at + i, c);
-        }
-      }
+    if (image_.target.exposure != nullptr) expose(image_.color + at, n, x_row_ + skipped);
+    if (image_.target.mask != nullptr) {
+      weigh(row, first, x_row_);
+      weigh(row, first, y_row_);
     }
-    weigh(row, first, x_row_);
-    weigh(row, first, y_row_);
+  }
+
+  // Colours behind the exposure. These are kept out of the loop over the rows, which they would slow down.
+  __attribute__((noinline)) void expose(const float* color, int n, float* out) const {
+    for (int i = 0; i < n; i += kChannels) {
+      for (int c = 0; c < kChannels; ++c) out[i + c] = exposed(image_.target.exposure, color + i, c);
+    }
   }
 
   // Multiplies what is as long as a row and begins at pixel `first` by the mask, where it lies in the image.
-  void weigh(int row, int first, float* values) const {
-    if (image_.target.mask == nullptr) return;
+  __attribute__((noinline)) void weigh(int row, int first, float* values) const {
     const uint8_t* mask = image_.target.mask + int64_t(row) * image_.width;
     const int last = x0_ + x1_ - first;  // rows reach as far beyond the block on both sides
     for (int x = first > 0 ? first : 0; x < last && x < image_.width; ++x) {
@@ -189,7 +191,7 @@ class Block {
     }
     for (float* map : {ssim_row, maps_, maps_ + stride_, maps_ + 2 * stride_}) {
       clear_what_does_not_count(map);
-      weigh(row, x0_ - kRadius, map);
+      if (image_.target.mask != nullptr) weigh(row, x0_ - kRadius, map);
     }
     if (row >= y0_ && row < y1_) sums_.ssim += sum_of(ssim_row + kChannels * kRadius);
     for (int plane = 0; plane < 3; ++plane) {
@@ -226,14 +228,14 @@ class Block {
       store(gradient + i, multiply_add(ssim_factor, d_ssim, sign));
       store(difference + i, select(x > y, x - y, y - x));
     }
-    weigh(row, x0_, gradient);
+    if (image_.target.mask != nullptr) weigh(row, x0_, gradient);
     if (image_.target.exposure != nullptr) expose_vjp(image_.color + at, gradient);
     std::memcpy(d_color_ + at, gradient, size_t(n_own_) * sizeof(float));
     sums_.l1 += sum_of(difference);
   }
 
   // The gradient of a row, by the colours before the exposure instead of behind it; adds that by the exposure.
-  void expose_vjp(const float* color, float* gradient) {
+  __attribute__((noinline)) void expose_vjp(const float* color, float* gradient) {
     for (int i = 0; i < n_own_; i += kChannels) {
       const float d[kChannels] = {gradient[i], gradient[i + 1], gradient[i + 2]};
       for (int c = 0; c < kChannels; ++c) {

@@ -227,12 +227,29 @@ struct ListedRows {
   }
 };
 
+// Where a row's part in the update of SH coefficients goes: to the kernel behind, or to the log. Called by whole warps.
+struct ToRecords {
+  ShRecord* records;
+
+  __device__ void write(const WarpRows&, int64_t i, const Item& item, const RowGradient& gradient,
+                        const Lag& lag) const {
+    if (item.row >= 0) records[i] = {gradient.direction, gradient.color, lag, int32_t(item.row)};
+  }
+};
+struct ToLog {
+  ShLog log;
+
+  __device__ void write(const WarpRows& rows, int64_t, const Item&, const RowGradient& gradient, const Lag&) const {
+    rows.store(log.colors + (*log.n - 1) * 3 * log.n_rows, gradient.color);
+  }
+};
+
 constexpr int kRows = 128;  // of a block
 
 // The gradients of rows, and Adam on all but their SH coefficients: one thread a row.
-template <int kDegree, class Rows>
+template <int kDegree, class Rows, class To>
 __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, Rows rows,
-                                                                Late<UpdateInputs> late_inputs, ShRecord* records) {
+                                                                Late<UpdateInputs> late_inputs, To sh) {
   constexpr int kColumns = 3 * n_coefficients_of(kDegree);
   __shared__ float4 staged_fours[kRows * StagedRows<kColumns>::kStride];
   __shared__ float exchange[kRows / 32][WarpRows::kFloats];
@@ -264,14 +281,14 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
 #pragma unroll
       for (int k = 0; k < kSplatGradientStride; ++k) from[k] = 0.0f;
     }
-    gradient =
-        gradient_of_row<kDegree>(value.raw, value.logit, u.view, job.low_pass, job.gradients.kind, d, [&](float* sh) {
-          if (StagedRows<kColumns>::fit(stride)) {
-            staged.get(int(threadIdx.x % 32), sh);
-          } else {
-            load_row<kColumns>(job.values.sh + item.row * stride, stride, sh);
-          }
-        });
+    gradient = gradient_of_row<kDegree>(value.raw, value.logit, u.view, job.low_pass, job.gradients.kind, d,
+                                        [&](float* columns) {
+                                          if (StagedRows<kColumns>::fit(stride)) {
+                                            staged.get(int(threadIdx.x % 32), columns);
+                                          } else {
+                                            load_row<kColumns>(job.values.sh + item.row * stride, stride, columns);
+                                          }
+                                        });
     if (u.statistics.gradient_sums != nullptr && !changes_nothing) {
       job.add_statistics(u.statistics, item.row, d);
       if (Rows::kSeesAll) u.statistics.n_visible[item.row] += 1.0f;
@@ -280,7 +297,7 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
   if (changes_nothing) return;
   const Lag lag = item.row >= 0 ? rows.lag(item, u) : Lag::none();
   update_shapes(job.values, job.moments, warp_rows, int32_t(item.row), value, gradient, u, lag);
-  if (item.row >= 0) records[i] = {gradient.direction, gradient.color, lag, int32_t(item.row)};
+  sh.write(warp_rows, i, item, gradient, lag);
 }
 
 constexpr int kShRows = 64, kShThreads = 256;  // of a block
@@ -289,7 +306,7 @@ constexpr unsigned kMostShBlocks = 2640;       // several times what a large GPU
 // Adam on the SH coefficients of the rows that have a record: neighbouring threads take neighbouring coefficients, four
 // at a time where the rows' length allows it.
 template <int kDegree, class Rows, class Sh>
-__global__ __launch_bounds__(kShThreads) void update_sh_kernel(UpdateJob job, Rows rows, Late<UpdateInputs> late_inputs,
+__global__ __launch_bounds__(kShThreads, 3) void update_sh_kernel(UpdateJob job, Rows rows, Late<UpdateInputs> late_inputs,
                                                                const ShRecord* records, Sh sh) {
   constexpr int kCoefficients = n_coefficients_of(kDegree);
   __shared__ float bases[kCoefficients][kShRows + 1];
@@ -466,11 +483,23 @@ void launch_update(cudaStream_t stream, const UpdateJob& job, int sh_degree, con
   const int64_t n = job.values.n;
   const unsigned n_sh_blocks = std::min(n_blocks_of(n, kShRows), kMostShBlocks);
   for_degree(sh_degree, [&](auto degree) {
-    update_shape_kernel<degree><<<n_blocks_of(n, kRows), kRows, 0, stream>>>(job, rows, inputs, records);
+    update_shape_kernel<degree><<<n_blocks_of(n, kRows), kRows, 0, stream>>>(job, rows, inputs, ToRecords{records});
     for_storage(job.values, job.moments, [&](const auto& sh) {
       update_sh_kernel<degree><<<n_sh_blocks, kShThreads, 0, stream>>>(job, rows, inputs, records, sh);
     });
   });
+}
+
+void launch_logged_update(cudaStream_t stream, const UpdateJob& job, int sh_degree, const Late<UpdateInputs>& inputs,
+                          const ShLog& log) {
+  const int n_coefficients = (sh_degree + 1) * (sh_degree + 1);
+  queue_open_slot(stream, log, inputs, n_coefficients, job.is_halted);
+  for_degree(sh_degree, [&](auto degree) {
+    update_shape_kernel<degree>
+        <<<n_blocks_of(job.values.n, kRows), kRows, 0, stream>>>(job, AllRows{}, inputs, ToLog{log});
+  });
+  queue_constant_update(stream, job.values, job.moments, log, inputs, job.is_halted);
+  queue_flush(stream, job.values, job.moments, log, kShSlots);
 }
 
 }  // namespace
@@ -495,7 +524,9 @@ void queue_project_vjp_update(cudaStream_t stream, const Gaussians& values, cons
                    settings.low_pass,
                    0.5f * float(camera.width),
                    0.5f * float(camera.height)};
-  if (rule.up_to_date == nullptr) {
+  if (rule.log.colors != nullptr) {
+    launch_logged_update(stream, job, settings.sh_degree, inputs, rule.log);
+  } else if (rule.up_to_date == nullptr) {
     launch_update(stream, job, settings.sh_degree, AllRows{}, inputs, s.records);
   } else {
     list_contributing_kernel<<<n_blocks_of(values.n, kThreads), kThreads, 0, stream>>>(job, inputs, s.contributing);

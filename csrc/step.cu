@@ -100,6 +100,12 @@ Camera camera_of(const StepSize& size) {
   return camera;
 }
 
+ShLog log_of(const StepBuffers& buffers) {
+  if (buffers.sh_log == nullptr) return {};
+  Arena arena(buffers.sh_log);
+  return ShLog::of(arena, buffers.values.n);
+}
+
 // What a step is recorded for.
 struct StepRecipe {
   Camera camera;  // its size
@@ -128,7 +134,7 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
   queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, buffers.sums);
   queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
                            s.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
-                           {&book.device->is_halted, buffers.up_to_date, s.n_contributing}, s.work);
+                           {&book.device->is_halted, buffers.up_to_date, s.n_contributing, log_of(buffers)}, s.work);
   check_launch("step");
 }
 

@@ -15,6 +15,7 @@ struct StepBuffers {
   const int32_t* numbers;        // [N] 0, 1, 2, ...
   float* sums;                   // [N, 9], zero before the first step
   int32_t* up_to_date;           // [N] the step that each row has last made; null: every row makes every step
+  void* sh_log;                  // sh_log_size bytes, zero before the first step; null: no log. See flush_sh
   DensityStatistics statistics;  // where a step adds what it saw, if it is told to
   void* scratch;                 // step_scratch bytes
 };
@@ -28,6 +29,11 @@ size_t step_scratch(const Cuda&, const StepSize&);
 // Rows that did not contribute to the image miss the steps of Adam until they do again; this makes up for them in all
 // rows, up to and with settings.step.
 void catch_up(const Cuda&, const Gaussians& values, const AdamMoments&, int32_t* up_to_date, const AdamSettings&);
+
+// A step may log what moves the SH coefficients beyond the constant one, and bring them up to date after sixteen steps
+// at once, if every row makes every step. This does so at once with what is logged.
+size_t sh_log_size(const Cuda&, int64_t n_gaussians);
+void flush_sh(const Cuda&, const Gaussians& values, const AdamMoments&, void* sh_log);
 
 // How far the steps have come: kept on the device, and copied to the host behind every step.
 struct StepProgress {

@@ -50,6 +50,7 @@ class StepGraph:
         numbers: Array,
         sums: Array,
         up_to_date: Array | None,
+        sh_log: Array | None,
         statistics: Statistics,
         scratch: Array,
         n_instances: int,
@@ -90,6 +91,8 @@ def step_scratch(backend: Cuda, n: int, n_instances: int, width: int, height: in
 def catch_up(
     backend: Cuda, values: Gaussians, first: Gaussians, second: Gaussians, up_to_date: Array, adam: Any
 ) -> None: ...
+def sh_log_size(backend: Cuda, n: int) -> int: ...
+def flush_sh(backend: Cuda, values: Gaussians, first: Gaussians, second: Gaussians, sh_log: Array) -> None: ...
 def tile_scratch(backend: Backend, n_splats: int, n_instances: int, camera: Camera) -> int: ...
 def tile(backend: Backend, projected: Projected, camera: Camera, scratch: Array, out: Tiles) -> None: ...
 def blend(

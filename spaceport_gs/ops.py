@@ -288,12 +288,12 @@ class AdamMoments:
     @staticmethod
     def zeros(values: Gaussians, storage: MomentStorage = MomentStorage.FULL) -> AdamMoments:
         """Before the first step on these values."""
-        first, second = zeros_like(values), zeros_like(values)
         if storage is MomentStorage.FULL:
-            return AdamMoments(first, second)
+            return AdamMoments(zeros_like(values), zeros_like(values))
+        words, constant = torch.zeros_like(values.sh, dtype=torch.int32), values.sh.new_zeros(len(values), 1, 3)
+        shapes = values.arrays()[:-1]
         return AdamMoments(
-            replace(first, sh=torch.zeros_like(values.sh, dtype=torch.int32)),
-            replace(second, sh=torch.zeros_like(values.sh[:, :1])),
+            Gaussians(*map(torch.zeros_like, shapes), words), Gaussians(*map(torch.zeros_like, shapes), constant)
         )
 
     @property

@@ -258,6 +258,51 @@ def test_a_step_with_nothing_visible() -> None:
     assert torch.equal(values.sh, before.sh)
 
 
+@pytest.mark.parametrize(("degree", "n_instances"), [(0, 0), (1, 0), (2, 0), (3, 1)])
+@pytest.mark.parametrize("storage", list(ops.MomentStorage))
+def test_deferred_steps_are_adam_but_a_little_late(degree: int, n_instances: int, storage: ops.MomentStorage) -> None:
+    """Forty steps, at the true learning rate of the SH coefficients; with degrees that change between the steps."""
+    gaussians = random_gaussians(20_000, scale=0.03, sh_degree=degree).map(lambda a: a.cuda())
+    views = some_views(8) * 5
+    photo, results = photo_for(views[0]).cuda(), []
+    for rule in (UpdateRule.ALL, UpdateRule.DEFERRED):
+        values = gaussians.map(lambda a: a.clone())
+        moments = ops.AdamMoments.zeros(values, storage)
+        step = TrainingStep(values, moments, Statistics.empty(len(values), "cuda"), rule, n_instances)
+        for i, view in enumerate(views):
+            raster = replace(SETTINGS, sh_degree=i // 10)
+            adam = replace(rates(i + 1), sh_rest=1.25e-4, means=1e-5)
+            step.run(StepView(view, photo, raster, ops.LossSettings()), adam)
+        step.settle()
+        results.append((values, moments.stored(ops.MomentStorage.FULL)))
+    (prompt, of_prompt), (late, of_late) = results
+    for start, a, b in zip(gaussians.arrays(), prompt.arrays(), late.arrays(), strict=True):
+        assert float((a - b).abs().mean()) <= 0.05 * float((a - start).abs().mean())
+    rest = [(g.sh - gaussians.sh)[:, 1:] for g in (prompt, late)]
+    if degree > 0:
+        assert float((rest[0] - rest[1]).abs().mean()) < 0.05 * float(rest[0].abs().mean())
+        assert rest[1].abs().amax() > 1e-3
+    for a, b in zip(of_late.second.arrays(), of_prompt.second.arrays(), strict=True):
+        assert float((a.double().sum() / b.double().sum()).log().abs()) < 1e-2
+
+
+def test_deferred_steps_that_are_asked_for_are_in_time() -> None:
+    gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(6)
+    photo, results = photo_for(views[0]).cuda(), []
+    for rule in (UpdateRule.ALL, UpdateRule.DEFERRED):
+        values = gaussians.map(lambda a: a.clone())
+        moments = ops.AdamMoments.zeros(values)
+        step = TrainingStep(values, moments, Statistics.empty(len(values), "cuda"), rule)
+        for i, view in enumerate(views):
+            step.run(StepView(view, photo, SETTINGS, ops.LossSettings()), replace(rates(i + 1), means=1e-6))
+            step.settle()
+        results.append((values, moments))
+    for a, b in zip(results[0][0].arrays(), results[1][0].arrays(), strict=True):
+        assert float((a - b).abs().mean()) < 5e-5
+    for a, b in zip(results[0][1].second.arrays(), results[1][1].second.arrays(), strict=True):
+        assert float((a - b).norm() / b.norm()) < 2e-3
+
+
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])
 def test_compact_moments_are_right_in_the_mean(degree: int) -> None:
     """Averages that move by a thousandth a step, up and down again, of which rounding to the nearest would lose all."""
