@@ -31,12 +31,23 @@ class RowRing {
   void clear(int at_row) {
     for (int plane = 0; plane < kPlanes; ++plane) std::memset(row(plane, at_row), 0, size_t(stride_) * sizeof(float));
   }
-  // The window down the eleven rows around `center`, at float i.
-  HOST_DEVICE void filtered(int center, int i, Float8 out[kPlanes]) {
+  // The eleven rows around `center`, of the first plane.
+  struct Window {
+    const float* rows[kTaps];
+  };
+  Window around(int center) {
+    Window window;
+    for (int k = 0; k < kTaps; ++k) window.rows[k] = row(0, center - kRadius + k);
+    return window;
+  }
+  // The window down these rows, at float i.
+  HOST_DEVICE void filtered(const Window& window, int i, Float8 out[kPlanes]) const {
+    const int64_t plane_size = int64_t(kTaps) * stride_;
     for (int plane = 0; plane < kPlanes; ++plane) out[plane] = Float8(0.0f);
     for (int k = 0; k < kTaps; ++k) {
-      for (int plane = 0; plane < kPlanes; ++plane) {
-        out[plane] = multiply_add(Float8(kWindow[k]), load(row(plane, center - kRadius + k) + i), out[plane]);
+      const float* at = window.rows[k] + i;
+      for (int plane = 0; plane < kPlanes; ++plane, at += plane_size) {
+        out[plane] = multiply_add(Float8(kWindow[k]), load(at), out[plane]);
       }
     }
   }
@@ -180,9 +191,10 @@ class Block {
       return;
     }
     float* ssim_row = x_row_;  // free until the next row is loaded
+    const auto window = moments_.around(row);
     for (int i = 0; i < n_inner_; i += kLanes) {
       Float8 moments[5];
-      moments_.filtered(row, i, moments);
+      moments_.filtered(window, i, moments);
       const SsimDerivatives<Float8> d = ssim_of(moments);
       store(ssim_row + i, d.ssim);
       store(maps_ + i, d.by_mean);
@@ -219,9 +231,10 @@ class Block {
     const Float8 zero(0.0f), plus(factors_.l1), minus(-factors_.l1), ssim_factor(factors_.ssim), two(2.0f);
     float* gradient = maps_;  // free until the next row is differentiated
     float* difference = maps_ + stride_;
+    const auto window = derivatives_.around(row);
     for (int i = 0; i < n_own_; i += kLanes) {
       Float8 d[3];
-      derivatives_.filtered(row, i, d);
+      derivatives_.filtered(window, i, d);
       const Float8 x = load(x_row_ + i), y = load(y_row_ + i);
       const Float8 d_ssim = d[0] + two * x * d[1] + y * d[2];
       const Float8 sign = select(x > y, plus, select(x < y, minus, zero));

@@ -306,8 +306,9 @@ constexpr unsigned kMostShBlocks = 2640;       // several times what a large GPU
 // Adam on the SH coefficients of the rows that have a record: neighbouring threads take neighbouring coefficients, four
 // at a time where the rows' length allows it.
 template <int kDegree, class Rows, class Sh>
-__global__ __launch_bounds__(kShThreads, 3) void update_sh_kernel(UpdateJob job, Rows rows, Late<UpdateInputs> late_inputs,
-                                                               const ShRecord* records, Sh sh) {
+__global__ __launch_bounds__(kShThreads, 3) void update_sh_kernel(UpdateJob job, Rows rows,
+                                                                  Late<UpdateInputs> late_inputs,
+                                                                  const ShRecord* records, Sh sh) {
   constexpr int kCoefficients = n_coefficients_of(kDegree);
   __shared__ float bases[kCoefficients][kShRows + 1];
   __shared__ float colors[3][kShRows + 1];
@@ -350,12 +351,12 @@ __global__ __launch_bounds__(kShThreads, 3) void update_sh_kernel(UpdateJob job,
       constexpr int kAtOnce = 3;  // read before any is written: the compiler cannot know that they lie apart
       const int n_fours = stride / 4;
       for (int begin = thread; begin < n * n_fours; begin += kAtOnce * kShThreads) {
-        Parameter<float4> p[kAtOnce];
+        typename Sh::Fetched fetched[kAtOnce];
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
           const int i = begin + j * kShThreads, slot = i / n_fours;
           if (i < n * n_fours) {
-            p[j] = sh.load(row_of[slot], n_fours, i - slot * n_fours);
+            fetched[j] = sh.fetch(row_of[slot], n_fours, i - slot * n_fours);
           }
         }
 #pragma unroll
@@ -364,9 +365,10 @@ __global__ __launch_bounds__(kShThreads, 3) void update_sh_kernel(UpdateJob job,
           if (i >= n * n_fours) continue;
           const float4 gradient = make_float4(gradient_of(slot, column), gradient_of(slot, column + 1),
                                               gradient_of(slot, column + 2), gradient_of(slot, column + 3));
-          step(p[j], gradient, column == 0 ? make_float4(dc, dc, dc, rest) : make_float4(rest, rest, rest, rest), rates,
+          Parameter<float4> p = Sh::unpack(fetched[j], four);
+          step(p, gradient, column == 0 ? make_float4(dc, dc, dc, rest) : make_float4(rest, rest, rest, rest), rates,
                lag_of[slot]);
-          sh.store(p[j], row_of[slot], n_fours, four, rounding);
+          sh.store(p, row_of[slot], n_fours, four, rounding);
         }
       }
     } else {

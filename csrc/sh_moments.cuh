@@ -34,12 +34,15 @@ struct FullSh {
 
   static FullSh of(const Gaussians& values, const AdamMoments& m) { return {values.sh, m.first.sh, m.second.sh}; }
 
-  // Four neighbouring columns of a row, the `four`-th ones; rows are of `n_fours`.
-  __device__ Parameter<float4> load(int64_t row, int n_fours, int four) const {
+  // Four neighbouring columns of a row, the `four`-th ones; rows are of `n_fours`. As they lie in memory: nothing waits
+  // for them before they are unpacked.
+  using Fetched = Parameter<float4>;
+  __device__ Fetched fetch(int64_t row, int n_fours, int four) const {
     const int64_t at = row * n_fours + four;
     return {reinterpret_cast<const float4*>(values)[at], reinterpret_cast<const float4*>(firsts)[at],
             reinterpret_cast<const float4*>(seconds)[at]};
   }
+  __device__ static Parameter<float4> unpack(const Fetched& fetched, int) { return fetched; }
   __device__ void store(const Parameter<float4>& p, int64_t row, int n_fours, int four, Rounding) const {
     const int64_t at = row * n_fours + four;
     reinterpret_cast<float4*>(values)[at] = p.value;
@@ -71,38 +74,48 @@ struct CompactSh {
     return {values.sh, reinterpret_cast<uint32_t*>(m.first.sh), m.second.sh};
   }
 
-  __device__ Parameter<float4> load(int64_t row, int n_fours, int four) const {
+  struct Fetched {
+    float4 value;
+    uint4 words;
+    float constant[kConstant];  // second moments
+  };
+  __device__ Fetched fetch(int64_t row, int n_fours, int four) const {
     const int64_t at = row * n_fours + four;
-    const uint4 w = reinterpret_cast<const uint4*>(words)[at];
-    Parameter<float4> p = {reinterpret_cast<const float4*>(values)[at],
+    Fetched f = {reinterpret_cast<const float4*>(values)[at], reinterpret_cast<const uint4*>(words)[at], {}};
+    if (four == 0) {
+#pragma unroll
+      for (int i = 0; i < kConstant; ++i) f.constant[i] = constant_seconds[row * kConstant + i];
+    }
+    return f;
+  }
+  __device__ static Parameter<float4> unpack(const Fetched& f, int four) {
+    const uint4& w = f.words;
+    Parameter<float4> p = {f.value,
                            {first_of(w.x), first_of(w.y), first_of(w.z), first_of(w.w)},
                            {second_of(w.x), second_of(w.y), second_of(w.z), second_of(w.w)}};
     if (four == 0) {
-      const float* seconds = constant_seconds + row * kConstant;
       p.first = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), p.first.w};
-      p.second = {seconds[0], seconds[1], seconds[2], p.second.w};
+      p.second = {f.constant[0], f.constant[1], f.constant[2], p.second.w};
     }
     return p;
   }
   __device__ void store(const Parameter<float4>& p, int64_t row, int n_fours, int four, Rounding r) const {
     const int64_t at = row * n_fours + four;
     const int column = 4 * four;
-    uint4 w = {0, 0, 0, word_of(p.first.w, p.second.w, r.bits(row, column + 3))};
-    if (four == 0) {
+    const bool is_constant = four == 0;
+    const auto word = [&](float first, float second, int i) {
+      return is_constant ? __float_as_uint(first) : word_of(first, second, r.bits(row, column + i));
+    };
+    reinterpret_cast<float4*>(values)[at] = p.value;
+    reinterpret_cast<uint4*>(words)[at] = {word(p.first.x, p.second.x, 0), word(p.first.y, p.second.y, 1),
+                                           word(p.first.z, p.second.z, 2),
+                                           word_of(p.first.w, p.second.w, r.bits(row, column + 3))};
+    if (is_constant) {
       float* seconds = constant_seconds + row * kConstant;
-      w.x = __float_as_uint(p.first.x);
-      w.y = __float_as_uint(p.first.y);
-      w.z = __float_as_uint(p.first.z);
       seconds[0] = p.second.x;
       seconds[1] = p.second.y;
       seconds[2] = p.second.z;
-    } else {
-      w.x = word_of(p.first.x, p.second.x, r.bits(row, column));
-      w.y = word_of(p.first.y, p.second.y, r.bits(row, column + 1));
-      w.z = word_of(p.first.z, p.second.z, r.bits(row, column + 2));
     }
-    reinterpret_cast<float4*>(values)[at] = p.value;
-    reinterpret_cast<uint4*>(words)[at] = w;
   }
   __device__ Parameter<float> load_one(int64_t row, int n_columns, int column) const {
     const int64_t at = row * n_columns + column;
