@@ -253,6 +253,12 @@ def test_metrics() -> None:
     other = np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     expected = reference.ssim(torch.tensor(other / 255.0), torch.tensor(photo / 255.0))
     assert ssim(other, photo) == pytest.approx(float(expected))
+    half = np.zeros((20, 30), np.uint8)
+    half[:, :15] = 255
+    assert psnr(other, photo, half) == pytest.approx(psnr(other[:, :15], photo[:, :15]))
+    mask = np.random.default_rng(2).integers(0, 256, (20, 30), dtype=np.uint8)
+    dissimilar = reference.masked_loss(torch.tensor(other / 255.0), torch.tensor(photo), torch.tensor(mask), 1.0)
+    assert ssim(other, photo, mask) == pytest.approx(1 - float(dissimilar))
 
 
 def with_masks(project: Path, out: Path, mask: np.ndarray) -> Path:
