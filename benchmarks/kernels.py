@@ -21,9 +21,10 @@ import torch
 
 from spaceport_gs import _engine, ops
 from spaceport_gs.exposure import Exposure
-from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.gaussians import Gaussians, Rows
+from spaceport_gs.render import Renderer
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
-from spaceport_gs.types import Camera, Image, RasterSettings, Statistics
+from spaceport_gs.types import Camera, Depth, DrawKey, GrowthSettings, Image, RasterSettings, Statistics
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ CLOUDS = {
     "3M": Cloud(3_000_000, 0.006, 1600, 1066, 1200.0),
 }
 N_POINTS, N_CENTROIDS = 20_000, 4_096  # of the palette for SH coefficients
+GPU_CENTROIDS = 65_536  # for all Gaussians of a cloud
 REPEATS = 9
 N_VIEWS, GPU_WARM_UP, GPU_REPEATS = 8, 24, 64
 
@@ -108,7 +110,9 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     target = target_of(photo)
     d_image = Image(d_color, torch.zeros_like(image.transmittance))
     d_splats = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
-    d_gaussians = ops.empty_like(gaussians)
+    deep = replace(settings, depth=Depth.BOTH)
+    deep_image, d_deep_image = ops.blend(projected, tiles, view, deep), replace(d_image, depth=d_image.transmittance)
+    d_gaussians, d_pose = ops.empty_like(gaussians), torch.empty(3, 4, dtype=torch.float64)
     moments = ops.zeros_like(gaussians), ops.zeros_like(gaussians)
     rates = ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=1)
     statistics_of = Statistics.empty(cloud.n)
@@ -122,8 +126,11 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
         return ops.project_vjp(gaussians, view, settings, projected, d, d_gaussians)
 
     points, weights = gaussians.sh[:N_POINTS, 1:].reshape(N_POINTS, -1).contiguous(), torch.ones(N_POINTS)
-    centroids, totals = points[:N_CENTROIDS].clone(), torch.empty(N_CENTROIDS)
-    labels, distances = torch.empty(N_POINTS, dtype=torch.int32), torch.empty(N_POINTS)
+    centroids = points[:N_CENTROIDS].clone()
+    labels, _ = ops.cluster_assign(points, centroids)
+
+    growing, growth = Rows(gaussians, moments), growth_settings(gaussians)
+    scores = torch.rand(cloud.n, generator=torch.Generator().manual_seed(2))
 
     n, n_pixels, n_values = cloud.n, cloud.width * cloud.height, cloud.n * 59
     n_instances = len(tiles.splat_from_instance)
@@ -154,6 +161,14 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             "instruction issue; vectors outside the ellipse are skipped",
         ),
         Kernel(
+            "blend, with depths",
+            lambda: ops.blend(projected, tiles, view, deep),
+            n_evaluated,
+            "pairs",
+            23,
+            "as blend, and four more loads and stores a vector",
+        ),
+        Kernel(
             "forward (project, tile, blend)",
             forward,
             n_evaluated,
@@ -170,11 +185,27 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             "instruction issue and one division a vector",
         ),
         Kernel(
+            "blend', with depth",
+            lambda: ops.blend_vjp(projected, tiles, view, deep, deep_image, d_deep_image),
+            n_evaluated,
+            "pairs",
+            52,
+            "as blend'",
+        ),
+        Kernel(
             "project'",
             lambda: ops.project_vjp(gaussians, view, settings, projected, d_splats, d_gaussians),
             n,
             "Gaussians",
             1300,
+            "memory: 118 floats a row",
+        ),
+        Kernel(
+            "project', with the pose",
+            lambda: ops.project_vjp(gaussians, view, settings, projected, d_splats, d_gaussians, d_pose),
+            n,
+            "Gaussians",
+            1400,
             "memory: 118 floats a row",
         ),
         Kernel(
@@ -218,8 +249,24 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             "memory",
         ),
         Kernel(
+            "growth (refinement)",
+            lambda: ops.grow(growing, scores, growth),
+            3 * n_values,
+            "values",
+            1,
+            "memory: 8 bytes a value",
+        ),
+        Kernel(
+            "Morton order",
+            lambda: ops.morton_order(gaussians.means),
+            n,
+            "Gaussians",
+            30,
+            "comparisons of a sort on one core",
+        ),
+        Kernel(
             "cluster, assignment",
-            lambda: _engine.cluster_assign(ops.cpu(), points, centroids, labels, distances),
+            lambda: ops.cluster_assign(points, centroids),
             N_POINTS * N_CENTROIDS,
             "distances",
             2 * n_dimensions,
@@ -227,7 +274,7 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
         ),
         Kernel(
             "cluster, means",
-            lambda: _engine.cluster_update(ops.cpu(), points, labels, weights, centroids, totals),
+            lambda: ops.cluster_update(points, labels, weights, centroids),
             N_POINTS * n_dimensions,
             "values",
             2,
@@ -309,6 +356,13 @@ def measure_cpu(cloud: Cloud) -> dict[str, object]:
     }
 
 
+def growth_settings(gaussians: Gaussians) -> GrowthSettings:
+    """Of rows with scores between 0 and 1, 5 % are cloned, 2 % split and 3 % dropped."""
+    sizes = np.quantile(gaussians.log_scales.amax(dim=1).cpu().numpy(), 5 / 7)
+    faint = np.quantile(gaussians.opacities.cpu().numpy(), 0.03)
+    return GrowthSettings(0.93, float(sizes), float(faint), DrawKey(0, 1))
+
+
 def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     """What to measure on a GPU, each for a view."""
     gaussians, settings, photo = random_cloud(cloud, "cuda"), RasterSettings(), photo_for(cloud, "cuda")
@@ -325,47 +379,86 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         for image in images
     ]
 
+    deep, ordered = replace(settings, depth=Depth.BOTH), replace(settings, deterministic=True)
+    deep_images = [ops.blend(p, t, view, deep) for p, t, view in zip(projected, tiles, views, strict=True)]
+    d_deep_images = [replace(d, depth=d.color[..., 0].contiguous()) for d in d_images]
+
     def blend_vjp(i: int) -> torch.Tensor:
         return ops.blend_vjp(projected[i], tiles[i], views[i], settings, images[i], d_images[i])
 
     d_splats = [blend_vjp(i) for i in range(N_VIEWS)]
+    d_pose = torch.empty(3, 4, dtype=torch.float64, device="cuda")
 
     def forward(i: int) -> tuple[object, ...]:
         p = ops.project(gaussians, views[i], settings)
         t = ops.tile(p, views[i])
         return p, t, ops.blend(p, t, views[i], settings)
 
-    exposures = Exposure.identity(N_VIEWS, "cuda")
-    step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
+    renderer = Renderer(gaussians, settings)
+    points, weights = gaussians.sh[:, 1:].reshape(cloud.n, -1).contiguous(), torch.ones(cloud.n, device="cuda")
+    centroids = points[:GPU_CENTROIDS].clone()
+    labels, _ = ops.cluster_assign(points, centroids)
 
-    exposed_views = [replace(view, mask=target.mask, exposure=exposures.of(i)) for i, view in enumerate(step_views)]
+    rows, growth = Rows(gaussians, (moments.first, moments.second)), growth_settings(gaussians)
+    scores = torch.rand(cloud.n, generator=torch.Generator().manual_seed(2)).to("cuda")
+    order = ops.morton_order(gaussians.means)
+    in_order = ops.select_rows(rows, order)
+    compact = moments.stored(ops.MomentStorage.COMPACT)
+    compact_rows = Rows(gaussians, (compact.first, compact.second))
+    exposures = Exposure.identity(N_VIEWS, "cuda")
 
     def steps(
-        rule: UpdateRule, views: list[StepView] = step_views, moments: ops.AdamMoments = moments
+        rule: UpdateRule, of: Rows = rows, settings: RasterSettings = settings, target: ops.LossTarget | None = None
     ) -> Callable[[int], None]:
-        recorded, numbers = TrainingStep(gaussians, moments, statistics_of, rule), itertools.count(1)
-        return lambda i: recorded.run(views[i], replace(rates, step=next(numbers)))
+        step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
+        if target is not None:
+            step_views = [
+                replace(view, mask=target.mask, exposure=exposures.of(i)) for i, view in enumerate(step_views)
+            ]
+        recorded = TrainingStep(of.values, ops.AdamMoments(*of.companions), statistics_of, rule)
+        numbers = itertools.count(1)
+        return lambda i: recorded.run(step_views[i], replace(rates, step=next(numbers)))
 
     return {
         "project": lambda i: ops.project(gaussians, views[i], settings),
         "tile": lambda i: ops.tile(projected[i], views[i]),
         "blend": lambda i: ops.blend(projected[i], tiles[i], views[i], settings),
+        "blend, with depths": lambda i: ops.blend(projected[i], tiles[i], views[i], deep),
         "forward (project, tile, blend)": forward,
+        "renderer, a batch of views": lambda i: renderer.render(views),
         "loss and gradient": lambda i: ops.loss(images[i].color, photo, ops.LossSettings()),
         "loss with valid padding": lambda i: ops.loss(images[i].color, photo, valid),
         "loss with a mask and an exposure": lambda i: ops.loss(images[i].color, target, ops.LossSettings()),
         "blend'": blend_vjp,
+        "blend', deterministic": lambda i: ops.blend_vjp(
+            projected[i], tiles[i], views[i], ordered, images[i], d_images[i]
+        ),
+        "blend', with depth": lambda i: ops.blend_vjp(
+            projected[i], tiles[i], views[i], deep, deep_images[i], d_deep_images[i]
+        ),
         "project'": lambda i: ops.project_vjp(gaussians, views[i], settings, projected[i], d_splats[i], d_gaussians),
+        "project', with the pose": lambda i: ops.project_vjp(
+            gaussians, views[i], settings, projected[i], d_splats[i], d_gaussians, d_pose
+        ),
         "update": lambda i: ops.update(gaussians, d_gaussians, moments.first, moments.second, rates),
         "project' and update in one": lambda i: ops.project_vjp_update(
             gaussians, views[i], settings, projected[i], d_splats[i], moments, rates
         ),
         "density": lambda i: ops.density(projected[i], d_splats[i], views[i], statistics_of),
+        "growth (refinement)": lambda i: ops.grow(rows, scores, growth),
+        "growth, at a limit": lambda i: ops.grow(rows, scores, replace(growth, max_rows=cloud.n + cloud.n // 50)),
+        "Morton order": lambda i: ops.morton_order(gaussians.means),
+        "selection of all rows": lambda i: ops.select_rows(rows, order),
+        "relocation": lambda i: ops.relocate(rows, growth.min_opacity, growth.key),
+        "cluster, assignment": lambda i: ops.cluster_assign(points, centroids),
+        "cluster, means": lambda i: ops.cluster_update(points, labels, weights, centroids),
         "whole step, all rows": steps(UpdateRule.ALL),
-        "whole step, with masks and exposures": steps(UpdateRule.ALL, exposed_views),
-        "whole step, compact moments": steps(UpdateRule.ALL, moments=moments.stored(ops.MomentStorage.COMPACT)),
+        "whole step, with masks and exposures": steps(UpdateRule.ALL, target=target),
+        "whole step, compact moments": steps(UpdateRule.ALL, compact_rows),
         "whole step, SH deferred": steps(UpdateRule.DEFERRED),
         "whole step": steps(UpdateRule.CONTRIBUTING),
+        "whole step, deterministic": steps(UpdateRule.CONTRIBUTING, rows, ordered),
+        "whole step, rows in order": steps(UpdateRule.CONTRIBUTING, in_order),
     }
 
 

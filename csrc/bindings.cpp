@@ -1,12 +1,14 @@
 // Python's view of the engine; reader.h has how arguments are read.
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda_status.h"
 #include "diagnose.h"
 #include "ops.h"
 #include "reader.h"
+#include "render.h"
 #include "step.h"
 
 namespace spaceport {
@@ -59,19 +61,26 @@ void bind_verbs(py::module_& m) {
       },
       "Fills `out` (N rows) with the visible Gaussians; returns how many there are, and their number of instances.");
 
-  m.def("project_vjp", [](const Backend& backend, py::object gaussians, py::object camera, py::object settings,
-                          py::object projected, py::object d_splats, py::object d_gaussians) {
-    const Reader read = reader_of(backend);
-    const Gaussians g = read.gaussians(gaussians);
-    const Projected p = read.projected(projected);
-    const float* d = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
-    const Gaussians d_g = read.gaussians_like(d_gaussians, g);
-    check_rows(backend, p, g.n);
-    const Camera c = camera_of(camera);
-    const RasterSettings s = raster_settings_of(settings, g.n_coefficients);
-    Unlocked unlocked;
-    project_vjp(backend, g, c, s, p, d, d_g);
-  });
+  m.def("project_vjp_scratch",
+        [](const Backend& backend, int64_t n_splats) { return project_vjp_scratch(backend, n_splats); });
+  m.def("project_vjp",
+        [](const Backend& backend, py::object gaussians, py::object camera, py::object settings, py::object projected,
+           py::object d_splats, py::object d_gaussians, py::object d_cam_from_world, py::object scratch) {
+          const Reader read = reader_of(backend);
+          const Gaussians g = read.gaussians(gaussians);
+          const Projected p = read.projected(projected);
+          const SplatGradient d = read.splat_gradient(d_splats, p.n);
+          ProjectGradient out = {read.gaussians_like(d_gaussians, g), nullptr, nullptr};
+          if (!d_cam_from_world.is_none()) {
+            out.cam_from_world = read.array<double>(d_cam_from_world, "d_cam_from_world", {3, 4}).data;
+            out.scratch = read.scratch(scratch, project_vjp_scratch(backend, p.n));
+          }
+          check_rows(backend, p, g.n);
+          const Camera c = camera_of(camera);
+          const RasterSettings s = raster_settings_of(settings, g.n_coefficients);
+          Unlocked unlocked;
+          project_vjp(backend, g, c, s, p, d, out);
+        });
 
   m.def("tile_scratch", [](const Backend& backend, int64_t n_splats, int64_t n_instances, py::object camera) {
     return tile_scratch(backend, n_splats, n_instances, camera_of(camera));
@@ -108,7 +117,10 @@ void bind_verbs(py::module_& m) {
       "How many numbers an image's `hits` holds, so that blend_vjp can follow.");
 
   m.def("blend_vjp_scratch",
-        [](const Backend& backend, int64_t n_instances) { return blend_vjp_scratch(backend, n_instances); });
+        [](const Backend& backend, int64_t n_splats, int64_t n_instances, int n_columns, py::object settings) {
+          const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
+          return blend_vjp_scratch(backend, n_splats, n_instances, n_columns, s);
+        });
   m.def("blend_vjp",
         [](const Backend& backend, py::object projected, py::object tiles, py::object camera, py::object settings,
            py::object image, py::object d_image, py::object scratch, py::object d_splats) {
@@ -121,8 +133,12 @@ void bind_verbs(py::module_& m) {
           const int64_t n_hits = hits_size(backend, t.n_instances, c);
           const Image i = read.image(image, c, n_hits), d_i = read.image(d_image, c);
           if (n_hits > 0 && i.hits == nullptr) refuse("image", "what blend returned, with its hits", "none");
-          void* memory = read.scratch(scratch, blend_vjp_scratch(backend, t.n_instances));
-          float* d_s = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
+          if (d_i.depth != nullptr && i.depth == nullptr) refuse("image", "the depth that blend returned", "none");
+          const SplatGradient d_s = read.splat_gradient(d_splats, p.n);
+          const int n_columns = d_i.depth != nullptr ? kSplatDepthGradientStride : kSplatGradientStride;
+          if (d_s.n_columns != n_columns)
+            refuse("d_splats", std::to_string(n_columns) + " columns", std::to_string(d_s.n_columns));
+          void* memory = read.scratch(scratch, blend_vjp_scratch(backend, p.n, t.n_instances, n_columns, s));
           Unlocked unlocked;
           blend_vjp(backend, p, t, c, s, i, d_i, memory, d_s);
         });
@@ -196,13 +212,106 @@ void bind_verbs(py::module_& m) {
         });
 }
 
+// Only the CPU can look at lists of rows before it starts.
+void check_row_numbers(const Cpu&, const int32_t* rows, int64_t n, int64_t n_rows) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(rows[i] >= 0 && rows[i] < n_rows)) refuse("rows", "below " + std::to_string(n_rows), std::to_string(rows[i]));
+  }
+}
 #ifdef SPACEPORT_BUILD_CUDA
+void check_row_numbers(const Cuda&, const int32_t*, int64_t, int64_t) {}
+#endif
+
+// What adds, removes and moves rows.
+template <class Backend>
+void bind_growth(py::module_& m) {
+  m.def("plan_growth_scratch", [](const Backend& backend, int64_t n) { return plan_growth_scratch(backend, n); });
+  m.def(
+      "plan_growth",
+      [](const Backend& backend, py::object gaussians, py::object scores, py::object settings, py::object scratch,
+         py::object sources) {
+        const Reader read = reader_of(backend);
+        const Gaussians g = read.gaussians(gaussians);
+        const float* of_rows = read.array<float>(scores, "scores", {g.n}).data;
+        const GrowthSettings s = growth_settings_of(settings);
+        void* memory = read.scratch(scratch, plan_growth_scratch(backend, g.n));
+        int32_t* lists = read.array<int32_t>(sources, "sources", {kGrowthLists, g.n}).data;
+        GrowthCounts counts;
+        {
+          Unlocked unlocked;
+          counts = plan_growth(backend, g, of_rows, s, memory, lists);
+        }
+        return py::make_tuple(counts.kept, counts.clones, counts.parents);
+      },
+      "Lists the rows that stay, are cloned and are split; returns how many each.");
+  m.def(
+      "grow",
+      [](const Backend& backend, py::object rows, py::object sources, py::object counts, py::object key,
+         py::object out) {
+        const Reader read = reader_of(backend);
+        const Rows r = read.rows(rows);
+        const auto [kept, clones, parents] = counts.cast<std::tuple<int64_t, int64_t, int64_t>>();
+        const GrowthPlan plan = {read.array<int32_t>(sources, "sources", {kGrowthLists, r.values.n}).data,
+                                 r.values.n,
+                                 {kept, clones, parents}};
+        for (int64_t count : {kept, clones, parents}) {
+          if (!(count >= 0 && count <= r.values.n)) refuse("counts", "those of the plan", std::to_string(count));
+        }
+        const Rows to = read.rows(out, r, kept + clones + 2 * parents);
+        const DrawKey k = draw_key_of(key);
+        Unlocked unlocked;
+        grow(backend, r, plan, k, to);
+      },
+      "Writes the rows of a plan.");
+  m.def("select_rows", [](const Backend& backend, py::object rows, py::object selected, py::object out) {
+    const Reader read = reader_of(backend);
+    const Rows r = read.rows(rows);
+    const Array<int32_t> numbers = read.array<int32_t>(selected, "rows", {-1});
+    check_row_numbers(backend, numbers.data, numbers.shape[0], r.values.n);
+    const Rows to = read.rows(out, r, numbers.shape[0]);
+    Unlocked unlocked;
+    select_rows(backend, r, numbers.data, to);
+  });
+  m.def("morton_order_scratch", [](const Backend& backend, int64_t n) { return morton_order_scratch(backend, n); });
+  m.def("morton_order", [](const Backend& backend, py::object means, py::object scratch, py::object order) {
+    const Reader read = reader_of(backend);
+    const Array<float> m = read.array<float>(means, "means", {-1, 3});
+    void* memory = read.scratch(scratch, morton_order_scratch(backend, m.shape[0]));
+    int32_t* numbers = read.array<int32_t>(order, "order", {m.shape[0]}).data;
+    Unlocked unlocked;
+    morton_order(backend, {m.data, m.shape[0], 3}, memory, numbers);
+  });
+  m.def("relocate_scratch", [](const Backend& backend, int64_t n) { return relocate_scratch(backend, n); });
+  m.def(
+      "relocate",
+      [](const Backend& backend, py::object rows, float min_opacity, py::object key, py::object scratch) {
+        const Reader read = reader_of(backend);
+        const Rows r = read.rows(rows);
+        void* memory = read.scratch(scratch, relocate_scratch(backend, r.values.n));
+        const Relocation settings = {min_opacity, draw_key_of(key)};
+        Unlocked unlocked;
+        relocate(backend, r, settings, memory);
+      },
+      "Moves rows fainter than min_opacity (logit) onto others, in place.");
+}
+
+#ifdef SPACEPORT_BUILD_CUDA
+// What a recorded sequence is for.
+StepSize checked_size(int64_t n_gaussians, int64_t n_instances, int width, int height) {
+  if (n_gaussians < 1) refuse("gaussians", "at least one", "none");
+  if (width < 1 || height < 1) refuse("width, height", "a positive size", shape_text({width, height}));
+  if (n_instances < 1 || n_instances > kMostInstances)
+    refuse("n_instances", "1 to " + std::to_string(kMostInstances), std::to_string(n_instances));
+  return {n_gaussians, n_instances, width, height};
+}
+
 void bind_step(py::module_& m) {
   m.attr("STEP_PROGRESS_SIZE") = sizeof(StepProgress);
+  m.attr("MOST_INSTANCES") = kMostInstances;
   m.def(
       "step_scratch",
-      [](const Cuda& cuda, int64_t n, int64_t n_instances, int width, int height) {
-        return step_scratch(cuda, {n, n_instances, width, height});
+      [](const Cuda& cuda, int64_t n, int64_t n_instances, int width, int height, py::object settings) {
+        return step_scratch(cuda, {n, n_instances, width, height}, raster_settings_of(settings, kMaxShCoefficients));
       },
       "Bytes of scratch that a step needs.");
   m.def(
@@ -233,10 +342,16 @@ void bind_step(py::module_& m) {
       },
       "Brings the SH coefficients up to date with what is logged.");
   py::class_<StepView>(m, "StepView", "A camera and what its image is compared with, read once.")
-      .def(py::init([](const Cuda& cuda, py::object camera, py::object photo, py::object mask, py::object exposure) {
+      .def(py::init([](const Cuda& cuda, py::object camera, py::object photo, py::object mask, py::object exposure,
+                       py::object depth_limits) {
         const Camera c = camera_of(camera);
         const Reader read = reader_of(cuda);
-        StepView view = {c, {read.array<uint8_t>(photo, "photo", {c.height, c.width, 3}).data, nullptr, nullptr}, {}};
+        const int64_t n_tiles = int64_t(c.tiles_x()) * c.tiles_y();
+        StepView view = {
+            c,
+            {read.array<uint8_t>(photo, "photo", {c.height, c.width, 3}).data, nullptr, nullptr},
+            {},
+            reinterpret_cast<uint32_t*>(read.array<int32_t>(depth_limits, "depth_limits", {n_tiles}).data)};
         if (!mask.is_none()) view.target.mask = read.array<uint8_t>(mask, "mask", {c.height, c.width}).data;
         if (!exposure.is_none()) {
           view.exposure = {
@@ -247,26 +362,22 @@ void bind_step(py::module_& m) {
         return view;
       }));
   py::class_<StepGraph>(m, "StepGraph", "A training step for images of one size, recorded.")
-      .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object numbers,
-                       py::object sums, py::object up_to_date, py::object sh_log, py::object statistics,
-                       py::object scratch, int64_t n_instances, int width, int height, bool has_mask, bool has_exposure,
+      .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object sums,
+                       py::object up_to_date, py::object sh_log, py::object statistics, py::object scratch,
+                       int64_t n_instances, int width, int height, bool has_mask, bool has_exposure,
                        py::object settings, py::object loss, py::object progress, py::object progress_on_host) {
         const Reader read = reader_of(cuda);
         const Gaussians v = read.gaussians(values);
-        if (v.n < 1) refuse("values", "at least one Gaussian", "none");
-        if (width < 1 || height < 1) refuse("width, height", "a positive size", shape_text({width, height}));
-        if (n_instances < 1 || n_instances > INT32_MAX)
-          refuse("n_instances", "1 to 2^31 - 1", std::to_string(n_instances));
-        const StepSize size = {v.n, n_instances, width, height};
+        const StepSize size = checked_size(v.n, n_instances, width, height);
+        const RasterSettings raster = raster_settings_of(settings, v.n_coefficients);
         StepBuffers buffers = {v,
                                read.moments(first, second, v),
-                               read.array<int32_t>(numbers, "numbers", {v.n}).data,
                                read.array<float>(sums, "sums", {v.n, kSplatGradientStride}).data,
                                nullptr,
                                nullptr,
                                {read.field<float>(statistics, "gradient_sums", {v.n}).data,
                                 read.field<float>(statistics, "n_visible", {v.n}).data},
-                               read.scratch(scratch, step_scratch(cuda, size))};
+                               read.scratch(scratch, step_scratch(cuda, size, raster))};
         if (!up_to_date.is_none()) buffers.up_to_date = read.array<int32_t>(up_to_date, "up_to_date", {v.n}).data;
         if (!sh_log.is_none()) {
           if (!up_to_date.is_none()) refuse("sh_log", "None where rows miss steps", "a log");
@@ -277,8 +388,8 @@ void bind_step(py::module_& m) {
             reinterpret_cast<StepProgress*>(read.array<uint8_t>(progress, "progress", {n_bytes}).data),
             reinterpret_cast<StepProgress*>(
                 Reader("cpu").array<uint8_t>(progress_on_host, "progress_on_host", {n_bytes}).data)};
-        return new StepGraph(buffers, size, {has_mask, has_exposure}, raster_settings_of(settings, v.n_coefficients),
-                             loss_settings_of(loss, width, height), book);
+        return new StepGraph(buffers, size, {has_mask, has_exposure}, raster, loss_settings_of(loss, width, height),
+                             book);
       }))
       .def("launch", [](const StepGraph& graph, const Cuda& cuda, const StepView& view, py::object adam,
                         bool gathers_statistics) {
@@ -287,35 +398,89 @@ void bind_step(py::module_& m) {
         graph.launch(cuda, {view, a, gathers_statistics});
       });
 }
+
+void bind_render(py::module_& m) {
+  m.def(
+      "render_scratch",
+      [](const Cuda& cuda, int64_t n, int64_t n_instances, int width, int height) {
+        return render_scratch(cuda, {n, n_instances, width, height});
+      },
+      "Bytes of scratch that a renderer needs.");
+  py::class_<RenderGraph>(m, "RenderGraph", "Images of one size, recorded.")
+      .def(py::init([](const Cuda& cuda, py::object gaussians, py::object scratch, int64_t n_instances, int width,
+                       int height, py::object settings, py::object most, py::object most_on_host) {
+        const Reader read = reader_of(cuda);
+        const Gaussians g = read.gaussians(gaussians);
+        const StepSize size = checked_size(g.n, n_instances, width, height);
+        const RenderBook book = {read.array<int64_t>(most, "most", {1}).data,
+                                 Reader("cpu").array<int64_t>(most_on_host, "most_on_host", {1}).data};
+        return new RenderGraph(g, size, raster_settings_of(settings, g.n_coefficients),
+                               read.scratch(scratch, render_scratch(cuda, size)), book);
+      }))
+      .def("launch", [](const RenderGraph& graph, const Cuda& cuda, py::object camera, py::object out) {
+        const Camera c = camera_of(camera);
+        const Image image = reader_of(cuda).image(out, c);
+        Unlocked unlocked;
+        graph.launch(cuda, c, image);
+      });
+}
 #endif
 
+// A GPU leaves out labels that name no centroid; the CPU would write to memory that is not its own.
+void check_labels(const Cpu&, const int32_t* labels, int64_t n, int64_t n_centroids) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(labels[i] >= 0 && labels[i] < n_centroids)) refuse("labels", "rows of centroids", std::to_string(labels[i]));
+  }
+}
+void check_dimensions(const Cpu&, const Points&) {}
+#ifdef SPACEPORT_BUILD_CUDA
+void check_labels(const Cuda&, const int32_t*, int64_t, int64_t) {}
+void check_dimensions(const Cuda&, const Points& points) {
+  if (points.n_dimensions > kMaxPointDimensions) {
+    refuse("points", "at most " + std::to_string(kMaxPointDimensions) + " dimensions on a GPU",
+           std::to_string(points.n_dimensions));
+  }
+}
+#endif
+
+template <class Backend>
 void bind_cluster(py::module_& m) {
+  m.def("cluster_assign_scratch", [](const Backend& backend, py::object centroids) {
+    return cluster_assign_scratch(backend, reader_of(backend).points(centroids, "centroids", -1));
+  });
   m.def(
       "cluster_assign",
-      [](const Cpu& cpu, py::object points, py::object centroids, py::object labels, py::object distances) {
-        const Reader read = reader_of(cpu);
+      [](const Backend& backend, py::object points, py::object centroids, py::object scratch, py::object labels,
+         py::object distances) {
+        const Reader read = reader_of(backend);
         const Points p = read.points(points, "points", -1), c = read.points(centroids, "centroids", p.n_dimensions);
         if (c.n < 1) refuse("centroids", "at least one", "none");
+        check_dimensions(backend, p);
+        void* memory = read.scratch(scratch, cluster_assign_scratch(backend, c));
         int32_t* l = read.array<int32_t>(labels, "labels", {p.n}).data;
         float* d = read.array<float>(distances, "distances", {p.n}).data;
         Unlocked unlocked;
-        cluster_assign(cpu, p, c, l, d);
+        cluster_assign(backend, p, c, memory, l, d);
       },
       "Nearest centroid of every point and the squared distance to it.");
+  m.def("cluster_update_scratch", [](const Backend& backend, py::object points, py::object centroids) {
+    const Reader read = reader_of(backend);
+    return cluster_update_scratch(backend, read.points(points, "points", -1), read.points(centroids, "centroids", -1));
+  });
   m.def(
       "cluster_update",
-      [](const Cpu& cpu, py::object points, py::object labels, py::object weights, py::object centroids,
-         py::object centroid_weights) {
-        const Reader read = reader_of(cpu);
+      [](const Backend& backend, py::object points, py::object labels, py::object weights, py::object centroids,
+         py::object scratch, py::object centroid_weights) {
+        const Reader read = reader_of(backend);
         const Points p = read.points(points, "points", -1), c = read.points(centroids, "centroids", p.n_dimensions);
         const int32_t* l = read.array<int32_t>(labels, "labels", {p.n}).data;
-        for (int64_t i = 0; i < p.n; ++i) {
-          if (!(l[i] >= 0 && l[i] < c.n)) refuse("labels", "rows of centroids", std::to_string(l[i]));
-        }
+        check_labels(backend, l, p.n, c.n);
+        check_dimensions(backend, p);
         const float* w = read.array<float>(weights, "weights", {p.n}).data;
-        float* cw = read.array<float>(centroid_weights, "centroid_weights", {c.n}).data;
+        void* memory = read.scratch(scratch, cluster_update_scratch(backend, p, c));
+        const Clusters out = {c, read.array<float>(centroid_weights, "centroid_weights", {c.n}).data};
         Unlocked unlocked;
-        cluster_update(cpu, p, l, w, c, cw);
+        cluster_update(backend, p, l, w, memory, out);
       },
       "Moves every centroid to the weighted mean of its points.");
 }
@@ -377,8 +542,10 @@ PYBIND11_MODULE(_engine, m) {
   m.attr("TILE_SIZE") = kTileSize;
   m.attr("ALPHA_CUTOFF") = kAlphaCutoff;
   m.attr("SPLAT_STRIDE") = kSplatStride;
+  m.attr("GROWTH_LISTS") = kGrowthLists;
   m.attr("TILE_SET_STRIDE") = sizeof(TileSet) / sizeof(int32_t);
   m.attr("SPLAT_GRADIENT_STRIDE") = kSplatGradientStride;
+  m.attr("SPLAT_DEPTH_GRADIENT_STRIDE") = kSplatDepthGradientStride;
   m.attr("VERSION") = SPACEPORT_VERSION;
   m.def("build_info", &build_info,
         "What was built: version, compiler, backends, CUDA architectures, SIMD paths and the one this machine takes.");
@@ -388,14 +555,18 @@ PYBIND11_MODULE(_engine, m) {
       .def_property_readonly("n_threads", [](const Cpu& cpu) { return cpu.pool->n_threads(); })
       .def_property_readonly("simd", [](const Cpu& cpu) { return cpu.simd == Simd::kAvx2 ? "avx2" : "portable"; });
   bind_verbs<Cpu>(m);
-  bind_cluster(m);
+  bind_growth<Cpu>(m);
+  bind_cluster<Cpu>(m);
   bind_diagnose(m);
 
 #ifdef SPACEPORT_BUILD_CUDA
   py::class_<Cuda>(m, "Cuda", "The CUDA backend: a stream of the current device.")
       .def(py::init([](uintptr_t stream) { return Cuda{reinterpret_cast<void*>(stream)}; }), py::arg("stream"));
   bind_verbs<Cuda>(m);
+  bind_growth<Cuda>(m);
+  bind_cluster<Cuda>(m);
   bind_step(m);
+  bind_render(m);
   m.def("cuda_status", &cuda_status,
         "Empty if a GPU can be used, else why not: no driver, a driver too old for this build, no device.");
 #endif

@@ -126,24 +126,51 @@ HOST_DEVICE void visit_pixels(const TileSplat& s, Float8 alpha_max, Transmittanc
   }
 }
 
+// Expected and median depth of a tile's pixels.
+struct TileDepths {
+  TilePlane expected, median;
+
+  TileDepths() { std::memset(static_cast<void*>(this), 0, sizeof(*this)); }
+  HOST_DEVICE void add(int vector, const Contribution& c, Float8 z) {
+    const Float8 half(kMedianTransmittance), t_after = c.t_before - c.weight;
+    const Mask8 is_median = c.takes_part & (c.t_before >= half) & (t_after < half);
+    expected.set(vector, multiply_add(c.weight, z, expected.get(vector)));
+    median.set(vector, select(is_median, z, median.get(vector)));
+  }
+  void write(const TilePlace& place, int image_width, const Image& out) const {
+    place.for_each_pixel(image_width, [&](int pixel, int64_t at) {
+      if (out.depth != nullptr) out.depth[at] = expected.values[pixel];
+      if (out.median_depth != nullptr) out.median_depth[at] = median.values[pixel];
+    });
+  }
+};
+// Of an image that nobody asks for its depth.
+struct NoDepths {
+  HOST_DEVICE void add(int, const Contribution&, Float8) {}
+  void write(const TilePlace&, int, const Image&) const {}
+};
+
+template <class Depths>
 void blend_tile(const Splat* splats, const int32_t* instances, int64_t n, const TilePlace& place, int image_width,
                 const RasterSettings& settings, const Image& out) {
   Transmittance transmittance(place);
   TilePlane color[3];
   for (TilePlane& plane : color) std::memset(plane.values, 0, sizeof(plane.values));
+  Depths depths;
   const Float8 alpha_max(settings.alpha_max);
 
   for (int64_t i = 0; i < n; ++i) {
     if (i % kSplatsBetweenStopChecks == 0 && transmittance.all_stopped()) break;
     const Splat& splat = splats[instances[i]];
     if (i + kPrefetchDistance < n) prefetch(splats[instances[i + kPrefetchDistance]]);
-    const Float8 red(splat.red), green(splat.green), blue(splat.blue);
+    const Float8 red(splat.red), green(splat.green), blue(splat.blue), z(splat.depth);
     visit_pixels(
         TileSplat(splat, place), alpha_max, transmittance, [] {},
         [&](int vector, int, const Contribution& c) {
           color[0].set(vector, multiply_add(c.weight, red, color[0].get(vector)));
           color[1].set(vector, multiply_add(c.weight, green, color[1].get(vector)));
           color[2].set(vector, multiply_add(c.weight, blue, color[2].get(vector)));
+          depths.add(vector, c, z);
         },
         [](float) {});
   }
@@ -153,34 +180,37 @@ void blend_tile(const Splat* splats, const int32_t* instances, int64_t n, const 
     out.transmittance[at] = t;
     for (int c = 0; c < 3; ++c) out.color[3 * at + c] = color[c].values[pixel] + t * settings.background[c];
   });
+  depths.write(place, image_width, out);
 }
 
 }  // namespace
 
 void blend(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const Camera& camera,
            const RasterSettings& settings, const Image& out) {
+  const auto blend_any =
+      out.depth == nullptr && out.median_depth == nullptr ? blend_tile<NoDepths> : blend_tile<TileDepths>;
   parallel_for(*cpu.pool, int64_t(camera.tiles_x()) * camera.tiles_y(), [&](int64_t tile) {
     const int64_t begin = tiles.offsets[tile];
-    blend_tile(projected.splats, tiles.splat_from_instance + begin, tiles.offsets[tile + 1] - begin,
-               TilePlace::of(tile, camera), camera.width, settings, out);
+    blend_any(projected.splats, tiles.splat_from_instance + begin, tiles.offsets[tile + 1] - begin,
+              TilePlace::of(tile, camera), camera.width, settings, out);
   });
 }
 
 namespace {
 
-// Sums over the pixels of a tile that give a splat's gradient; d is the gradient by the exponent of e.
+// Sums over the pixels of a tile that give a splat's gradient; d is the gradient by the exponent of e. The last is
+// there only where the loss sees the depth.
 struct Moments {
-  Float8 d, d_dx, d_dy, d_dxdx, d_dxdy, d_dydy, red, green, blue;
+  Float8 d, d_dx, d_dy, d_dxdx, d_dxdy, d_dydy, red, green, blue, depth;
 };
-
-constexpr int kMomentCount = 9;
-static_assert(kMomentCount == kSplatGradientStride, "an instance's record holds the moments");
+static_assert(sizeof(Moments) == kSplatDepthGradientStride * sizeof(Float8), "an instance's record holds the moments");
 
 // Gradient of the loss by a tile's pixels, and by what they would show behind everything.
 struct TileGradient {
   TilePlane red, green, blue;
-  TilePlane total;   // gradient . what is seen: colour, and T by its own gradient
-  TilePlane prefix;  // gradient . colour blended so far
+  TilePlane depth;   // zero where the loss does not see it
+  TilePlane total;   // gradient . what is seen: colour and depth, and T by its own gradient
+  TilePlane prefix;  // gradient . colour and depth blended so far
 
   TileGradient(const TilePlace& place, const Camera& camera, const Image& image, const Image& d_image) {
     std::memset(static_cast<void*>(this), 0, sizeof(*this));
@@ -192,6 +222,9 @@ struct TileGradient {
       // `color` holds the background already, and what is behind it scales with T as the background does.
       total.values[pixel] =
           d[0] * color[0] + d[1] * color[1] + d[2] * color[2] + d_image.transmittance[at] * image.transmittance[at];
+      if (d_image.depth == nullptr) return;
+      depth.values[pixel] = d_image.depth[at];
+      total.values[pixel] += d_image.depth[at] * image.depth[at];
     });
   }
 };
@@ -202,6 +235,7 @@ struct TileList {
   int64_t n;
 };
 
+template <int kColumns>
 void blend_tile_vjp(const Splat* splats, const TileList& list, const TilePlace& place, const RasterSettings& settings,
                     TileGradient& gradient, float* records) {
   const int32_t* instances = list.splats;
@@ -214,16 +248,21 @@ void blend_tile_vjp(const Splat* splats, const TileList& list, const TilePlace& 
     if (i % kSplatsBetweenStopChecks == 0 && transmittance.all_stopped()) break;
     const Splat& splat = splats[instances[i]];
     if (i + kPrefetchDistance < n) prefetch(splats[instances[i + kPrefetchDistance]]);
-    const Float8 red(splat.red), green(splat.green), blue(splat.blue);
+    const Float8 red(splat.red), green(splat.green), blue(splat.blue), z(splat.depth);
     const TileSplat tile_splat(splat, place);
-    Moments sum = {zero, zero, zero, zero, zero, zero, zero, zero, zero};
+    Moments sum = {zero, zero, zero, zero, zero, zero, zero, zero, zero, zero};
     Float8 row_d, row_dx, row_dxdx;
     visit_pixels(
         tile_splat, alpha_max, transmittance, [&] { row_d = row_dx = row_dxdx = zero; },
         [&](int vector, int v, const Contribution& c) {
           const Float8 d_red = gradient.red.get(vector), d_green = gradient.green.get(vector),
                        d_blue = gradient.blue.get(vector);
-          const Float8 shade = multiply_add(d_red, red, multiply_add(d_green, green, d_blue * blue));
+          Float8 shade = multiply_add(d_red, red, multiply_add(d_green, green, d_blue * blue));
+          if constexpr (kColumns == kSplatDepthGradientStride) {
+            const Float8 d_depth = gradient.depth.get(vector);
+            shade = multiply_add(d_depth, z, shade);
+            sum.depth = multiply_add(c.weight, d_depth, sum.depth);
+          }
           const Float8 prefix = multiply_add(c.weight, shade, gradient.prefix.get(vector));
           gradient.prefix.set(vector, prefix);
           const Float8 behind = (gradient.total.get(vector) - prefix) / (one - c.alpha);
@@ -247,21 +286,20 @@ void blend_tile_vjp(const Splat* splats, const TileList& list, const TilePlace& 
           sum.d_dxdy = multiply_add(row_dx, Float8(dy), sum.d_dxdy);
           sum.d_dydy = multiply_add(d_dy, Float8(dy), sum.d_dydy);
         });
-    float* record = records + int64_t(list.numbers[i]) * kMomentCount;
-    const Float8 sums[kMomentCount] = {sum.d,      sum.d_dx, sum.d_dy,  sum.d_dxdx, sum.d_dxdy,
-                                       sum.d_dydy, sum.red,  sum.green, sum.blue};
-    for (int k = 0; k < kMomentCount; ++k) record[k] = spaceport::SPACEPORT_ISA::sum(sums[k]);
+    float* record = records + int64_t(list.numbers[i]) * kColumns;
+    const Float8 sums[kSplatDepthGradientStride] = {sum.d,      sum.d_dx, sum.d_dy,  sum.d_dxdx, sum.d_dxdy,
+                                                    sum.d_dydy, sum.red,  sum.green, sum.blue,   sum.depth};
+    for (int k = 0; k < kColumns; ++k) record[k] = spaceport::SPACEPORT_ISA::sum(sums[k]);
   }
-  for (; i < n; ++i) {
-    std::memset(records + int64_t(list.numbers[i]) * kMomentCount, 0, kMomentCount * sizeof(float));
-  }
+  for (; i < n; ++i) std::memset(records + int64_t(list.numbers[i]) * kColumns, 0, kColumns * sizeof(float));
 }
 
 // A splat's gradient from the moments of all its instances, added in the order of emission.
-HOST_DEVICE void splat_gradient(const Splat& s, const float* records, int64_t n_records, float* d_splat) {
-  float m[kMomentCount] = {};
+template <int kColumns>
+void splat_gradient(const Splat& s, const float* records, int64_t n_records, float* d_splat) {
+  float m[kColumns] = {};
   for (int64_t i = 0; i < n_records; ++i) {
-    for (int k = 0; k < kMomentCount; ++k) m[k] += records[i * kMomentCount + k];
+    for (int k = 0; k < kColumns; ++k) m[k] += records[i * kColumns + k];
   }
   d_splat[0] = s.a * m[1] + s.b * m[2];
   d_splat[1] = s.b * m[1] + s.c * m[2];
@@ -269,32 +307,34 @@ HOST_DEVICE void splat_gradient(const Splat& s, const float* records, int64_t n_
   d_splat[3] = -m[4];
   d_splat[4] = -0.5f * m[5];
   d_splat[5] = m[0] / s.opacity;
-  d_splat[6] = m[6];
-  d_splat[7] = m[7];
-  d_splat[8] = m[8];
+  for (int k = 6; k < kColumns; ++k) d_splat[k] = m[k];
 }
 
 }  // namespace
 
 void blend_vjp(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const Camera& camera,
                const RasterSettings& settings, const Image& image, const Image& d_image, void* scratch,
-               float* d_splats) {
-  float* records = static_cast<float*>(scratch);  // [I, 9]
+               const SplatGradient& d_splats) {
+  constexpr int kPlain = kSplatGradientStride, kDeep = kSplatDepthGradientStride;
+  const int64_t n_columns = d_splats.n_columns;
+  const auto blend_any_tile_vjp = n_columns == kDeep ? blend_tile_vjp<kDeep> : blend_tile_vjp<kPlain>;
+  const auto any_splat_gradient = n_columns == kDeep ? splat_gradient<kDeep> : splat_gradient<kPlain>;
+  float* records = static_cast<float*>(scratch);  // [I, n_columns]
   parallel_for(*cpu.pool, int64_t(camera.tiles_x()) * camera.tiles_y(), [&](int64_t tile) {
     const TilePlace place = TilePlace::of(tile, camera);
     TileGradient gradient(place, camera, image, d_image);
     const int64_t begin = tiles.offsets[tile];
     const TileList list = {tiles.splat_from_instance + begin, tiles.number_from_instance + begin,
                            tiles.offsets[tile + 1] - begin};
-    blend_tile_vjp(projected.splats, list, place, settings, gradient, records);
+    blend_any_tile_vjp(projected.splats, list, place, settings, gradient, records);
   });
   constexpr int64_t kSplatsPerPiece = 4096;
   parallel_for(*cpu.pool, n_pieces_of(projected.n, kSplatsPerPiece), [&](int64_t piece) {
     const Range range = range_of(piece, projected.n, kSplatsPerPiece);
     for (int64_t splat = range.begin; splat < range.end; ++splat) {
       const int64_t begin = projected.instance_offsets[splat];
-      splat_gradient(projected.splats[splat], records + begin * kMomentCount,
-                     projected.instance_offsets[splat + 1] - begin, d_splats + splat * kSplatGradientStride);
+      any_splat_gradient(projected.splats[splat], records + begin * n_columns,
+                         projected.instance_offsets[splat + 1] - begin, d_splats.rows + splat * n_columns);
     }
   });
 }

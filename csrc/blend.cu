@@ -5,9 +5,14 @@
 // can reach. Forward notes which it did reach, 32 splats a word (`hits`); backward visits no others. Both share
 // `PixelPair::blend`, so that the backward replays exactly what the forward did; the colour behind a splat is the final
 // colour less the prefix up to it, without a division to recover T.
+//
+// Warps add what they find to the splats' sums as they come to it, in no fixed order. Where the order is to be fixed,
+// they leave the sums of each instance instead (instance_sums.cuh).
 #define SPACEPORT_ISA cuda
 
-#include "look_back.cuh"
+#include <type_traits>
+
+#include "instance_sums.cuh"
 #include "queued.cuh"
 
 namespace spaceport {
@@ -27,7 +32,7 @@ struct StagedSplat {
   float blue;
   uint32_t sums;  // where its sums begin, in floats
 
-  __device__ static StagedSplat of(const Splat& s, int32_t number) {
+  __device__ static StagedSplat of(const Splat& s, int32_t number, int n_columns) {
     return {s.x,
             s.y,
             -0.5f * kLog2E * s.a,
@@ -37,7 +42,7 @@ struct StagedSplat {
             s.red,
             s.green,
             s.blue,
-            uint32_t(number) * kSplatGradientStride};
+            uint32_t(number) * uint32_t(n_columns)};
   }
 };
 
@@ -45,11 +50,12 @@ struct StagedSplat {
 struct SplatRows {
   float4 rows[3];
 
-  __device__ void set(const StagedSplat& s) {
+  __device__ void set(const StagedSplat& s, float depth = 0.0f) {
     rows[0] = make_float4(s.x, s.y, s.a, s.b);
     rows[1] = make_float4(s.c, s.log2_opacity, s.red, s.green);
-    rows[2] = make_float4(s.blue, __uint_as_float(s.sums), 0.0f, 0.0f);
+    rows[2] = make_float4(s.blue, __uint_as_float(s.sums), depth, 0.0f);
   }
+  __device__ float depth() const { return rows[2].z; }
   __device__ StagedSplat get() const {
     const float4 a = rows[0], b = rows[1], c = rows[2];
     return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, __float_as_uint(c.y)};
@@ -190,10 +196,38 @@ struct Grid {
 constexpr int kForwardThreads = 32 * kQuarters;
 constexpr int kGroups = kForwardThreads / 32;  // of splats that are staged at once
 
+// The limit of a tile for its next visit. A little behind the last splat that anybody looked at: until then everything
+// moves.
+__device__ void set_limit(const DepthLimits& depth_limits, int64_t tile, bool is_opaque, float last_depth, float near) {
+  constexpr uint32_t kMargin = 1u << (kDepthKeyBits - 4 - 4);  // a sixteenth of an octave, of sixteen
+  uint32_t* limits = depth_limits.limits.get();
+  if (limits == nullptr) return;
+  if (!is_opaque && limits[tile] != kNoLimit) *depth_limits.is_undone = 1;
+  limits[tile] = is_opaque ? depth_key(last_depth, near) + kMargin : kNoLimit;
+}
+
+// The depths of a thread's pixels.
+struct PairDepths {
+  float expected[kPixels], median[kPixels];
+
+  __device__ void add(const Contribution& c, float z) {
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+      const float t_after = c.t_before[p] - c.weight[p];
+      const bool is_median = c.t_before[p] >= kMedianTransmittance && t_after < kMedianTransmittance;
+      expected[p] = fmaf(c.weight[p], z, expected[p]);
+      median[p] = is_median ? z : median[p];
+    }
+  }
+};
+
+template <bool kDepth>
 __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* splats, Tiles tiles, Grid grid,
-                                                                RasterSettings settings, Image out) {
+                                                                RasterSettings settings, DepthLimits depth_limits,
+                                                                Late<Image> late_out) {
   __shared__ SplatRows staged[kForwardThreads];
   __shared__ unsigned reached[kGroups][kQuarters];  // which splats of a group can reach a quarter
+  __shared__ int n_groups_of[kQuarters];
   const int lane = int(threadIdx.x % 32), quarter = int(threadIdx.x / 32);
   const int64_t tile = blockIdx.x;
   const int left = int(tile % grid.tiles_x) * kTileSize, top = int(tile / grid.tiles_x) * kTileSize;
@@ -202,6 +236,8 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
   PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
   float red[kPixels] = {}, green[kPixels] = {}, blue[kPixels] = {};
   float left_through[kPixels] = {1.0f, 1.0f};  // T, also of pixels that have stopped
+  PairDepths pixel_depths = {};
+  const Image out = late_out.get();
 
   const int64_t begin = tiles.offsets[tile], end = tiles.offsets[tile + 1];
   TileHits hits = TileHits::of(out.hits, tiles.n_instances, grid.n_tiles, tile, begin);
@@ -212,8 +248,8 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
     if (batch + threadIdx.x < end) {
       const int32_t number = tiles.splat_from_instance[batch + threadIdx.x];
       const Splat splat = load_splat(splats + number);
-      const StagedSplat seen = StagedSplat::of(splat, number);
-      staged[threadIdx.x].set(seen);
+      const StagedSplat seen = StagedSplat::of(splat, number, kSplatGradientStride);
+      staged[threadIdx.x].set(seen, splat.depth);
       reaches = quarters_reached(splat, seen.log2_opacity, float(left), float(top));
     }
 #pragma unroll
@@ -237,6 +273,7 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
           blue[p] = fmaf(c.weight[p], s.blue, blue[p]);
           left_through[p] = c.goes_on[p] ? pixels.t[p] : left_through[p];
         }
+        if constexpr (kDepth) pixel_depths.add(c, staged[32 * group + i].depth());
         if (c.reached) hit |= 1u << i;
       }
       hit = warp_or(hit);
@@ -244,7 +281,17 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
       ++n_groups;
     }
   }
-  if (out.hits != nullptr && lane == 0) hits.n_groups[quarter] = n_groups;
+  if (lane == 0) {
+    if (out.hits != nullptr) hits.n_groups[quarter] = n_groups;
+    n_groups_of[quarter] = n_groups;
+  }
+  const bool is_opaque = __syncthreads_or(pixels.goes_on()) == 0;
+  if (threadIdx.x == 0) {
+    const int most_groups = max(max(n_groups_of[0], n_groups_of[1]), max(n_groups_of[2], n_groups_of[3]));
+    const int64_t n_seen = 32 * most_groups < end - begin ? 32 * most_groups : end - begin;
+    const float last_depth = n_seen > 0 ? staged[(n_seen - 1) % kForwardThreads].depth() : 0.0f;
+    set_limit(depth_limits, tile, is_opaque, last_depth, settings.near);
+  }
 #pragma unroll
   for (int p = 0; p < kPixels; ++p) {
     const int own_row = row + p * kPixelDistance;
@@ -255,6 +302,10 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
     out.color[3 * at] = fmaf(t, settings.background[0], red[p]);
     out.color[3 * at + 1] = fmaf(t, settings.background[1], green[p]);
     out.color[3 * at + 2] = fmaf(t, settings.background[2], blue[p]);
+    if constexpr (kDepth) {
+      if (out.depth != nullptr) out.depth[at] = pixel_depths.expected[p];
+      if (out.median_depth != nullptr) out.median_depth[at] = pixel_depths.median[p];
+    }
   }
 }
 
@@ -263,11 +314,14 @@ static_assert(kMomentCount == kSplatGradientStride, "a splat's row holds the mom
 constexpr int kBackwardThreads = 64;
 constexpr int kBackwardWarps = kBackwardThreads / 32;
 
-// The gradient of the loss by a thread's pixels.
+// The gradient of the loss by a thread's pixels; kColumns says whether it sees the depth.
+template <int kColumns>
 struct PairGradient {
+  static constexpr bool kDepth = kColumns == kSplatDepthGradientStride;
   float red[kPixels], green[kPixels], blue[kPixels];
-  float total[kPixels];   // gradient . what is seen: colour, and T by its own gradient
-  float prefix[kPixels];  // gradient . colour blended so far
+  float depth[kDepth ? kPixels : 1];
+  float total[kPixels];   // gradient . what is seen: colour and depth, and T by its own gradient
+  float prefix[kPixels];  // gradient . colour and depth blended so far
 
   __device__ static PairGradient at(int column, int row, const Grid& grid, const Image& image, const Image& d_image) {
     PairGradient g = {};
@@ -283,18 +337,23 @@ struct PairGradient {
       g.total[p] =
           g.red[p] * image.color[3 * at] + g.green[p] * image.color[3 * at + 1] + g.blue[p] * image.color[3 * at + 2];
       if (d_image.transmittance != nullptr) g.total[p] += d_image.transmittance[at] * image.transmittance[at];
+      if constexpr (kDepth) {
+        g.depth[p] = d_image.depth[at];
+        g.total[p] += d_image.depth[at] * image.depth[at];
+      }
     }
     return g;
   }
 
   // The pixels' part of the sums that give a splat's gradient: of d, the gradient by the exponent of e, of its products
-  // with dx, dy, dx^2, dx dy, dy^2, and of the gradients by the colour.
-  __device__ void moments_of(const Contribution& c, const StagedSplat& s, float alpha_max,
-                             float moments[kMomentCount]) {
+  // with dx, dy, dx^2, dx dy, dy^2, and of the gradients by the colour and the depth.
+  __device__ void moments_of(const Contribution& c, const StagedSplat& s, float z, float alpha_max,
+                             float moments[kColumns]) {
     float d[kPixels], d_dy[kPixels];
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
-      const float shade = fmaf(red[p], s.red, fmaf(green[p], s.green, blue[p] * s.blue));
+      float shade = fmaf(red[p], s.red, fmaf(green[p], s.green, blue[p] * s.blue));
+      if constexpr (kDepth) shade = fmaf(depth[p], z, shade);
       prefix[p] = fmaf(c.weight[p], shade, prefix[p]);
       const float behind = (total[p] - prefix[p]) * reciprocal(1.0f - c.alpha[p]);
       const float d_exponent = fmaf(c.t_before[p], shade, -behind) * c.alpha[p];
@@ -312,6 +371,7 @@ struct PairGradient {
     moments[3] = moments[1] * c.dx;
     moments[4] = sum_dy * c.dx;
     moments[5] = sum_dydy;
+    if constexpr (kDepth) moments[9] = fmaf(c.weight[1], depth[1], c.weight[0] * depth[0]);
   }
 };
 
@@ -337,11 +397,44 @@ __device__ float transposed_sum(const float v[kMomentCount], int lane) {
   return chosen(lane & 2, ninth, sum);
 }
 
+// What a warp needs of shared memory for the splats of a group that were hit.
+template <int kColumns>
+struct StagedHits {
+  static constexpr bool kDepth = PairGradient<kColumns>::kDepth;
+  SplatRows splats[32];
+  float depths[kDepth ? 32 : 1];
+
+  // Calls put(i, the i-th splat hit, its moments in this lane) for one after the other. `instances` are the group's.
+  template <class Put>
+  __device__ void visit(const Splat* from, const int32_t* instances, unsigned hit, float alpha_max, PixelPair& pixels,
+                        PairGradient<kColumns>& gradient, Put&& put) {
+    const int lane = int(threadIdx.x % 32);
+    if ((hit >> lane & 1u) != 0) {
+      const int32_t number = instances[lane];
+      const Splat splat = load_splat(from + number);
+      const int place = __popc(hit & ((1u << lane) - 1u));
+      splats[place].set(StagedSplat::of(splat, number, kColumns));
+      if constexpr (kDepth) depths[place] = splat.depth;
+    }
+    __syncwarp();
+    const int n_hits = __popc(hit);
+    for (int i = 0; i < n_hits; ++i) {
+      const StagedSplat s = splats[i].get();
+      const Contribution c = pixels.blend(s, alpha_max);
+      float moments[kColumns];
+      gradient.moments_of(c, s, kDepth ? depths[i] : 0.0f, alpha_max, moments);
+      put(i, s, moments);
+    }
+    __syncwarp();
+  }
+};
+
+template <int kColumns>
 __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat* splats, Tiles tiles, Grid grid,
                                                                      float alpha_max, Image image, Image d_image,
                                                                      float* moments_of) {
-  __shared__ SplatRows staged_by_warp[kBackwardWarps][32];
-  SplatRows* staged = staged_by_warp[threadIdx.x / 32];
+  __shared__ StagedHits<kColumns> staged_by_warp[kBackwardWarps];
+  StagedHits<kColumns>& staged = staged_by_warp[threadIdx.x / 32];
   const int lane = int(threadIdx.x % 32);
   const int64_t share = int64_t(blockIdx.x) * kBackwardWarps + threadIdx.x / 32;  // a quarter of a tile
   const int64_t tile = share / kQuarters;
@@ -351,7 +444,7 @@ __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat
   const int column = int(tile % grid.tiles_x) * kTileSize + quarter % 2 * kQuarter + lane % kQuarter;
   const int row = int(tile / grid.tiles_x) * kTileSize + quarter / 2 * kQuarter + lane / kQuarter;
   PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
-  PairGradient gradient = PairGradient::at(column, row, grid, image, d_image);
+  auto gradient = PairGradient<kColumns>::at(column, row, grid, image, d_image);
 
   float* own_moment = moments_of + moment_of(lane);
   const bool adds = lane % 4 == 0 || lane == 2;
@@ -359,30 +452,77 @@ __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat
   for (int group = 0; group < n_groups; ++group) {
     const unsigned hit = hits.words[group * kQuarters + quarter];
     if (hit == 0) continue;
-    if ((hit >> lane & 1u) != 0) {
-      const int32_t number = tiles.splat_from_instance[begin + 32 * group + lane];
-      staged[__popc(hit & ((1u << lane) - 1u))].set(StagedSplat::of(load_splat(splats + number), number));
+    staged.visit(splats, tiles.splat_from_instance + begin + 32 * group, hit, alpha_max, pixels, gradient,
+                 [&](int, const StagedSplat& s, const float* moments) {
+                   const float sum = transposed_sum(moments, lane);
+                   add_if(adds, own_moment + s.sums, sum);
+                   if constexpr (kColumns > kMomentCount) {
+                     add_if(lane == 1, moments_of + s.sums + kMomentCount, warp_sum(moments[kMomentCount]));
+                   }
+                 });
+  }
+}
+
+// As blend_vjp_kernel, but the four quarters of a tile go together, and leave their sums for each instance.
+constexpr int kRecordingThreads = 32 * kQuarters;
+template <int kColumns>
+__global__ __launch_bounds__(kRecordingThreads) void record_sums_kernel(const Splat* splats, Tiles tiles, Grid grid,
+                                                                        float alpha_max, Image image, Image d_image,
+                                                                        InstanceSums out) {
+  __shared__ StagedHits<kColumns> staged[kQuarters];
+  __shared__ float sums[kQuarters][32][kColumns];  // of the splats hit, one behind the other
+  __shared__ unsigned hit_of[kQuarters];
+  const int lane = int(threadIdx.x % 32), quarter = int(threadIdx.x / 32);
+  const int64_t tile = blockIdx.x, begin = tiles.offsets[tile];
+  const TileHits hits = TileHits::of(image.hits, tiles.n_instances, grid.n_tiles, tile, begin);
+  const int column = int(tile % grid.tiles_x) * kTileSize + quarter % 2 * kQuarter + lane % kQuarter;
+  const int row = int(tile / grid.tiles_x) * kTileSize + quarter / 2 * kQuarter + lane / kQuarter;
+  PixelPair pixels = PixelPair::at(column, row, grid.width, grid.height);
+  auto gradient = PairGradient<kColumns>::at(column, row, grid, image, d_image);
+
+  const bool holds = lane % 4 == 0 || lane == 2;
+  int most_groups = 0;
+  for (int q = 0; q < kQuarters; ++q) most_groups = max(most_groups, hits.n_groups[q]);
+  for (int group = 0; group < most_groups; ++group) {
+    const int64_t first = begin + 32 * group;
+    const unsigned hit = group < hits.n_groups[quarter] ? hits.words[group * kQuarters + quarter] : 0;
+    staged[quarter].visit(splats, tiles.splat_from_instance + first, hit, alpha_max, pixels, gradient,
+                          [&](int i, const StagedSplat&, const float* moments) {
+                            const float sum = transposed_sum(moments, lane);
+                            if (holds) sums[quarter][i][moment_of(lane)] = sum;
+                            if constexpr (kColumns > kMomentCount) {
+                              const float tenth = warp_sum(moments[kMomentCount]);
+                              if (lane == 1) sums[quarter][i][kMomentCount] = tenth;
+                            }
+                          });
+    if (lane == 0) hit_of[quarter] = hit;
+    __syncthreads();
+    const unsigned hit_by_any = hit_of[0] | hit_of[1] | hit_of[2] | hit_of[3];
+    for (int i = int(threadIdx.x); i < 32 * kColumns; i += kRecordingThreads) {
+      const int slot = i / kColumns;
+      if ((hit_by_any >> slot & 1u) == 0) continue;
+      float sum = 0.0f;
+#pragma unroll
+      for (int q = 0; q < kQuarters; ++q) {
+        const int place = __popc(hit_of[q] & ((1u << slot) - 1u));
+        if ((hit_of[q] >> slot & 1u) != 0) sum += sums[q][place][i - slot * kColumns];
+      }
+      out.rows[first * kColumns + i] = sum;
     }
-    __syncwarp();
-    const int n_hits = __popc(hit);
-    for (int i = 0; i < n_hits; ++i) {
-      const StagedSplat s = staged[i].get();
-      const Contribution c = pixels.blend(s, alpha_max);
-      float moments[kMomentCount];
-      gradient.moments_of(c, s, alpha_max, moments);
-      const float sum = transposed_sum(moments, lane);
-      add_if(adds, own_moment + s.sums, sum);
+    if (quarter == 0 && (hit_by_any >> lane & 1u) != 0) {
+      out.splats[first + lane] = uint32_t(tiles.splat_from_instance[first + lane]);
+      out.instances[first + lane] = int32_t(first + lane);
     }
-    __syncwarp();
+    __syncthreads();
   }
 }
 
 // The gradient of each splat from the moments that its row holds, in place.
-__global__ void splat_gradient_kernel(const Splat* splats, int64_t n, float* rows) {
+__global__ void splat_gradient_kernel(const Splat* splats, int64_t n, SplatGradient d_splats) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
   const Splat s = load_splat(splats + i);
-  gradient_of_moments({s.a, s.b, s.c}, s.opacity, rows + i * kMomentCount);
+  gradient_of_moments({s.a, s.b, s.c}, s.opacity, d_splats.rows + i * d_splats.n_columns);
 }
 
 }  // namespace
@@ -393,32 +533,63 @@ int64_t hits_size(const Cuda&, int64_t n_instances, const Camera& camera) {
   return (n_instances / 32 + 2 * n_tiles) * cuda::kQuarters;
 }
 
-void blend(const Cuda& backend, const Projected& projected, const Tiles& tiles, const Camera& camera,
-           const RasterSettings& settings, const Image& out) {
-  const cuda::Grid grid = cuda::Grid::of(camera);
-  cuda::blend_kernel<<<unsigned(grid.n_tiles), cuda::kForwardThreads, 0, stream_of(backend)>>>(projected.splats, tiles,
-                                                                                               grid, settings, out);
+void cuda::queue_blend(cudaStream_t stream, const Projected& projected, const Tiles& tiles, const Camera& camera,
+                       const RasterSettings& settings, const DepthLimits& depth_limits, const Late<Image>& out) {
+  const Grid grid = Grid::of(camera);
+  const bool has_depth = out.value.depth != nullptr || out.value.median_depth != nullptr;
+  const auto kernel = has_depth ? blend_kernel<true> : blend_kernel<false>;
+  kernel<<<unsigned(grid.n_tiles), kForwardThreads, 0, stream>>>(projected.splats, tiles, grid, settings, depth_limits,
+                                                                 out);
   check_launch("blend");
 }
 
-size_t blend_vjp_scratch(const Cuda&, int64_t) {
-  return 0;
+void blend(const Cuda& backend, const Projected& projected, const Tiles& tiles, const Camera& camera,
+           const RasterSettings& settings, const Image& out) {
+  const cuda::DepthLimits none = {cuda::Late<uint32_t*>(nullptr), nullptr};
+  cuda::queue_blend(stream_of(backend), projected, tiles, camera, settings, none, cuda::Late<Image>(out));
+}
+
+size_t blend_vjp_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, int n_columns,
+                         const RasterSettings& settings) {
+  if (!settings.deterministic) return 0;
+  Arena arena(nullptr);
+  cuda::InstanceSums::of(arena, n_instances, n_columns);
+  return arena.used() + cuda::queued_add_up_scratch(n_splats, n_instances);
 }
 
 void cuda::queue_blend_vjp(cudaStream_t stream, const Projected& projected, const Tiles& tiles, const Camera& camera,
-                           const RasterSettings& settings, const Image& image, const Image& d_image, float* moments) {
+                           const RasterSettings& settings, const Image& image, const Image& d_image, void* memory,
+                           float* moments) {
   const Grid grid = Grid::of(camera);
-  blend_vjp_kernel<<<unsigned(grid.n_tiles * kQuarters / kBackwardWarps), kBackwardThreads, 0, stream>>>(
-      projected.splats, tiles, grid, settings.alpha_max, image, d_image, moments);
+  const auto launch = [&](auto columns) {
+    if (settings.deterministic) {
+      Arena arena(memory);
+      const InstanceSums sums = InstanceSums::of(arena, tiles.n_instances, columns);
+      queue_clear(stream, sums);
+      record_sums_kernel<columns><<<unsigned(grid.n_tiles), kRecordingThreads, 0, stream>>>(
+          projected.splats, tiles, grid, settings.alpha_max, image, d_image, sums);
+      queue_add_up(stream, sums, projected.n, arena.take<char>(0), moments);
+    } else {
+      blend_vjp_kernel<columns><<<unsigned(grid.n_tiles * kQuarters / kBackwardWarps), kBackwardThreads, 0, stream>>>(
+          projected.splats, tiles, grid, settings.alpha_max, image, d_image, moments);
+    }
+  };
+  if (d_image.depth != nullptr) {
+    launch(std::integral_constant<int, kSplatDepthGradientStride>());
+  } else {
+    launch(std::integral_constant<int, kSplatGradientStride>());
+  }
   check_launch("blend'");
 }
 
 void blend_vjp(const Cuda& backend, const Projected& projected, const Tiles& tiles, const Camera& camera,
-               const RasterSettings& settings, const Image& image, const Image& d_image, void*, float* d_splats) {
+               const RasterSettings& settings, const Image& image, const Image& d_image, void* scratch,
+               const SplatGradient& d_splats) {
   if (projected.n == 0) return;
   const cudaStream_t stream = stream_of(backend);
-  check(cudaMemsetAsync(d_splats, 0, size_t(projected.n) * kSplatGradientStride * sizeof(float), stream), "blend'");
-  cuda::queue_blend_vjp(stream, projected, tiles, camera, settings, image, d_image, d_splats);
+  const size_t n_bytes = size_t(projected.n) * size_t(d_splats.n_columns) * sizeof(float);
+  check(cudaMemsetAsync(d_splats.rows, 0, n_bytes, stream), "blend'");
+  cuda::queue_blend_vjp(stream, projected, tiles, camera, settings, image, d_image, scratch, d_splats.rows);
   constexpr int kThreads = 256;
   cuda::splat_gradient_kernel<<<n_blocks_of(projected.n, kThreads), kThreads, 0, stream>>>(projected.splats,
                                                                                            projected.n, d_splats);

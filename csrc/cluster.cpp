@@ -117,7 +117,9 @@ void cluster_assign(const Cpu& cpu, const Points& points, const Points& centroid
 }
 
 void cluster_update(const Cpu& cpu, const Points& points, const int32_t* labels, const float* weights,
-                    const Points& centroids, float* centroid_weights) {
+                    const Clusters& out) {
+  const Points& centroids = out.centroids;
+  float* centroid_weights = out.weights;
   // Cut by dimension: every sum is added up by one thread, in the order of the points.
   std::memset(centroid_weights, 0, size_t(centroids.n) * sizeof(float));
   for (int64_t i = 0; i < points.n; ++i) centroid_weights[labels[i]] += weights[i];

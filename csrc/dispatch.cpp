@@ -34,9 +34,13 @@ ProjectedCounts project(const Cpu& cpu, const Gaussians& gaussians, const Camera
   SPACEPORT_DISPATCH(project, gaussians, camera, settings, scratch, out);
 }
 
+size_t project_vjp_scratch(const Cpu&, int64_t n_splats) {
+  return size_t(n_pieces_of(n_splats, kProjectRowsPerPiece)) * kPoseSize * sizeof(double);
+}
+
 void project_vjp(const Cpu& cpu, const Gaussians& gaussians, const Camera& camera, const RasterSettings& settings,
-                 const Projected& projected, const float* d_splats, const Gaussians& d_gaussians) {
-  SPACEPORT_DISPATCH(project_vjp, gaussians, camera, settings, projected, d_splats, d_gaussians);
+                 const Projected& projected, const SplatGradient& d_splats, const ProjectGradient& out) {
+  SPACEPORT_DISPATCH(project_vjp, gaussians, camera, settings, projected, d_splats, out);
 }
 
 void blend(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const Camera& camera,
@@ -48,13 +52,13 @@ int64_t hits_size(const Cpu&, int64_t, const Camera&) {
   return 0;
 }
 
-size_t blend_vjp_scratch(const Cpu&, int64_t n_instances) {
-  return size_t(n_instances) * kSplatGradientStride * sizeof(float);
+size_t blend_vjp_scratch(const Cpu&, int64_t, int64_t n_instances, int n_columns, const RasterSettings&) {
+  return size_t(n_instances) * size_t(n_columns) * sizeof(float);
 }
 
 void blend_vjp(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const Camera& camera,
                const RasterSettings& settings, const Image& image, const Image& d_image, void* scratch,
-               float* d_splats) {
+               const SplatGradient& d_splats) {
   SPACEPORT_DISPATCH(blend_vjp, projected, tiles, camera, settings, image, d_image, scratch, d_splats);
 }
 
@@ -91,17 +95,27 @@ void project_vjp_update(const Cpu& cpu, const Gaussians& values, const Camera& c
   gradient.quaternions = take(4);
   gradient.opacities = take(1);
   gradient.sh = take(3 * values.n_coefficients);
-  project_vjp(cpu, values, camera, settings, projected, d_splats, gradient);
+  const SplatGradient d = {const_cast<float*>(d_splats), kSplatGradientStride};
+  project_vjp(cpu, values, camera, settings, projected, d, {gradient, nullptr, nullptr});
   update(cpu, values, gradient, moments, adam);
 }
 
-void cluster_assign(const Cpu& cpu, const Points& points, const Points& centroids, int32_t* labels, float* distances) {
+size_t cluster_assign_scratch(const Cpu&, const Points&) {
+  return 0;
+}
+
+void cluster_assign(const Cpu& cpu, const Points& points, const Points& centroids, void*, int32_t* labels,
+                    float* distances) {
   SPACEPORT_DISPATCH(cluster_assign, points, centroids, labels, distances);
 }
 
-void cluster_update(const Cpu& cpu, const Points& points, const int32_t* labels, const float* weights,
-                    const Points& centroids, float* centroid_weights) {
-  SPACEPORT_DISPATCH(cluster_update, points, labels, weights, centroids, centroid_weights);
+size_t cluster_update_scratch(const Cpu&, const Points&, const Points&) {
+  return 0;
+}
+
+void cluster_update(const Cpu& cpu, const Points& points, const int32_t* labels, const float* weights, void*,
+                    const Clusters& out) {
+  SPACEPORT_DISPATCH(cluster_update, points, labels, weights, out);
 }
 
 void multiply_adds(const Cpu& cpu, int64_t n_pieces) {

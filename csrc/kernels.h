@@ -21,16 +21,15 @@ namespace spaceport::SPACEPORT_ISA {
 ProjectedCounts project(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
                         const Projected& out);
 void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
-                 const float* d_splats, const Gaussians& d_gaussians);
+                 const SplatGradient& d_splats, const ProjectGradient& out);
 void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 void blend_vjp(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
-               const Image& d_image, void* scratch, float* d_splats);
+               const Image& d_image, void* scratch, const SplatGradient& d_splats);
 void loss(const Cpu&, const LossImages&, const LossSettings&, void* scratch, const LossOutput& out);
 void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
             const Gaussians& second_moment, const AdamSettings&);
 void cluster_assign(const Cpu&, const Points& points, const Points& centroids, int32_t* labels, float* distances);
-void cluster_update(const Cpu&, const Points& points, const int32_t* labels, const float* weights,
-                    const Points& centroids, float* centroid_weights);
+void cluster_update(const Cpu&, const Points& points, const int32_t* labels, const float* weights, const Clusters& out);
 void multiply_adds(const Cpu&, int64_t n_pieces);
 
 }  // namespace spaceport::SPACEPORT_ISA

@@ -43,11 +43,19 @@ ProjectedCounts project(const Cpu&, const Gaussians&, const Camera&, const Raste
 ProjectedCounts project(const Cuda&, const Gaussians&, const Camera&, const RasterSettings&, void* scratch,
                         const Projected& out);
 
-// d_splats [M, 9]; writes every row of d_gaussians, zeros where nothing is visible.
+// What project' writes: every row of the Gaussians, zeros where nothing is visible, and the gradient by the camera's
+// pose, with which its centre moves. All twelve numbers of it count as free.
+struct ProjectGradient {
+  Gaussians gaussians;
+  double* cam_from_world;  // [3, 4], or null: not wanted
+  void* scratch;           // project_vjp_scratch bytes if it is
+};
+size_t project_vjp_scratch(const Cpu&, int64_t n_splats);
+size_t project_vjp_scratch(const Cuda&, int64_t n_splats);
 void project_vjp(const Cpu&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
-                 const float* d_splats, const Gaussians& d_gaussians);
+                 const SplatGradient& d_splats, const ProjectGradient& out);
 void project_vjp(const Cuda&, const Gaussians&, const Camera&, const RasterSettings&, const Projected&,
-                 const float* d_splats, const Gaussians& d_gaussians);
+                 const SplatGradient& d_splats, const ProjectGradient& out);
 
 // Lists the instances of every tile from front to back; equal depths keep the order of their rows.
 size_t tile_scratch(const Cpu&, int64_t n_splats, int64_t n_instances, const Camera&);
@@ -61,13 +69,14 @@ int64_t hits_size(const Cuda&, int64_t n_instances, const Camera&);
 void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 void blend(const Cuda&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 
-// `image` is what blend wrote; writes d_splats [M, 9].
-size_t blend_vjp_scratch(const Cpu&, int64_t n_instances);
-size_t blend_vjp_scratch(const Cuda&, int64_t n_instances);
+// `image` is what blend wrote. d_splats has ten columns if d_image has a depth, else nine; there is no gradient by the
+// median depth.
+size_t blend_vjp_scratch(const Cpu&, int64_t n_splats, int64_t n_instances, int n_columns, const RasterSettings&);
+size_t blend_vjp_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, int n_columns, const RasterSettings&);
 void blend_vjp(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
-               const Image& d_image, void* scratch, float* d_splats);
+               const Image& d_image, void* scratch, const SplatGradient& d_splats);
 void blend_vjp(const Cuda&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,
-               const Image& d_image, void* scratch, float* d_splats);
+               const Image& d_image, void* scratch, const SplatGradient& d_splats);
 
 // (1 - weight) * L1 + weight * (1 - SSIM) against an 8-bit photo, and its gradient by the colour.
 // SSIM as in Wang et al. (2004): 11x11 Gaussian window, sigma 1.5, mean over pixels and channels.
@@ -140,14 +149,87 @@ struct DensityStatistics {
 void density(const Cpu&, const Projected&, const float* d_splats, const Camera&, const DensityStatistics&);
 void density(const Cuda&, const Projected&, const float* d_splats, const Camera&, const DensityStatistics&);
 
-// One Lloyd step of k-means: the nearest centroid of every point with its squared distance, and the weighted means of
-// the points of every centroid. A centroid without weight stays where it is.
+// Growth (Kerbl et al., 2023): of the rows with a high score small ones are cloned and large ones split in two, sampled
+// from their parent; then faint, huge and broken rows are dropped. First the plan, whose counts say how many rows there
+// will be, then the rows: those that stay, clones, first and second children, each in the order of what they come from.
+// Companions of new rows are zero.
+struct DrawKey {
+  uint64_t seed;
+  uint32_t step;  // the same two draw the same samples
+};
+struct GrowthSettings {
+  float threshold;        // of the score, 0 or more
+  float split_log_scale;  // a row that grows is split if its largest is above this, else cloned
+  float min_opacity;      // logit
+  float max_log_scale;
+  int64_t max_rows;  // the highest scores go first where growth alone would lead beyond; 0: no limit
+  DrawKey key;
+};
+struct GrowthCounts {
+  int64_t kept, clones, parents;
+};
+constexpr int kGrowthLists = 3;
+struct GrowthPlan {
+  int32_t* sources;  // [3, N] rows that stay, that are cloned, that are split: each list at the beginning of its third
+  int64_t n_rows;    // N
+  GrowthCounts counts;
+};
+size_t plan_growth_scratch(const Cpu&, int64_t n_gaussians);
+size_t plan_growth_scratch(const Cuda&, int64_t n_gaussians);
+GrowthCounts plan_growth(const Cpu&, const Gaussians&, const float* scores, const GrowthSettings&, void* scratch,
+                         int32_t* sources);
+GrowthCounts plan_growth(const Cuda&, const Gaussians&, const float* scores, const GrowthSettings&, void* scratch,
+                         int32_t* sources);
+void grow(const Cpu&, const Rows&, const GrowthPlan&, const DrawKey&, const Rows& out);
+void grow(const Cuda&, const Rows&, const GrowthPlan&, const DrawKey&, const Rows& out);
+
+// The rows that `rows` [out.values.n] names.
+void select_rows(const Cpu&, const Rows&, const int32_t* rows, const Rows& out);
+void select_rows(const Cuda&, const Rows&, const int32_t* rows, const Rows& out);
+
 struct Points {
   float* values;  // [n, n_dimensions]
   int64_t n, n_dimensions;
 };
-void cluster_assign(const Cpu&, const Points& points, const Points& centroids, int32_t* labels, float* distances);
-void cluster_update(const Cpu&, const Points& points, const int32_t* labels, const float* weights,
-                    const Points& centroids, float* centroid_weights);
+
+// Row numbers along a Morton curve through the box of all means: neighbours in space come to lie near each other. Rows
+// that are not finite go last.
+size_t morton_order_scratch(const Cpu&, int64_t n_gaussians);
+size_t morton_order_scratch(const Cuda&, int64_t n_gaussians);
+void morton_order(const Cpu&, const Points& means, void* scratch, int32_t* order);
+void morton_order(const Cuda&, const Points& means, void* scratch, int32_t* order);
+
+// Rows that are fainter than `min_opacity` (logit) or not finite move onto others, which are drawn by their opacity;
+// those that then coincide share opacity and size so that the image stays as it was (Kheradmand et al., 3D Gaussian
+// Splatting as Markov chain Monte Carlo, 2024). Companions of rows that changed become zero.
+struct Relocation {
+  float min_opacity;
+  DrawKey key;
+};
+size_t relocate_scratch(const Cpu&, int64_t n_gaussians);
+size_t relocate_scratch(const Cuda&, int64_t n_gaussians);
+void relocate(const Cpu&, const Rows&, const Relocation&, void* scratch);
+void relocate(const Cuda&, const Rows&, const Relocation&, void* scratch);
+
+// One Lloyd step of k-means: the nearest centroid of every point with its squared distance, the lowest of equally near
+// ones; and the weighted means of the points of every centroid. A centroid without weight stays where it is. Labels
+// name rows of the centroids; a GPU leaves out points whose label does not.
+struct Clusters {
+  Points centroids;
+  float* weights;  // [n_centroids]
+};
+constexpr int kMaxPointDimensions = 45;  // on a GPU: SH of degree 3 without the constant
+size_t cluster_assign_scratch(const Cpu&, const Points& centroids);
+size_t cluster_assign_scratch(const Cuda&, const Points& centroids);
+void cluster_assign(const Cpu&, const Points& points, const Points& centroids, void* scratch, int32_t* labels,
+                    float* distances);
+void cluster_assign(const Cuda&, const Points& points, const Points& centroids, void* scratch, int32_t* labels,
+                    float* distances);
+size_t cluster_update_scratch(const Cpu&, const Points& points, const Points& centroids);
+size_t cluster_update_scratch(const Cuda&, const Points& points, const Points& centroids);
+void cluster_update(const Cpu&, const Points& points, const int32_t* labels, const float* weights, void* scratch,
+                    const Clusters& out);
+void cluster_update(const Cuda&, const Points& points, const int32_t* labels, const float* weights, void* scratch,
+                    const Clusters& out);
 
 }  // namespace spaceport

@@ -185,6 +185,23 @@ void zero_rows(const Gaussians& g, int64_t begin, int64_t end) {
   std::memset(g.sh + begin * int64_t(sh), 0, n * sh * sizeof(float));
 }
 
+// Gradient by the pose, summed over rows: in double precision, as there may be millions.
+struct PoseSum {
+  double values[kPoseSize] = {};
+
+  void add(const Rows& rows, const PoseGradient<Float8>& d) {
+    const Mat3<Float8>& r = d.d_rotation;
+    const Vec3<Float8>& t = d.d_translation;
+    const Float8 columns[kPoseSize] = {r.row[0].x, r.row[0].y, r.row[0].z, t.x,        r.row[1].x, r.row[1].y,
+                                       r.row[1].z, t.y,        r.row[2].x, r.row[2].y, r.row[2].z, t.z};
+    for (int k = 0; k < kPoseSize; ++k) {
+      float lanes[kLanes];
+      store(lanes, columns[k]);
+      for (int lane = 0; lane < rows.n; ++lane) values[k] += double(lanes[lane]);
+    }
+  }
+};
+
 // Gradient by the colour's coefficients, written to d_g.sh; returns the gradient by the mean.
 HOST_DEVICE Vec3<Float8> color_vjp(const Gaussians& g, const Rows& rows, const View<Float8>& view,
                                    const Vec3<Float8>& mean, int degree, Vec3<Float8> d_color, const Gaussians& d_g) {
@@ -203,12 +220,17 @@ HOST_DEVICE Vec3<Float8> color_vjp(const Gaussians& g, const Rows& rows, const V
   return direction_vjp(offset, sh_basis_vjp(degree, to_gaussian, d_basis));
 }
 
+// `d_pose` may be null.
 void project_rows_vjp(const Gaussians& g, const Rows& rows, const Rows& splats, const View<Float8>& view,
-                      const RasterSettings& settings, const float* d_splats, const Gaussians& d_g) {
-  const auto d_splat = [&](int column) { return splats.gather(d_splats, kSplatGradientStride, column); };
+                      const RasterSettings& settings, const SplatGradient& d_splats, const Gaussians& d_g,
+                      PoseSum* d_pose) {
+  const auto d_splat = [&](int column) { return splats.gather(d_splats.rows, d_splats.n_columns, column); };
   const RawShape<Float8> raw = raw_shape_of(g, rows);
   const Shape<Float8> s = shape_of(raw, view, Float8(settings.low_pass));
-  const RawShape<Float8> d = shape_of_vjp(raw, view, s, d_splat(0), d_splat(1), {d_splat(2), d_splat(3), d_splat(4)});
+  ProjectedAxesGradient<Float8> d_seen =
+      seen_shape_vjp(view, s, d_splat(0), d_splat(1), {d_splat(2), d_splat(3), d_splat(4)});
+  if (d_splats.n_columns == kSplatDepthGradientStride) d_seen.d_point.z = d_seen.d_point.z + d_splat(9);
+  const RawShape<Float8> d = shape_of_vjp(raw, view, s, d_seen);
   const Float8 opacity = sigmoid(rows.gather(g.opacities, 1, 0));
   const Vec3<Float8> d_mean_by_color =
       color_vjp(g, rows, view, raw.mean, settings.sh_degree, {d_splat(6), d_splat(7), d_splat(8)}, d_g);
@@ -220,12 +242,15 @@ void project_rows_vjp(const Gaussians& g, const Rows& rows, const Rows& splats, 
   rows.scatter(d_g.quaternions, 4, 2, d.quaternion.y);
   rows.scatter(d_g.quaternions, 4, 3, d.quaternion.z);
   rows.scatter(d_g.opacities, 1, 0, d_splat(5) * opacity * (Float8(1.0f) - opacity));
+  if (d_pose != nullptr) d_pose->add(rows, pose_vjp(raw, view, s, d_seen, Float8(-1.0f) * d_mean_by_color));
 }
 
 }  // namespace
 
 void project_vjp(const Cpu& cpu, const Gaussians& g, const Camera& camera, const RasterSettings& settings,
-                 const Projected& projected, const float* d_splats, const Gaussians& d_g) {
+                 const Projected& projected, const SplatGradient& d_splats, const ProjectGradient& out) {
+  const Gaussians& d_g = out.gaussians;
+  PoseSum* pose_sums = static_cast<PoseSum*>(out.scratch);  // [n_pieces]
   const View<Float8> view = view_of<Float8>(camera);
   const int32_t* gaussian_from_splat = projected.gaussian_from_splat;
   const int64_t n_pieces = n_pieces_of(projected.n, kProjectRowsPerPiece);
@@ -239,12 +264,21 @@ void project_vjp(const Cpu& cpu, const Gaussians& g, const Camera& camera, const
       next_row = int64_t(gaussian_from_splat[splat]) + 1;
     }
     if (range.end == projected.n) zero_rows(d_g, next_row, g.n);
+    PoseSum d_pose;
     for (int64_t splat = range.begin; splat < range.end; splat += kLanes) {
       const Rows splats = Rows::of(splat, range.end, [](int64_t i) { return i; });
       const Rows rows = Rows::of(splat, range.end, [&](int64_t i) { return int64_t(gaussian_from_splat[i]); });
-      project_rows_vjp(g, rows, splats, view, settings, d_splats, d_g);
+      project_rows_vjp(g, rows, splats, view, settings, d_splats, d_g,
+                       out.cam_from_world != nullptr ? &d_pose : nullptr);
     }
+    if (out.cam_from_world != nullptr) pose_sums[piece] = d_pose;
   });
+  if (out.cam_from_world == nullptr) return;
+  for (int k = 0; k < kPoseSize; ++k) {
+    double sum = 0.0;
+    for (int64_t piece = 0; piece < n_pieces; ++piece) sum += pose_sums[piece].values[k];
+    out.cam_from_world[k] = sum;
+  }
 }
 
 }  // namespace spaceport::SPACEPORT_ISA

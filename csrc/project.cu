@@ -4,7 +4,6 @@
 // its row. Compiled without fused multiply-adds, as tile.cu is: both find the tiles of a splat, and must agree.
 #define SPACEPORT_ISA cuda
 
-#include "look_back.cuh"
 #include "queued.cuh"
 #include "rows.cuh"
 #include "tile_spans.h"
@@ -19,45 +18,58 @@ constexpr int kThreads = kLookBackRows;
 struct Grid {
   int tiles_x, tiles_y;
 
-  // No more than a guess: the centre is less than an image away from the principal point.
-  __device__ bool may_see(const Lens<float>& lens, const Vec3<float>& point) const {
-    return fabsf(point.x) * lens.fx < point.z * float(tiles_x * kTileSize) &&
-           fabsf(point.y) * lens.fy < point.z * float(tiles_y * kTileSize);
+  // No more than a guess: the centre is less than an image away from the principal point, and not behind the limit of
+  // its tile.
+  __device__ bool may_see(const Lens<float>& lens, const Vec3<float>& point, const NearSide& near_side) const {
+    const float x = __fdividef(point.x * lens.fx, point.z), y = __fdividef(point.y * lens.fy, point.z);
+    if (!(fabsf(x) < float(tiles_x * kTileSize) && fabsf(y) < float(tiles_y * kTileSize))) return false;
+    const int column = int((x + lens.cx) / float(kTileSize)), row = int((y + lens.cy) / float(kTileSize));
+    const bool is_inside = column >= 0 && column < tiles_x && row >= 0 && row < tiles_y;
+    return !is_inside || near_side.holds(row * tiles_x + column);
   }
 };
 
-__device__ TileSet tiles_of(const Splat& splat, const Grid& grid) {
+struct Touched {
+  TileSet tiles;
+  bool is_seen;  // by some tile, were it not for the limits
+};
+__device__ Touched tiles_of(const Splat& splat, const Grid& grid, const NearSide& near_side) {
   const TileRows tiles(splat, grid.tiles_x, grid.tiles_y);
   const TileSpan box = tile_span(splat.x - splat.extent_x, splat.x + splat.extent_x, grid.tiles_x);
   const bool is_in_box = box.end - box.begin <= kTileBoxSide && tiles.rows.end - tiles.rows.begin <= kTileBoxSide;
   TileSet set = {uint16_t(box.begin), uint16_t(tiles.rows.begin), 0, 0};
+  bool is_seen = false;
   for (int row = tiles.rows.begin; row < tiles.rows.end; ++row) {
     const TileSpan columns = tiles.columns(row);
-    if (columns.begin >= columns.end) continue;
-    const unsigned n = unsigned(columns.end - columns.begin);
-    set.n += n;
-    if (is_in_box) {
-      const int first = (row - tiles.rows.begin) * kTileBoxSide + columns.begin - box.begin;
-      set.bits |= ((uint64_t(1) << n) - 1) << first;
+    is_seen |= columns.begin < columns.end;
+    for (int column = columns.begin; column < columns.end; ++column) {
+      if (!near_side.holds(row * grid.tiles_x + column)) continue;
+      ++set.n;
+      if (is_in_box) {
+        set.bits |= uint64_t(1) << ((row - tiles.rows.begin) * kTileBoxSide + column - box.begin);
+      }
     }
   }
-  return set;
+  return {set, is_seen};
 }
 
 // A row on its way to be a splat: all but its colour.
 struct Candidate {
   Splat splat;
-  TileSet touched;     // none where it is not visible
+  TileSet touched;     // none where it is not listed
+  uint32_t depth_key;  // or why it is not
   Vec3<float> offset;  // from the camera
 };
 __device__ Candidate candidate_of(const Gaussians& g, int64_t row, const View<float>& view,
-                                  const RasterSettings& settings, const Grid& grid) {
+                                  const RasterSettings& settings, const Grid& grid, const uint32_t* depth_limits) {
   Candidate c = {};
+  c.depth_key = kNoDepth;
   const float logit = g.opacities[row], opacity = sigmoid(logit);
   const RawShape<float> raw = raw_shape_of(g, row);
   const Vec3<float> point = point_in_cam(view, raw.mean);
   if (!(point.z >= settings.near) || !(opacity >= kAlphaCutoff)) return c;
-  if (grid.may_see(view.lens, point)) prefetch_row(g.sh + row * 3 * g.n_coefficients, 3 * g.n_coefficients);
+  const NearSide near_side = {depth_limits, depth_key(point.z, settings.near)};
+  if (grid.may_see(view.lens, point, near_side)) prefetch_row(g.sh + row * 3 * g.n_coefficients, 3 * g.n_coefficients);
   const Shape<float> s = shape_of(raw, view, settings.low_pass);
   if (!(norm_squared(raw.quaternion) >= kMinQuaternionNormSquared) || !(s.determinant > 0.0f)) return c;
   if (!(doubt_of(s, Vec3<float>{}, opacity, logit) == 0.0f)) return c;
@@ -75,7 +87,9 @@ __device__ Candidate candidate_of(const Gaussians& g, int64_t row, const View<fl
              sqrtf(level * s.covariance.xx),
              sqrtf(level * s.covariance.yy)};
   c.offset = raw.mean - view.center;
-  c.touched = tiles_of(c.splat, grid);
+  const Touched touched = tiles_of(c.splat, grid, near_side);
+  c.touched = touched.tiles;
+  c.depth_key = c.touched.n > 0 ? near_side.depth_key : touched.is_seen ? kHidden : kNoDepth;
   return c;
 }
 
@@ -100,7 +114,10 @@ __device__ void color(const Gaussians& g, int64_t first_row, Candidate& c, float
     load_row<kColumns>(g.sh + (first_row + lane) * stride, stride, sh);
   }
   const Vec3<float> color = color_of(kDegree, basis, sh);
-  if (!(poison(color.x) + poison(color.y) + poison(color.z) == 0.0f)) c.touched = {};
+  if (!(poison(color.x) + poison(color.y) + poison(color.z) == 0.0f)) {
+    c.touched = {};
+    c.depth_key = kNoDepth;
+  }
   c.splat.red = fmaxf(color.x, 0.0f);
   c.splat.green = fmaxf(color.y, 0.0f);
   c.splat.blue = fmaxf(color.z, 0.0f);
@@ -132,7 +149,7 @@ struct Compacted {
     __syncthreads();
     return number;
   }
-  __device__ void place(unsigned block, int64_t row, int64_t, const Candidate& c, float near, const Projected& out,
+  __device__ void place(unsigned block, int64_t row, int64_t, const Candidate& c, const Projected& out,
                         ProjectedCounts* counts) const {
     __shared__ uint64_t sum_of_others;
     const BlockSums sums = block_sums<kThreads>({c.touched.n > 0, c.touched.n});
@@ -152,17 +169,17 @@ struct Compacted {
     write(out, before.n_splats, c);
     out.gaussian_from_splat[before.n_splats] = int32_t(row);
     out.instance_offsets[before.n_splats] = before.n_instances;
-    out.depth_keys[before.n_splats] = depth_key(c.splat.depth, near);
+    out.depth_keys[before.n_splats] = c.depth_key;
   }
 };
 
 // A splat lies where its Gaussian does: no block waits for another.
 struct InPlace {
   __device__ unsigned block() const { return blockIdx.x; }
-  __device__ void place(unsigned, int64_t row, int64_t n_rows, const Candidate& c, float near, const Projected& out,
+  __device__ void place(unsigned, int64_t row, int64_t n_rows, const Candidate& c, const Projected& out,
                         ProjectedCounts* counts) const {
     if (c.touched.n > 0) write(out, row, c);
-    if (row < n_rows) out.depth_keys[row] = c.touched.n > 0 ? depth_key(c.splat.depth, near) : kNoDepth;
+    if (row < n_rows) out.depth_keys[row] = c.depth_key;
     const BlockSums sums = block_sums<kThreads>({c.touched.n > 0, c.touched.n});
     if (threadIdx.x == 0 && sums.total.splats > 0) {
       using Word = unsigned long long;
@@ -174,44 +191,47 @@ struct InPlace {
 
 template <int kDegree, class Placing>
 __global__ __launch_bounds__(kThreads, 3) void project_kernel(Gaussians g, Late<View<float>> late_view,
-                                                              RasterSettings settings, Grid grid, Placing placing,
-                                                              Projected out, ProjectedCounts* counts) {
+                                                              Late<uint32_t*> depth_limits, RasterSettings settings,
+                                                              Grid grid, Placing placing, Projected out,
+                                                              ProjectedCounts* counts) {
   const unsigned block = placing.block();
   const int64_t row = int64_t(block) * kThreads + threadIdx.x;
   const View<float> view = late_view.get();
   Candidate candidate = {};
-  if (row < g.n) candidate = candidate_of(g, row, view, settings, grid);
+  if (row < g.n) candidate = candidate_of(g, row, view, settings, grid, depth_limits.get());
   extern __shared__ float4 staged[];
   color<kDegree>(g, row - threadIdx.x % 32, candidate,
                  staged + threadIdx.x / 32 * 32 * StagedRows<3 * n_coefficients_of(kDegree)>::kStride);
-  placing.place(block, row, g.n, candidate, settings.near, out, counts);
+  placing.place(block, row, g.n, candidate, out, counts);
 }
 
 template <class Placing>
-void launch_project(cudaStream_t stream, const Gaussians& g, const Late<View<float>>& view, const Camera& camera,
-                    const RasterSettings& settings, const Placing& placing, const Projected& out,
-                    ProjectedCounts* counts) {
+void launch_project(cudaStream_t stream, const Gaussians& g, const Late<View<float>>& view,
+                    const Late<uint32_t*>& depth_limits, const Camera& camera, const RasterSettings& settings,
+                    const Placing& placing, const Projected& out, ProjectedCounts* counts) {
   const Grid grid = {camera.tiles_x(), camera.tiles_y()};
   for_degree(settings.sh_degree, [&](auto degree) {
     constexpr int kStaged = kThreads * StagedRows<3 * n_coefficients_of(degree)>::kStride * int(sizeof(float4));
     const auto kernel = project_kernel<degree, Placing>;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kStaged), "project");
-    kernel<<<n_blocks_of(g.n, kThreads), kThreads, kStaged, stream>>>(g, view, settings, grid, placing, out, counts);
+    kernel<<<n_blocks_of(g.n, kThreads), kThreads, kStaged, stream>>>(g, view, depth_limits, settings, grid, placing,
+                                                                      out, counts);
   });
   check_launch("project");
 }
 
+// Writes the gradient by a splat's Gaussian; returns that by the pose.
 template <int kDegree>
-__global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View<float> view, RasterSettings settings,
-                                                               Projected projected, const float* d_splats,
-                                                               Gaussians d_g) {
-  const int64_t splat = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (splat >= projected.n) return;
+__device__ PoseGradient<float> project_splat_vjp(const Gaussians& g, const View<float>& view, float low_pass,
+                                                 const Projected& projected, const SplatGradient& d_splats,
+                                                 const Gaussians& d_g, int64_t splat) {
   const int64_t row = projected.gaussian_from_splat[splat];
-  const float* d = d_splats + splat * kSplatGradientStride;
+  const float* d = d_splats.rows + splat * d_splats.n_columns;
   const RawShape<float> raw = raw_shape_of(g, row);
-  const Shape<float> s = shape_of(raw, view, settings.low_pass);
-  const RawShape<float> d_raw = shape_of_vjp(raw, view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
+  const Shape<float> s = shape_of(raw, view, low_pass);
+  ProjectedAxesGradient<float> d_seen = seen_shape_vjp(view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
+  if (d_splats.n_columns == kSplatDepthGradientStride) d_seen.d_point.z += d[9];
+  const RawShape<float> d_raw = shape_of_vjp(raw, view, s, d_seen);
   const float opacity = sigmoid(g.opacities[row]);
 
   constexpr int kColumns = 3 * n_coefficients_of(kDegree);
@@ -226,18 +246,63 @@ __global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View
   color_of_vjp(kDegree, basis, d_color, sh, d_basis);
   store_row<kColumns>(d_g.sh + row * 3 * g.n_coefficients, 3 * g.n_coefficients, sh);
 
-  store3(d_g.means, row, d_raw.mean + direction_vjp(offset, sh_basis_vjp(kDegree, to_gaussian, d_basis)));
+  const Vec3<float> d_offset = direction_vjp(offset, sh_basis_vjp(kDegree, to_gaussian, d_basis));
+  store3(d_g.means, row, d_raw.mean + d_offset);
   store3(d_g.log_scales, row, d_raw.log_scale);
   const Quaternion<float>& q = d_raw.quaternion;
   reinterpret_cast<float4*>(d_g.quaternions)[row] = make_float4(q.w, q.x, q.y, q.z);
   d_g.opacities[row] = d[5] * opacity * (1.0f - opacity);
+  return pose_vjp(raw, view, s, d_seen, -1.0f * d_offset);
+}
+
+// The sum over a block's threads, in an order that is always the same.
+__device__ void sum_poses(const PoseGradient<float>& d, double* out) {
+  __shared__ float of_warps[kThreads / 32][kPoseSize];
+  const Mat3<float>& r = d.d_rotation;
+  const Vec3<float>& t = d.d_translation;
+  const float own[kPoseSize] = {r.row[0].x, r.row[0].y, r.row[0].z, t.x,        r.row[1].x, r.row[1].y,
+                                r.row[1].z, t.y,        r.row[2].x, r.row[2].y, r.row[2].z, t.z};
+#pragma unroll
+  for (int k = 0; k < kPoseSize; ++k) {
+    const float sum = warp_sum(own[k]);
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32][k] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x >= kPoseSize) return;
+  double sum = 0.0;
+  for (const auto& of_warp : of_warps) sum += double(of_warp[threadIdx.x]);
+  out[threadIdx.x] = sum;
+}
+
+// One block a number of the pose.
+__global__ __launch_bounds__(kThreads) void sum_blocks_kernel(const double* of_blocks, int64_t n_blocks, double* out) {
+  __shared__ double of_threads[kThreads];
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < n_blocks; i += kThreads) sum += of_blocks[i * kPoseSize + blockIdx.x];
+  of_threads[threadIdx.x] = sum;
+  for (int n = kThreads / 2; n > 0; n /= 2) {
+    __syncthreads();
+    if (int(threadIdx.x) < n) of_threads[threadIdx.x] += of_threads[threadIdx.x + n];
+  }
+  if (threadIdx.x == 0) out[blockIdx.x] = of_threads[0];
+}
+
+template <int kDegree, bool kPose>
+__global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View<float> view, float low_pass,
+                                                               Projected projected, SplatGradient d_splats,
+                                                               Gaussians d_g, double* pose_of_blocks) {
+  const int64_t splat = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  PoseGradient<float> d_pose = {};
+  if (splat < projected.n) d_pose = project_splat_vjp<kDegree>(g, view, low_pass, projected, d_splats, d_g, splat);
+  if constexpr (kPose) sum_poses(d_pose, pose_of_blocks + int64_t(blockIdx.x) * kPoseSize);
 }
 
 }  // namespace
 
-void queue_project(cudaStream_t stream, const Gaussians& g, const Late<View<float>>& view, const Camera& camera,
-                   const RasterSettings& settings, const Projected& out, ProjectedCounts* counts) {
-  launch_project(stream, g, view, camera, settings, InPlace{}, out, counts);
+void queue_project(cudaStream_t stream, const Gaussians& g, const Late<View<float>>& view,
+                   const Late<uint32_t*>& depth_limits, const Camera& camera, const RasterSettings& settings,
+                   const Projected& out, ProjectedCounts* counts) {
+  launch_project(stream, g, view, depth_limits, camera, settings, InPlace{}, out, counts);
 }
 
 }  // namespace cuda
@@ -257,16 +322,21 @@ ProjectedCounts project(const Cuda& backend, const Gaussians& g, const Camera& c
   const cuda::LookBack look_back = cuda::LookBack::of(arena, g.n);
   check(cudaMemsetAsync(scratch, 0, arena.used(), stream), "project");
   ProjectedCounts counts, *on_device = arena.take<ProjectedCounts>(1);
-  cuda::launch_project(stream, g, cuda::Late<cuda::View<float>>(cuda::view_of<float>(camera)), camera, settings,
-                       cuda::Compacted{look_back}, out, on_device);
+  cuda::launch_project(stream, g, cuda::Late<cuda::View<float>>(cuda::view_of<float>(camera)),
+                       cuda::Late<uint32_t*>(nullptr), camera, settings, cuda::Compacted{look_back}, out, on_device);
   check(cudaMemcpyAsync(&counts, on_device, sizeof(counts), cudaMemcpyDeviceToHost, stream), "project");
   check(cudaStreamSynchronize(stream), "project");
   return counts;
 }
 
+size_t project_vjp_scratch(const Cuda&, int64_t n_splats) {
+  return size_t(n_blocks_of(n_splats, cuda::kThreads)) * kPoseSize * sizeof(double);
+}
+
 void project_vjp(const Cuda& backend, const Gaussians& g, const Camera& camera, const RasterSettings& settings,
-                 const Projected& projected, const float* d_splats, const Gaussians& d_g) {
+                 const Projected& projected, const SplatGradient& d_splats, const ProjectGradient& out) {
   const cudaStream_t stream = stream_of(backend);
+  const Gaussians& d_g = out.gaussians;
   const struct {
     float* array;
     int64_t n_columns;
@@ -278,12 +348,20 @@ void project_vjp(const Cuda& backend, const Gaussians& g, const Camera& camera, 
   for (const auto& table : tables) {
     check(cudaMemsetAsync(table.array, 0, size_t(g.n * table.n_columns) * sizeof(float), stream), "project'");
   }
+  const bool has_pose = out.cam_from_world != nullptr;
+  if (has_pose) check(cudaMemsetAsync(out.cam_from_world, 0, kPoseSize * sizeof(double), stream), "project'");
   if (projected.n == 0) return;
   const cuda::View<float> view = cuda::view_of<float>(camera);
+  const unsigned n_blocks = n_blocks_of(projected.n, cuda::kThreads);
+  double* pose_of_blocks = static_cast<double*>(out.scratch);  // [n_blocks, 12]
   cuda::for_degree(settings.sh_degree, [&](auto degree) {
-    cuda::project_vjp_kernel<degree><<<n_blocks_of(projected.n, cuda::kThreads), cuda::kThreads, 0, stream>>>(
-        g, view, settings, projected, d_splats, d_g);
+    const auto kernel = has_pose ? cuda::project_vjp_kernel<degree, true> : cuda::project_vjp_kernel<degree, false>;
+    kernel<<<n_blocks, cuda::kThreads, 0, stream>>>(g, view, settings.low_pass, projected, d_splats, d_g,
+                                                    pose_of_blocks);
   });
+  if (has_pose) {
+    cuda::sum_blocks_kernel<<<kPoseSize, cuda::kThreads, 0, stream>>>(pose_of_blocks, n_blocks, out.cam_from_world);
+  }
   check_launch("project'");
 }
 

@@ -75,7 +75,7 @@ __device__ RowGradient gradient_of_row(const RawShape<float>& raw, float logit, 
   const Shape<float> s = shape_of(raw, view, low_pass);
   const float opacity = sigmoid(logit);
   if (kind == SplatRows::kMoments) gradient_of_moments(s.conic, opacity, d);
-  gradient.raw = shape_of_vjp(raw, view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
+  gradient.raw = shape_of_vjp(raw, view, s, seen_shape_vjp(view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]}));
   gradient.opacity = d[5] * opacity * (1.0f - opacity);
   const Vec3<float> offset = raw.mean - view.center;
   gradient.direction = direction(offset);
@@ -177,9 +177,11 @@ struct alignas(16) ShRecord {
   int32_t row;
 };
 
-// A row that a thread updates, and where its splat's gradient or sums are; -1 for none.
+// A row that a thread updates, and where its splat's gradient or sums are; -1 for none. Visible rows without one are
+// hidden.
 struct Item {
   int64_t row, gradient;
+  bool is_visible;
 };
 
 // Every row, visible or not.
@@ -189,9 +191,11 @@ struct AllRows {
   __device__ int64_t n(const UpdateJob& job) const { return job.values.n; }
   __device__ Item item(const UpdateJob& job, int64_t i) const {
     if (job.projected.gaussian_from_splat == nullptr) {
-      return {i, job.projected.depth_keys[i] != kNoDepth ? i : -1};
+      const uint32_t depth_key = job.projected.depth_keys[i];
+      return {i, depth_key < kHidden ? i : -1, depth_key != kNoDepth};
     }
-    return {i, splat_of(job.projected, i)};
+    const int64_t splat = splat_of(job.projected, i);
+    return {i, splat, splat >= 0};
   }
   __device__ Lag lag(const Item&, const UpdateInputs&) const { return Lag::none(); }
 
@@ -219,7 +223,7 @@ struct ListedRows {
   static constexpr bool kSeesAll = false;  // visible rows were counted, and their sums cleared, for the list
 
   __device__ int64_t n(const UpdateJob&) const { return *n_rows; }
-  __device__ Item item(const UpdateJob&, int64_t i) const { return {rows[i], i}; }
+  __device__ Item item(const UpdateJob&, int64_t i) const { return {rows[i], i, true}; }
   __device__ Lag lag(const Item& item, const UpdateInputs& u) const {
     const Lag lag = Lag::between(up_to_date[item.row], u.settings.step, u.rates);
     up_to_date[item.row] = int32_t(u.settings.step);
@@ -258,7 +262,7 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
   const int64_t i = int64_t(blockIdx.x) * kRows + threadIdx.x, n = rows.n(job);
   if (i - threadIdx.x >= n) return;
   late_inputs.copy_to(u);
-  const Item item = i < n ? rows.item(job, i) : Item{-1, -1};
+  const Item item = i < n ? rows.item(job, i) : Item{-1, -1, false};
   splat_rows[threadIdx.x] = item.gradient >= 0 ? item.row : -1;
   const int stride = 3 * job.values.n_coefficients, first_of_warp = int(threadIdx.x) / 32 * 32;
   const StagedRows<kColumns> staged = {staged_fours + first_of_warp * StagedRows<kColumns>::kStride};
@@ -289,12 +293,10 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
                                             load_row<kColumns>(job.values.sh + item.row * stride, stride, columns);
                                           }
                                         });
-    if (u.statistics.gradient_sums != nullptr && !changes_nothing) {
-      job.add_statistics(u.statistics, item.row, d);
-      if (Rows::kSeesAll) u.statistics.n_visible[item.row] += 1.0f;
-    }
+    if (u.statistics.gradient_sums != nullptr && !changes_nothing) job.add_statistics(u.statistics, item.row, d);
   }
   if (changes_nothing) return;
+  if (Rows::kSeesAll && item.is_visible && u.statistics.n_visible != nullptr) u.statistics.n_visible[item.row] += 1.0f;
   const Lag lag = item.row >= 0 ? rows.lag(item, u) : Lag::none();
   update_shapes(job.values, job.moments, warp_rows, int32_t(item.row), value, gradient, u, lag);
   sh.write(warp_rows, i, item, gradient, lag);

@@ -5,8 +5,10 @@
 #include "adam.cuh"
 #include "launch.cuh"
 #include "look_back.cuh"
+#include "radix_sort.cuh"
 #include "scalar.h"
 #include "splat_math.h"
+#include "step.h"
 
 namespace spaceport {
 namespace cuda {
@@ -38,6 +40,14 @@ struct Late {
   }
 };
 
+// A camera of which only the size is known yet.
+inline Camera camera_of(const StepSize& size) {
+  Camera camera = {};
+  camera.width = size.width;
+  camera.height = size.height;
+  return camera;
+}
+
 // The gradient by a splat's first six columns, from the sums that blend' makes of d, the gradient by the exponent of e,
 // and of its products with dx, dy, dx^2, dx dy and dy^2: in place.
 __device__ inline void gradient_of_moments(const Conic<float>& conic, float opacity, float* row) {
@@ -54,26 +64,56 @@ __device__ inline void gradient_of_moments(const Conic<float>& conic, float opac
 // three passes of a radix sort take. Splats that agree to that keep the order of their rows.
 constexpr int kDepthKeyBits = 24;
 constexpr uint32_t kNoDepth = (1u << kDepthKeyBits) - 1;  // of a Gaussian that is not visible
+constexpr uint32_t kHidden = kNoDepth - 1;                // of one that is, but behind the limits of all its tiles
 __device__ inline uint32_t depth_key(float depth, float near) {
   const uint32_t key = (__float_as_uint(depth) - __float_as_uint(near)) >> 3;
-  return key < kNoDepth ? key : kNoDepth - 1;
+  return key < kHidden ? key : kHidden - 1;
 }
 
-// Writes each splat at the row of its Gaussian; where none is visible, nothing but kNoDepth. out.gaussian_from_splat
-// and out.instance_offsets are not used. Adds to `counts`.
-void queue_project(cudaStream_t, const Gaussians&, const Late<View<float>>&, const Camera& size, const RasterSettings&,
-                   const Projected& out, ProjectedCounts* counts);
+// The tiles of a view may have limits [n_tiles]: depth keys behind which no splat reached a pixel at the last visit.
+// Then none is listed there at this one.
+constexpr uint32_t kNoLimit = 0xffffffffu;
+// The tiles that a splat of a depth is listed in.
+struct NearSide {
+  const uint32_t* limits;  // null: all of them
+  uint32_t depth_key;
+
+  __device__ bool holds(int tile) const { return limits == nullptr || depth_key <= limits[tile]; }
+};
+
+// Writes each splat at the row of its Gaussian; where none is visible, nothing but kNoDepth or kHidden.
+// out.gaussian_from_splat and out.instance_offsets are not used. Adds to `counts`.
+void queue_project(cudaStream_t, const Gaussians&, const Late<View<float>>&, const Late<uint32_t*>& depth_limits,
+                   const Camera& size, const RasterSettings&, const Projected& out, ProjectedCounts* counts);
+
+// What the blocks of tile's kernels tell each other; zero at the start.
+struct TileState {
+  LookBack look_back;
+  SortState by_depth, by_tile;
+
+  static TileState of(Arena&, int64_t n_splats, int64_t n_instances, const Camera& size);
+};
 
 // `projected.n` and `out.n_instances` are capacities: `counts` says how many splats have a depth, and touch how many
-// tiles. Instances that do not fit are left out. The LookBack is one of as many rows as there are splats, and zero;
-// `numbers` are 0, 1, 2, ...
+// tiles. Instances that do not fit are left out. The limits are those of project.
 size_t queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& size);
-void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& counts, const Camera& size,
-                const LookBack&, const int32_t* numbers, void* scratch, const Tiles& out);
+void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& counts,
+                const Late<uint32_t*>& depth_limits, const Camera& size, const TileState&, void* scratch,
+                const Tiles& out);
 
-// The sums that give a splat's gradient, [M, 9], which must be zero at the start. `d_image.transmittance` may be null.
+// Sets the limits for the next visit. Where a tile had one and was seen through to its end, something may be missing:
+// it has none from then on, and *is_undone is set.
+struct DepthLimits {
+  Late<uint32_t*> limits;
+  uint32_t* is_undone;
+};
+void queue_blend(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
+                 const DepthLimits&, const Late<Image>& out);
+
+// The sums that give a splat's gradient, [M, 9] or, if d_image has a depth, [M, 10]; they must be zero at the start.
+// `d_image.transmittance` may be null. Scratch: that of blend_vjp.
 void queue_blend_vjp(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
-                     const Image&, const Image& d_image, float* moments);
+                     const Image&, const Image& d_image, void* scratch, float* moments);
 
 // A target whose pointers may come late; which of them are null is known from the start.
 struct LateTarget {

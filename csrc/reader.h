@@ -112,20 +112,7 @@ class Reader {
     return bytes.data;
   }
 
-  Gaussians gaussians(py::handle object) const {
-    const Array<float> means = field<float>(object, "means", {-1, 3});
-    const int64_t n = means.shape[0];
-    const Array<float> sh = field<float>(object, "sh", {n, -1, 3});
-    const int64_t k = sh.shape[1];
-    if (k != 1 && k != 4 && k != 9 && k != 16) refuse("sh", "1, 4, 9 or 16 coefficients", std::to_string(k));
-    return {means.data,
-            field<float>(object, "log_scales", {n, 3}).data,
-            aligned(field<float>(object, "quaternions", {n, 4}), "quaternions").data,
-            field<float>(object, "opacities", {n}).data,
-            aligned(sh, "sh").data,
-            n,
-            int(k)};
-  }
+  Gaussians gaussians(py::handle object) const { return gaussians(object, field<float>(object, "sh", {-1, -1, 3})); }
 
   // The same Gaussians in another role: all sizes must agree with `like`.
   Gaussians gaussians_like(py::handle object, const Gaussians& like) const {
@@ -139,20 +126,33 @@ class Reader {
 
   // Adam's moments of these values, in either storage.
   AdamMoments moments(py::handle first, py::handle second, const Gaussians& values) const {
-    const bool is_compact = is_gpu() && py::str(first.attr("sh").attr("dtype")).cast<std::string>() == "torch.int32";
-    if (!is_compact) return {gaussians_like(first, values), gaussians_like(second, values), MomentStorage::kFull};
-    const auto shape_and = [&](py::handle object, float* sh) {
-      return Gaussians{field<float>(object, "means", {values.n, 3}).data,
-                       field<float>(object, "log_scales", {values.n, 3}).data,
-                       aligned(field<float>(object, "quaternions", {values.n, 4}), "quaternions").data,
-                       field<float>(object, "opacities", {values.n}).data,
-                       sh,
-                       values.n,
-                       values.n_coefficients};
-    };
-    const Array<int32_t> words = field<int32_t>(first, "sh", {values.n, values.n_coefficients, 3});
-    return {shape_and(first, reinterpret_cast<float*>(aligned(words, "sh").data)),
-            shape_and(second, field<float>(second, "sh", {values.n, 1, 3}).data), MomentStorage::kCompact};
+    const AdamMoments moments = {companion(first, values.n), companion(second, values.n),
+                                 is_compact(first) ? MomentStorage::kCompact : MomentStorage::kFull};
+    if (moments.storage == MomentStorage::kCompact && !is_gpu()) refuse("sh", "float32", "int32: compact moments");
+    check_coefficients(moments.first, values.n_coefficients);
+    check_coefficients(moments.second, moments.storage == MomentStorage::kCompact ? 1 : values.n_coefficients);
+    return moments;
+  }
+
+  Rows rows(py::handle object) const {
+    const py::sequence companions = object.attr("companions");
+    if (companions.size() > kMaxCompanions)
+      refuse("companions", "at most " + std::to_string(kMaxCompanions), std::to_string(companions.size()));
+    Rows rows = {gaussians(object.attr("values")), {}, int(companions.size())};
+    for (int c = 0; c < rows.n_companions; ++c) {
+      rows.companions[c] = companion(companions[size_t(c)], rows.values.n);
+    }
+    return rows;
+  }
+
+  // Room for `n` rows with what those of `like` have.
+  Rows rows(py::handle object, const Rows& like, int64_t n) const {
+    const Rows r = rows(object);
+    if (r.values.n != n || r.values.n_coefficients != like.values.n_coefficients || r.n_companions != like.n_companions)
+      refuse("out", shape_text({n, like.values.n_coefficients, like.n_companions}) + " rows, coefficients, companions",
+             shape_text({r.values.n, r.values.n_coefficients, r.n_companions}));
+    for (int c = 0; c < r.n_companions; ++c) check_coefficients(r.companions[c], like.companions[c].n_coefficients);
+    return r;
   }
 
   // `n` rows, of which the first that project fills are used; -1 takes all rows as filled.
@@ -181,9 +181,23 @@ class Reader {
     return t;
   }
 
+  // Nine columns, or ten.
+  SplatGradient splat_gradient(py::handle object, int64_t n) const {
+    const Array<float> rows = array<float>(object, "d_splats", {n, -1});
+    const int64_t n_columns = rows.shape[1];
+    if (n_columns != kSplatGradientStride && n_columns != kSplatDepthGradientStride)
+      refuse("d_splats", "9 columns, or 10 with the depth", std::to_string(n_columns));
+    return {rows.data, int(n_columns)};
+  }
+
+  // Depths may be None.
   Image image(py::handle object, const Camera& camera) const {
+    const auto plane_or_null = [&](const char* name) {
+      return object.attr(name).is_none() ? nullptr : field<float>(object, name, {camera.height, camera.width}).data;
+    };
     return {field<float>(object, "color", {camera.height, camera.width, 3}).data,
-            field<float>(object, "transmittance", {camera.height, camera.width}).data, nullptr};
+            field<float>(object, "transmittance", {camera.height, camera.width}).data, nullptr, plane_or_null("depth"),
+            plane_or_null("median_depth")};
   }
   // With room for what blend keeps for its backward pass, unless it is None.
   Image image(py::handle object, const Camera& camera, int64_t hits_size) const {
@@ -207,6 +221,42 @@ class Reader {
   }
 
  private:
+  // With these SH coefficients, or what has their place.
+  Gaussians gaussians(py::handle object, const Array<float>& sh) const {
+    const Array<float> means = field<float>(object, "means", {-1, 3});
+    const int64_t n = means.shape[0], k = sh.shape[1];
+    if (sh.shape[0] != n) refuse("sh", shape_text({n, -1, 3}) + " (-1: any)", shape_text(sh.shape));
+    if (k != 1 && k != 4 && k != 9 && k != 16) refuse("sh", "1, 4, 9 or 16 coefficients", std::to_string(k));
+    return {means.data,
+            field<float>(object, "log_scales", {n, 3}).data,
+            aligned(field<float>(object, "quaternions", {n, 4}), "quaternions").data,
+            field<float>(object, "opacities", {n}).data,
+            aligned(sh, "sh").data,
+            n,
+            int(k)};
+  }
+
+  // What has a row for each of n others: moments in either storage (see MomentStorage).
+  Gaussians companion(py::handle object, int64_t n) const {
+    Gaussians g = {};
+    if (is_compact(object)) {
+      const Array<int32_t> words = field<int32_t>(object, "sh", {-1, -1, 3});
+      g = gaussians(object, Array<float>{reinterpret_cast<float*>(words.data), words.shape});
+    } else {
+      g = gaussians(object);
+    }
+    if (g.n != n) refuse("companions", std::to_string(n) + " rows", std::to_string(g.n));
+    return g;
+  }
+  static bool is_compact(py::handle companion) {
+    const std::string format = py::str(companion.attr("sh").attr("dtype"));
+    return format == "torch.int32" || format == "int32";
+  }
+  static void check_coefficients(const Gaussians& g, int expected) {
+    if (g.n_coefficients != expected)
+      refuse("sh", std::to_string(expected) + " coefficients", std::to_string(g.n_coefficients));
+  }
+
   bool is_gpu() const { return index_ >= 0; }
 
   // Kernels read and write these rows sixteen bytes at a time.
@@ -271,6 +321,7 @@ RasterSettings raster_settings_of(py::handle object, int n_coefficients) {
   const auto background = object.attr("background").cast<std::vector<float>>();
   if (background.size() != 3) refuse("background", "three numbers", std::to_string(background.size()));
   for (int c = 0; c < 3; ++c) s.background[c] = background[size_t(c)];
+  s.deterministic = object.attr("deterministic").cast<bool>();
   // The Gaussians may hold fewer coefficients than the degree asks for.
   if (!(s.sh_degree >= 0 && s.sh_degree <= 3)) refuse("sh_degree", "0 to 3", std::to_string(s.sh_degree));
   while ((s.sh_degree + 1) * (s.sh_degree + 1) > n_coefficients) --s.sh_degree;
@@ -320,6 +371,23 @@ AdamSettings adam_settings_of(py::handle object) {
                           number("exposure")};
   if (a.step < 1) refuse("step", "1 or more", std::to_string(a.step));
   return a;
+}
+
+DrawKey draw_key_of(py::handle object) {
+  return {object.attr("seed").cast<uint64_t>(), object.attr("step").cast<uint32_t>()};
+}
+
+GrowthSettings growth_settings_of(py::handle object) {
+  const auto number = [&](const char* name) { return object.attr(name).cast<float>(); };
+  const GrowthSettings s = {number("threshold"),
+                            number("split_log_scale"),
+                            number("min_opacity"),
+                            number("max_log_scale"),
+                            object.attr("max_rows").cast<int64_t>(),
+                            draw_key_of(object.attr("key"))};
+  if (!(s.threshold >= 0.0f)) refuse("threshold", "0 or more", std::to_string(s.threshold));
+  if (s.max_rows < 0) refuse("max_rows", "0 (no limit) or more", std::to_string(s.max_rows));
+  return s;
 }
 
 }  // namespace

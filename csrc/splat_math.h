@@ -360,19 +360,42 @@ HOST_DEVICE Shape<T> shape_of(const RawShape<T>& raw, const View<T>& view, const
   s.conic = conic_of(s.covariance, s.determinant);
   return s;
 }
+// In two parts: by the point and the axes in the camera, and from there by the raw parameters.
 template <class T>
-HOST_DEVICE RawShape<T> shape_of_vjp(const RawShape<T>& raw, const View<T>& view, const Shape<T>& s, const T& d_x,
-                                     const T& d_y, const Conic<T>& d_conic) {
+HOST_DEVICE ProjectedAxesGradient<T> seen_shape_vjp(const View<T>& view, const Shape<T>& s, const T& d_x, const T& d_y,
+                                                    const Conic<T>& d_conic) {
   const ProjectedAxes<T> d_axes = covariance_of_vjp(s.axes, conic_of_vjp(s.conic, d_conic));
-  const ProjectedAxesGradient<T> d = project_axes_vjp(view.lens, s.point, s.axes_in_cam, d_axes.u, d_axes.v);
+  ProjectedAxesGradient<T> d = project_axes_vjp(view.lens, s.point, s.axes_in_cam, d_axes.u, d_axes.v);
   const T inverse_z = T(1.0f) / s.point.z;
   const T slope_x = d_x * view.lens.fx * inverse_z, slope_y = d_y * view.lens.fy * inverse_z;
-  const Vec3<T> d_point =
-      d.d_point + Vec3<T>{slope_x, slope_y, T(0.0f) - (slope_x * s.point.x + slope_y * s.point.y) * inverse_z};
+  d.d_point = d.d_point + Vec3<T>{slope_x, slope_y, T(0.0f) - (slope_x * s.point.x + slope_y * s.point.y) * inverse_z};
+  return d;
+}
+template <class T>
+HOST_DEVICE RawShape<T> shape_of_vjp(const RawShape<T>& raw, const View<T>& view, const Shape<T>& s,
+                                     const ProjectedAxesGradient<T>& d) {
   const AxesGradient<T> d_world = axes_of_vjp(s.rotation, s.scale, transposed(view.rotation) * d.d_axes_in_cam);
-  return {transposed_times(view.rotation, d_point),
+  return {transposed_times(view.rotation, d.d_point),
           {d_world.d_scale.x * s.scale.x, d_world.d_scale.y * s.scale.y, d_world.d_scale.z * s.scale.z},
           normalized_vjp(raw.quaternion, rotation_vjp(s.unit, d_world.d_rotation))};
+}
+
+// Gradient by cam_from_world, all twelve numbers of which count as free.
+template <class T>
+struct PoseGradient {
+  Mat3<T> d_rotation;
+  Vec3<T> d_translation;
+};
+// Of what one shape takes from the pose [R | t]: its point R mean + t, its axes R axes, and the camera's centre -R^T t
+// that its colour is seen from.
+template <class T>
+HOST_DEVICE PoseGradient<T> pose_vjp(const RawShape<T>& raw, const View<T>& view, const Shape<T>& s,
+                                     const ProjectedAxesGradient<T>& d, const Vec3<T>& d_center) {
+  const Mat3<T> axes = axes_of(s.rotation, s.scale);
+  return {{d.d_point.x * raw.mean + axes * d.d_axes_in_cam.row[0] - view.translation.x * d_center,
+           d.d_point.y * raw.mean + axes * d.d_axes_in_cam.row[1] - view.translation.y * d_center,
+           d.d_point.z * raw.mean + axes * d.d_axes_in_cam.row[2] - view.translation.z * d_center},
+          d.d_point - view.rotation * d_center};
 }
 
 // Colour of SH coefficients [K, 3] before it is clamped to zero from below.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "graph.cuh"
 #include "queued.cuh"
 #include "ssim_math.h"
 
@@ -17,6 +18,7 @@ struct DeviceInputs {
   UpdateInputs update;
   LossTarget target;
   StepExposure exposure;
+  uint32_t* depth_limits;
 };
 
 __global__ void set_inputs_kernel(DeviceInputs inputs, DeviceInputs* place) {
@@ -57,9 +59,10 @@ __global__ void update_exposure_kernel(const float* gradient, const DeviceInputs
 struct StepScratch {
   char* zeros;  // what must be zero at the start of a step
   size_t n_zeros;
-  LookBack tile;
+  TileState tile;
+  uint32_t* is_undone;
   int* n_contributing;
-  void* work;  // what tile, loss and update each use for themselves, one after the other
+  void* work;  // what tile, loss, blend' and update each use for themselves, one after the other
   DeviceInputs* inputs;
   Projected projected;
   ProjectedCounts* counts;
@@ -68,19 +71,22 @@ struct StepScratch {
   double* means;
   float* d_exposure;
 
-  static StepScratch of(Arena& arena, const StepSize& size, const Camera& camera) {
+  static StepScratch of(Arena& arena, const StepSize& size, const RasterSettings& raster) {
+    const Camera camera = camera_of(size);
     const int64_t n = size.n_gaussians, n_pixels = int64_t(size.width) * size.height;
     const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
     const Cuda any = {nullptr};
     StepScratch s = {};
     s.zeros = arena.take<char>(0);
-    s.tile = LookBack::of(arena, n);
+    s.tile = TileState::of(arena, n, size.n_instances, camera);
+    s.is_undone = arena.take<uint32_t>(1);
     s.n_contributing = arena.take<int>(1);
     s.counts = arena.take<ProjectedCounts>(1);
     s.n_zeros = arena.used();
-    s.work =
-        arena.take<char>(int64_t(std::max({queued_tile_scratch(n, size.n_instances, camera), queued_update_scratch(n),
-                                           loss_scratch(any, size.width, size.height)})));
+    s.work = arena.take<char>(
+        int64_t(std::max({queued_tile_scratch(n, size.n_instances, camera), queued_update_scratch(n),
+                          loss_scratch(any, size.width, size.height),
+                          blend_vjp_scratch(any, n, size.n_instances, kSplatGradientStride, raster)})));
     s.inputs = arena.take<DeviceInputs>(1);
     s.projected = {arena.take<Splat>(n), nullptr, nullptr, n, arena.take<TileSet>(n), arena.take<uint32_t>(n)};
     s.tiles = {arena.take<int64_t>(n_tiles + 1), arena.take<int32_t>(size.n_instances), nullptr, size.n_instances};
@@ -92,13 +98,6 @@ struct StepScratch {
     return s;
   }
 };
-
-Camera camera_of(const StepSize& size) {
-  Camera camera = {};
-  camera.width = size.width;
-  camera.height = size.height;
-  return camera;
-}
 
 ShLog log_of(const StepBuffers& buffers) {
   if (buffers.sh_log == nullptr) return {};
@@ -118,12 +117,17 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
                 const StepBook& book) {
   const Camera& camera = recipe.camera;
   const RasterSettings& raster = recipe.raster;
-  const auto view = Late<View<float>>::at(&s.inputs->update.view);
-  const auto counts = Late<ProjectedCounts>::at(s.counts);
-  check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
-  queue_project(stream, buffers.values, view, camera, raster, s.projected, s.counts);
-  queue_tile(stream, s.projected, counts, camera, s.tile, buffers.numbers, s.work, s.tiles);
-  blend(Cuda{stream}, s.projected, s.tiles, camera, raster, s.image);
+  const auto queue_image = [&](cudaStream_t stream) {
+    // Without conditions nothing would make up for limits that prove wrong.
+    const auto limits = has_conditions() ? Late<uint32_t*>::at(&s.inputs->depth_limits) : Late<uint32_t*>(nullptr);
+    check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
+    queue_project(stream, buffers.values, Late<View<float>>::at(&s.inputs->update.view), limits, camera, raster,
+                  s.projected, s.counts);
+    queue_tile(stream, s.projected, Late<ProjectedCounts>::at(s.counts), limits, camera, s.tile, s.work, s.tiles);
+    queue_blend(stream, s.projected, s.tiles, camera, raster, {limits, s.is_undone}, Late<Image>(s.image));
+  };
+  queue_image(stream);
+  if (has_conditions()) record_if(stream, s.is_undone, &book.device->n_rendered_again, queue_image);
   const LossImages images = {s.image.color, {}, camera.width, camera.height};
   const LateTarget target = {Late<LossTarget>::at(&s.inputs->target), recipe.parts.has_mask, recipe.parts.has_exposure};
   queue_loss(stream, images, target, recipe.loss, s.work, {s.means, s.d_image.color, s.d_exposure});
@@ -131,7 +135,7 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
   if (recipe.parts.has_exposure) {
     update_exposure_kernel<<<1, kExposureSize, 0, stream>>>(s.d_exposure, s.inputs, &book.device->is_halted);
   }
-  queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, buffers.sums);
+  queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, s.work, buffers.sums);
   queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
                            s.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
                            {&book.device->is_halted, buffers.up_to_date, s.n_contributing, log_of(buffers)}, s.work);
@@ -141,9 +145,9 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
 }  // namespace
 }  // namespace cuda
 
-size_t step_scratch(const Cuda&, const StepSize& size) {
+size_t step_scratch(const Cuda&, const StepSize& size, const RasterSettings& raster) {
   Arena arena(nullptr);
-  cuda::StepScratch::of(arena, size, cuda::camera_of(size));
+  cuda::StepScratch::of(arena, size, raster);
   return arena.used();
 }
 
@@ -159,27 +163,10 @@ StepGraph::StepGraph(const StepBuffers& buffers, const StepSize& size, const Ste
                      const RasterSettings& raster, const LossSettings& loss, const StepBook& book) {
   const Camera camera = cuda::camera_of(size);
   Arena arena(buffers.scratch);
-  const cuda::StepScratch scratch = cuda::StepScratch::of(arena, size, camera);
-  cudaStream_t stream;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "step");
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  cudaError_t error = cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
-  std::string failure;
-  if (error == cudaSuccess) {
-    try {
-      cuda::queue_step(stream, buffers, scratch, {camera, parts, raster, loss}, book);
-    } catch (const std::exception& thrown) {
-      failure = thrown.what();
-    }
-    error = cudaStreamEndCapture(stream, &graph);
-  }
-  if (error == cudaSuccess && failure.empty()) error = cudaGraphInstantiate(&executable, graph, 0);
-  if (graph != nullptr) cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
-  if (!failure.empty()) throw std::runtime_error(failure);
-  check(error, "step");
-  recorded_ = new Recorded{executable, scratch.inputs, buffers.statistics, size.width, size.height, parts};
+  const cuda::StepScratch scratch = cuda::StepScratch::of(arena, size, raster);
+  const cudaGraphExec_t graph = cuda::recorded(
+      [&](cudaStream_t stream) { cuda::queue_step(stream, buffers, scratch, {camera, parts, raster, loss}, book); });
+  recorded_ = new Recorded{graph, scratch.inputs, buffers.statistics, size.width, size.height, parts};
 }
 
 StepGraph::~StepGraph() {
@@ -201,7 +188,8 @@ void StepGraph::launch(const Cuda& backend, const StepInputs& inputs) const {
       {cuda::view_of<float>(inputs.view.camera), inputs.adam, cuda::AdamRates::of(inputs.adam),
        inputs.gathers_statistics ? recorded_->statistics : DensityStatistics{}},
       target,
-      inputs.view.exposure};
+      inputs.view.exposure,
+      inputs.view.depth_limits};
   cuda::set_inputs_kernel<<<1, 1, 0, stream>>>(on_device, recorded_->inputs);
   check_launch("step");
   check(cudaGraphLaunch(recorded_->graph, stream), "step");

@@ -12,7 +12,6 @@ namespace spaceport {
 struct StepBuffers {
   Gaussians values;
   AdamMoments moments;
-  const int32_t* numbers;        // [N] 0, 1, 2, ...
   float* sums;                   // [N, 9], zero before the first step
   int32_t* up_to_date;           // [N] the step that each row has last made; null: every row makes every step
   void* sh_log;                  // sh_log_size bytes, zero before the first step; null: no log. See flush_sh
@@ -24,7 +23,7 @@ struct StepSize {
   int64_t n_instances;  // capacity
   int width, height;
 };
-size_t step_scratch(const Cuda&, const StepSize&);
+size_t step_scratch(const Cuda&, const StepSize&, const RasterSettings&);
 
 // Rows that did not contribute to the image miss the steps of Adam until they do again; this makes up for them in all
 // rows, up to and with settings.step.
@@ -37,12 +36,12 @@ void flush_sh(const Cuda&, const Gaussians& values, const AdamMoments&, void* sh
 
 // How far the steps have come: kept on the device, and copied to the host behind every step.
 struct StepProgress {
-  int64_t n_done;       // steps that changed the Gaussians
-  int64_t n_instances;  // of the last step, or of the first that did not fit
-  double loss_sum;      // of the steps done
-  double loss;          // of the last
-  uint32_t is_halted;   // a step did not fit
-  uint32_t unused;
+  int64_t n_done;             // steps that changed the Gaussians
+  int64_t n_instances;        // of the last step, or of the first that did not fit
+  double loss_sum;            // of the steps done
+  double loss;                // of the last
+  uint32_t is_halted;         // a step did not fit
+  uint32_t n_rendered_again;  // because depth limits had left out what could be seen
 };
 struct StepBook {
   StepProgress* device;
@@ -58,7 +57,8 @@ struct StepExposure {
 struct StepView {
   Camera camera;
   LossTarget target;
-  StepExposure exposure;  // that of the target; null without one
+  StepExposure exposure;   // that of the target; null without one
+  uint32_t* depth_limits;  // [n_tiles] what the view's last visit knows for the next: all bits set before the first
 };
 // Whether the views of a recorded step have a mask, and an exposure.
 struct StepParts {

@@ -3,9 +3,6 @@
 // as project.cu is.
 #define SPACEPORT_ISA cuda
 
-#include <cub/device/device_radix_sort.cuh>
-
-#include "look_back.cuh"
 #include "queued.cuh"
 #include "tile_spans.h"
 
@@ -30,46 +27,19 @@ int bits_for(uint64_t largest) {
   return bits;
 }
 
-// The number of a tile, or `n_tiles`: a place in the list that holds nothing.
+// A key is the number of a tile, or `n_tiles`: a place in the list that holds nothing.
 template <class Key>
 struct TileScratch {
-  uint32_t* sorted_keys;      // [M]
-  int32_t* by_depth;          // [M]
-  Key *tiles, *sorted_tiles;  // [I]
-  int32_t* listed;            // [I]
-  char* library;
-  size_t n_library_bytes;
+  SortPair<uint32_t> by_depth[2];  // [M]
+  SortPair<Key> by_tile[2];        // [I]
 
-  static TileScratch of(Arena& arena, int64_t n_splats, int64_t n_instances, int n_tile_bits) {
+  static TileScratch of(Arena& arena, int64_t n_splats, int64_t n_instances) {
     TileScratch s;
-    s.sorted_keys = arena.take<uint32_t>(n_splats);
-    s.by_depth = arena.take<int32_t>(n_splats);
-    s.tiles = arena.take<Key>(n_instances);
-    s.sorted_tiles = arena.take<Key>(n_instances);
-    s.listed = arena.take<int32_t>(n_instances);
-    size_t by_depth = 0, by_tile = 0;
-    s.sort_by_depth(nullptr, by_depth, nullptr, nullptr, n_splats, nullptr);
-    s.sort_by_tile(nullptr, by_tile, nullptr, n_instances, n_tile_bits, nullptr);
-    s.n_library_bytes = by_depth > by_tile ? by_depth : by_tile;
-    s.library = arena.take<char>(int64_t(s.n_library_bytes));
+    for (auto& pair : s.by_depth) pair = {arena.take<uint32_t>(n_splats), arena.take<int32_t>(n_splats)};
+    for (auto& pair : s.by_tile) pair = {arena.take<Key>(n_instances), arena.take<int32_t>(n_instances)};
     return s;
   }
-  void sort_by_depth(void* memory, size_t& n_bytes, const uint32_t* keys, const int32_t* numbers, int64_t n,
-                     cudaStream_t stream) const {
-    check(cub::DeviceRadixSort::SortPairs(memory, n_bytes, keys, sorted_keys, numbers, by_depth, n, 0, kDepthKeyBits,
-                                          stream),
-          "tile");
-  }
-  void sort_by_tile(void* memory, size_t& n_bytes, int32_t* out, int64_t n, int n_bits, cudaStream_t stream) const {
-    check(cub::DeviceRadixSort::SortPairs(memory, n_bytes, tiles, sorted_tiles, listed, out, n, 0, n_bits, stream),
-          "tile");
-  }
 };
-
-__global__ __launch_bounds__(kThreads) void numbers_kernel(int32_t* numbers, int64_t n) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) numbers[i] = int32_t(i);
-}
 
 // What a block lists before it writes it out, so that neighbouring lanes write neighbouring places.
 constexpr unsigned kStaged = 5120;
@@ -90,8 +60,8 @@ struct List {
 // All lanes list the instances of one splat that reaches far, a row of tiles each: at most `n` from `first` on. Returns
 // how many there are.
 template <class Key>
-__device__ unsigned list_far_splat(const Splat& splat, int32_t number, const Grid& grid, int64_t first, unsigned n,
-                                   const List<Key>& list) {
+__device__ unsigned list_far_splat(const Splat& splat, int32_t number, const Grid& grid, const NearSide& near_side,
+                                   int64_t first, unsigned n, const List<Key>& list) {
   const TileRows tiles(splat, grid.tiles_x, grid.tiles_y);
   const int lane = int(threadIdx.x % 32);
   unsigned listed = 0;
@@ -99,14 +69,19 @@ __device__ unsigned list_far_splat(const Splat& splat, int32_t number, const Gri
     const int row = begin + lane;
     TileSpan columns = {0, 0};
     if (row < tiles.rows.end) columns = tiles.columns(row);
-    const unsigned own = columns.begin < columns.end ? unsigned(columns.end - columns.begin) : 0;
+    unsigned own = 0;
+    for (int column = columns.begin; column < columns.end; ++column) {
+      if (near_side.holds(row * grid.tiles_x + column)) ++own;
+    }
     unsigned sum = own;
     for (int step = 1; step < 32; step *= 2) {
       const unsigned below = __shfl_up_sync(kAllLanes, sum, step);
       if (lane >= step) sum += below;
     }
-    for (unsigned i = 0, at = listed + sum - own; i < own && at < n; ++i, ++at) {
-      list.put(first + at, row * grid.tiles_x + columns.begin + int(i), number);
+    unsigned at = listed + sum - own;
+    for (int column = columns.begin; column < columns.end && at < n; ++column) {
+      const int tile = row * grid.tiles_x + column;
+      if (near_side.holds(tile)) list.put(first + at++, tile, number);
     }
     listed += __shfl_sync(kAllLanes, sum, 31);
   }
@@ -117,8 +92,8 @@ __device__ unsigned list_far_splat(const Splat& splat, int32_t number, const Gri
 // another camera than `grid` stands for lists no more than its share, and fills what is left of it with no tile.
 template <class Key>
 __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected, Late<ProjectedCounts> late_counts,
-                                                            const int32_t* by_depth, LookBack look_back, Grid grid,
-                                                            List<Key> list) {
+                                                            Late<uint32_t*> late_limits, const int32_t* by_depth,
+                                                            LookBack look_back, Grid grid, List<Key> list) {
   __shared__ Key staged_tiles[kStaged];
   __shared__ int32_t staged_splats[kStaged];
   __shared__ unsigned block;
@@ -126,11 +101,6 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
   if (threadIdx.x == 0) block = atomicAdd(look_back.ticket, 1u);
   __syncthreads();
   const ProjectedCounts counts = late_counts.get();
-  for (int64_t i = counts.n_instances + int64_t(block) * kListThreads + threadIdx.x; i < list.n;
-       i += int64_t(gridDim.x) * kListThreads) {
-    list.tiles[i] = Key(grid.n_tiles());
-    list.splats[i] = 0;  // the sort carries it along
-  }
   if (int64_t(block) * kListThreads >= counts.n_splats) return;
   const int64_t i = int64_t(block) * kListThreads + threadIdx.x;
   const int32_t splat = i < counts.n_splats ? by_depth[i] : 0;
@@ -172,7 +142,8 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
     const int32_t number = __shfl_sync(kAllLanes, splat, lane);
     const unsigned n = __shfl_sync(kAllLanes, touched.n, lane);
     const int64_t first = first_of_block + __shfl_sync(kAllLanes, sums.before.instances, lane);
-    unsigned listed = list_far_splat(projected.splats[number], number, grid, first, n, list);
+    const NearSide near_side = {late_limits.get(), projected.depth_keys[number]};
+    unsigned listed = list_far_splat(projected.splats[number], number, grid, near_side, first, n, list);
     for (listed += threadIdx.x % 32; listed < n; listed += 32) list.put(first + listed, int(grid.n_tiles()), number);
   }
 }
@@ -180,9 +151,10 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
 // Where the tiles' lists begin, from the sorted tiles of all instances: a thread looks at several that follow each
 // other.
 template <class Key>
-__global__ __launch_bounds__(kThreads) void offsets_kernel(const Key* tiles, int64_t n_instances, int64_t n_tiles,
+__global__ __launch_bounds__(kThreads) void offsets_kernel(const Key* tiles, SortSize size, int64_t n_tiles,
                                                            int64_t* offsets) {
   constexpr int kKeys = 16 / int(sizeof(Key));
+  const int64_t n_instances = size.get();
   const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kKeys;
   if (first > n_instances) return;
   Key keys[kKeys];
@@ -211,29 +183,42 @@ auto with_narrowest_key(const Camera& camera, WithKey&& with_key) {
 
 }  // namespace
 
+TileState TileState::of(Arena& arena, int64_t n_splats, int64_t n_instances, const Camera& camera) {
+  const int n_tile_bits = with_narrowest_key(camera, [](auto, const Grid&, int n_bits) { return n_bits; });
+  return {LookBack::of(arena, n_splats), SortState::of(arena, n_splats, kDepthKeyBits),
+          SortState::of(arena, n_instances, n_tile_bits)};
+}
+
 size_t queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& camera) {
-  return with_narrowest_key(camera, [&](auto key, const Grid&, int n_bits) {
+  return with_narrowest_key(camera, [&](auto key, const Grid&, int) {
     Arena arena(nullptr);
-    TileScratch<decltype(key)>::of(arena, n_splats, n_instances, n_bits);
+    TileScratch<decltype(key)>::of(arena, n_splats, n_instances);
     return arena.used();
   });
 }
 
 void queue_tile(cudaStream_t stream, const Projected& projected, const Late<ProjectedCounts>& counts,
-                const Camera& camera, const LookBack& look_back, const int32_t* numbers, void* memory,
+                const Late<uint32_t*>& depth_limits, const Camera& camera, const TileState& state, void* memory,
                 const Tiles& out) {
-  with_narrowest_key(camera, [&](auto key, const Grid& grid, int n_bits) {
+  with_narrowest_key(camera, [&](auto key, const Grid& grid, int) {
     using Key = decltype(key);
-    const int64_t n = projected.n, n_instances = out.n_instances, n_tiles = grid.n_tiles();
+    const int64_t n = projected.n;
     Arena arena(memory);
-    const auto s = TileScratch<Key>::of(arena, n, n_instances, n_bits);
-    size_t n_bytes = s.n_library_bytes;
-    s.sort_by_depth(s.library, n_bytes, projected.depth_keys, numbers, n, stream);
+    const auto s = TileScratch<Key>::of(arena, n, out.n_instances);
+    const ProjectedCounts* place = counts.place;
+    const SortSize n_splats = {n, place != nullptr ? &place->n_splats : nullptr};
+    const SortSize n_instances = {out.n_instances, place != nullptr ? &place->n_instances : nullptr};
+    SortJob<uint32_t> by_depth = {{projected.depth_keys, nullptr}, s.by_depth[0], s.by_depth[1], {}, kHidden};
+    by_depth.out = {nullptr, s.by_depth[0].values};
+    queue_sort(stream, state.by_depth, by_depth, {n}, n_splats);
     list_kernel<Key><<<n_blocks_of(n, kListThreads), kListThreads, 0, stream>>>(
-        projected, counts, s.by_depth, look_back, grid, List<Key>{s.tiles, s.listed, n_instances});
-    s.sort_by_tile(s.library, n_bytes, out.splat_from_instance, n_instances, n_bits, stream);
-    offsets_kernel<<<n_blocks_of(n_instances + 1, kThreads * 16 / int64_t(sizeof(Key))), kThreads, 0, stream>>>(
-        s.sorted_tiles, n_instances, n_tiles, out.offsets);
+        projected, counts, depth_limits, by_depth.out.values, state.look_back, grid,
+        List<Key>{s.by_tile[0].keys, s.by_tile[0].values, out.n_instances});
+    SortJob<Key> by_tile = {{s.by_tile[0].keys, s.by_tile[0].values}, s.by_tile[1], s.by_tile[0], {}};
+    by_tile.out = {s.by_tile[state.by_tile.digits.n_passes % 2].keys, out.splat_from_instance};
+    queue_sort(stream, state.by_tile, by_tile, n_instances, n_instances);
+    offsets_kernel<<<n_blocks_of(out.n_instances + 1, kThreads * 16 / int64_t(sizeof(Key))), kThreads, 0, stream>>>(
+        by_tile.out.keys, n_instances, grid.n_tiles(), out.offsets);
     check_launch("tile");
   });
 }
@@ -241,16 +226,14 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
 namespace {
 
 struct VerbScratch {
-  LookBack look_back;
+  TileState state;
   size_t n_zeros;
-  int32_t* numbers;  // [M]
   void* rest;
 
   static VerbScratch of(Arena& arena, int64_t n_splats, int64_t n_instances, const Camera& camera) {
     VerbScratch s;
-    s.look_back = LookBack::of(arena, n_splats);
+    s.state = TileState::of(arena, n_splats, n_instances, camera);
     s.n_zeros = arena.used();
-    s.numbers = arena.take<int32_t>(n_splats);
     s.rest = arena.take<char>(int64_t(queued_tile_scratch(n_splats, n_instances, camera)));
     return s;
   }
@@ -275,9 +258,9 @@ void tile(const Cuda& backend, const Projected& projected, const Camera& camera,
   Arena arena(memory);
   const cuda::VerbScratch s = cuda::VerbScratch::of(arena, n, out.n_instances, camera);
   check(cudaMemsetAsync(memory, 0, s.n_zeros, stream), "tile");
-  cuda::numbers_kernel<<<n_blocks_of(n, cuda::kThreads), cuda::kThreads, 0, stream>>>(s.numbers, n);
   const ProjectedCounts counts = {n, out.n_instances};
-  cuda::queue_tile(stream, projected, cuda::Late<ProjectedCounts>(counts), camera, s.look_back, s.numbers, s.rest, out);
+  cuda::queue_tile(stream, projected, cuda::Late<ProjectedCounts>(counts), cuda::Late<uint32_t*>(nullptr), camera,
+                   s.state, s.rest, out);
 }
 
 }  // namespace spaceport

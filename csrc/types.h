@@ -18,12 +18,16 @@ constexpr int kMaxShCoefficients = 16;              // degree 3
 constexpr int kSsimWindow = 11;                     // pixels along each side of the window
 constexpr int kSplatStride = 12;                    // floats of a row of Projected::splats
 constexpr int kSplatGradientStride = 9;             // of these, the first nine carry gradients
+constexpr int64_t kMostInstances = (int64_t(1) << 30) - 1;  // of one image, on a GPU
+constexpr int kSplatDepthGradientStride = 10;               // and the tenth, where the loss sees the depth
+constexpr int kPoseSize = 12;                               // numbers of a camera's pose
+constexpr float kMedianTransmittance = 0.5f;  // the median depth is that of the splat that takes it below this
 
 struct Camera {
-  float cam_from_world[12];  // 3 rows of rotation | translation
-  float center[3];           // in the world
-  float fx, fy, cx, cy;      // pixels
-  int width, height;         // pixels; pixel (i, j) has its centre at (i + 0.5, j + 0.5)
+  float cam_from_world[kPoseSize];  // 3 rows of rotation | translation
+  float center[3];                  // in the world
+  float fx, fy, cx, cy;             // pixels
+  int width, height;                // pixels; pixel (i, j) has its centre at (i + 0.5, j + 0.5)
 
   int tiles_x() const { return (width + kTileSize - 1) / kTileSize; }
   int tiles_y() const { return (height + kTileSize - 1) / kTileSize; }
@@ -35,6 +39,13 @@ struct RasterSettings {
   float low_pass;  // px^2
   float alpha_max;
   float background[3];
+  bool deterministic = false;  // sums of gradients are made in a fixed order; on the CPU they always are
+};
+
+// Gradient by the splats' first columns: nine, or ten where the loss sees the depth.
+struct SplatGradient {
+  float* rows;  // [M, n_columns]
+  int n_columns;
 };
 
 // Raw parameters; a gradient and each of Adam's moments have the same type.
@@ -46,6 +57,14 @@ struct Gaussians {
   float* sh;           // [N, K, 3]
   int64_t n;
   int n_coefficients;  // K = 1, 4, 9 or 16
+};
+
+// Values, and what has a row for each of theirs: Adam's moments. They are added, moved and removed together.
+constexpr int kMaxCompanions = 2;
+struct Rows {
+  Gaussians values;
+  Gaussians companions[kMaxCompanions];
+  int n_companions;
 };
 
 // One row of Projected::splats. Conic (a, b, c): alpha = opacity * exp(-(a dx^2 + c dy^2) / 2 - b dx dy).
@@ -89,9 +108,11 @@ struct Tiles {
 
 // A rendered image, or the gradient of a loss by one.
 struct Image {
-  float* color;          // [H, W, 3], background blended in
-  float* transmittance;  // [H, W]
-  int32_t* hits;         // what blend on a GPU keeps for its backward pass (see hits_size), or null
+  float* color;                   // [H, W, 3], background blended in
+  float* transmittance;           // [H, W]
+  int32_t* hits;                  // what blend on a GPU keeps for its backward pass (see hits_size), or null
+  float* depth = nullptr;         // [H, W] sum of the splats' z by their weights, or null
+  float* median_depth = nullptr;  // [H, W] or null; zero where no splat takes transmittance below one half
 };
 
 }  // namespace spaceport

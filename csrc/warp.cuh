@@ -22,5 +22,11 @@ __device__ inline unsigned warp_or(unsigned bits) {
 #endif
 }
 
+// The same in all lanes.
+__device__ inline float warp_sum(float value) {
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+
 }  // namespace cuda
 }  // namespace spaceport

@@ -47,7 +47,8 @@ EvalEvery = Annotated[
     typer.Option("--eval-every", min=0, help="Hold out every so-many-th photo for evaluation; 0: none."),
 ]
 CheckpointEvery = Annotated[
-    int, typer.Option("--checkpoint-every", min=1, help="Steps of training between two checkpoints.")
+    int,
+    typer.Option("--checkpoint-every", min=0, help="Steps of training between two checkpoints; 0: half a minute."),
 ]
 ExposureRate = Annotated[
     float,
@@ -208,9 +209,9 @@ def _decibels(value: float | None) -> str:
 def reconstruct_command(
     photos: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard",
     steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
-    checkpoint_every: CheckpointEvery = 500, exposure_rate: ExposureRate = 0, moments: Moments = "full",
-    deterministic: Deterministic = False, threads: Threads = 0, title: Title = "", resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False,
-    json: Json = False,
+    checkpoint_every: CheckpointEvery = 0, exposure_rate: ExposureRate = 0, moments: Moments = "full",
+    deterministic: Deterministic = False, threads: Threads = 0, title: Title = "", resume: Resume = False,
+    overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """The main job: photos (a folder, a .zip, a COLMAP project) to scene, page and report."""
     from spaceport_gs.pipeline import run as stages
@@ -271,7 +272,7 @@ def sfm_command(
 def train_command(
     project: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard",
     steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
-    checkpoint_every: CheckpointEvery = 500, exposure_rate: ExposureRate = 0, moments: Moments = "full",
+    checkpoint_every: CheckpointEvery = 0, exposure_rate: ExposureRate = 0, moments: Moments = "full",
     threads: Threads = 0, resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """A COLMAP project to scene.ply and report.json."""
@@ -314,7 +315,7 @@ def _is_finished(target: Path, resume: bool, overwrite: bool) -> bool:
 
 
 def _check_device(device: str) -> None:
-    """Refuses a device that is not there; `auto` is not looked for, since these commands work on the CPU."""
+    """Refuses a device that is not there; `auto` is not looked for, since for these commands it is the CPU."""
     from spaceport_gs.pipeline.run import device_of
 
     if device != "auto":
@@ -357,7 +358,8 @@ def compress_command(
         n_bytes = target.stat().st_size
         figures = {"sog_bytes": n_bytes, "ply_bytes": source.stat().st_size, "ratio": source.stat().st_size / n_bytes}
     else:
-        figures = compress(read_ply(source), target, CompressSettings(seed=seed))
+        chosen = CompressSettings(seed=seed, device="cpu" if device == "auto" else device)
+        figures = compress(read_ply(source), target, chosen)
     _finish(figures, json, quiet, lambda: (
         f"{target}: {figures['sog_bytes'] / 1e6:.1f} MB, {figures['ratio']:.1f} times smaller"
     ))  # fmt: skip

@@ -27,6 +27,7 @@ from spaceport_gs.files import replacing
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.ply import n_bytes
 from spaceport_gs.progress import Listener, Progress, ignore
+from spaceport_gs.types import Array
 
 CODEBOOK_SIZE = 256
 MAX_SIDE = 16_383  # of a WebP image
@@ -47,6 +48,8 @@ class CompressSettings:
     iterations: int = 8
     """Of k-means for the SH palette."""
     seed: int = 0
+    device: str = "cpu"
+    """Where k-means runs: cpu or cuda."""
 
 
 def compress(
@@ -303,6 +306,45 @@ def _encode_sh(
     return files, meta
 
 
+class _Clusters:
+    """What k-means works on: NumPy arrays, or tensors on a GPU. Both find the same to the bit where the CPU has AVX2."""
+
+    def __init__(self, device: str, points: np.ndarray, weights: np.ndarray, centroids: np.ndarray) -> None:
+        self.place: Callable[[np.ndarray], Array] = np.asarray
+        """Brings an array to the backend's memory."""
+        self.host: Callable[[Array], np.ndarray] = np.asarray
+        """Brings it back."""
+        self._backend: _engine.Backend = _engine.Cpu()
+        if device != "cpu":
+            import torch
+
+            from spaceport_gs import ops
+
+            self.place, self.host = (lambda a: torch.from_numpy(a).to(device)), (lambda tensor: tensor.cpu().numpy())
+            self._backend = ops.backend_of(torch.empty(0, device=device))
+        self._points, self._weights = self.place(points), self.place(weights)
+        self.centroids: Array = self.place(centroids)
+        self.labels = self.place(np.empty(len(points), np.int32))
+        self.distances = self.place(np.empty(len(points), np.float32))
+        self._centroid_weights = self.place(np.empty(len(centroids), np.float32))
+        n_bytes = max(
+            _engine.cluster_assign_scratch(self._backend, self.centroids),
+            _engine.cluster_update_scratch(self._backend, self._points, self.centroids),
+        )
+        self._scratch = self.place(np.empty(n_bytes, np.uint8))
+
+    def assign(self) -> None:
+        _engine.cluster_assign(self._backend, self._points, self.centroids, self._scratch, self.labels, self.distances)
+
+    def update(self) -> np.ndarray:
+        """[K], weights of the points of each."""
+        _engine.cluster_update(
+            self._backend, self._points, self.labels, self._weights, self.centroids, self._scratch,
+            self._centroid_weights,
+        )  # fmt: skip
+        return self.host(self._centroid_weights)
+
+
 def make_palette(
     points: np.ndarray, weights: np.ndarray, size: int, settings: CompressSettings
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -310,19 +352,17 @@ def make_palette(
     n = len(points)
     if size >= n:
         return points, np.arange(n, dtype=np.int32)
-    cpu = _engine.Cpu()
     draw = np.random.default_rng(settings.seed)
-    centroids = points[np.sort(draw.choice(n, size, replace=False))].copy()
-    labels, distances = np.empty(n, np.int32), np.empty(n, np.float32)
-    centroid_weights = np.empty(size, np.float32)
+    first = points[np.sort(draw.choice(n, size, replace=False))]
+    clusters = _Clusters(settings.device, points, weights, first)
     for _ in range(settings.iterations):
-        _engine.cluster_assign(cpu, points, centroids, labels, distances)
-        _engine.cluster_update(cpu, points, labels, weights, centroids, centroid_weights)
-        empty = np.flatnonzero(centroid_weights == 0)
+        clusters.assign()
+        empty = np.flatnonzero(clusters.update() == 0)
         if len(empty):  # they take over the points that fare worst
-            worst = np.argsort(-distances * weights, kind="stable")[: len(empty)]
-            centroids[empty] = points[worst]
-    _engine.cluster_assign(cpu, points, centroids, labels, distances)
+            worst = np.argsort(-clusters.host(clusters.distances) * weights, kind="stable")[: len(empty)]
+            clusters.centroids[clusters.place(empty)] = clusters.place(points[worst])
+    clusters.assign()
+    centroids, labels = clusters.host(clusters.centroids), clusters.host(clusters.labels)
     used, first = np.unique(labels, return_index=True)
     order = used[np.argsort(first, kind="stable")]
     rank = np.zeros(size, np.int32)

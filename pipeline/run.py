@@ -46,8 +46,8 @@ class RunSettings:
     """For training; 0 = no limit."""
     downscale: float = 1.0
     eval_every: int = 8
-    checkpoint_every: int = 500
-    """Steps between two checkpoints of the training."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints of the training; 0 = half a minute."""
     sfm: str = "fast"
     """fast, or deterministic: one thread and fixed seeds."""
     title: str = ""
@@ -263,7 +263,8 @@ def compress_stage(workspace: Workspace, settings: RunSettings, listen: Listener
         from spaceport_gs.evaluate import evaluate
         from spaceport_gs.scene import load_scene, split
 
-        figures = compress(read_ply(workspace.folder / "scene.ply"), sog, CompressSettings(seed=settings.seed), listen)
+        chosen = CompressSettings(seed=settings.seed, device=device_of(settings.device))
+        figures = compress(read_ply(workspace.folder / "scene.ply"), sog, chosen, listen)
         _, held_out = split(load_scene(workspace.folder / "sfm", settings.downscale), settings.eval_every)
         score = evaluate(read_sog(sog), held_out)
         return {**figures, "psnr": score.psnr, "ssim": score.ssim}

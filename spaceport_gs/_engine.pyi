@@ -5,15 +5,28 @@
 
 from typing import Any, Literal, TypedDict
 
-from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.types import Array, Camera, Image, Projected, RasterSettings, Statistics, Tiles
+from spaceport_gs.gaussians import Gaussians, Rows
+from spaceport_gs.types import (
+    Array,
+    Camera,
+    DrawKey,
+    GrowthSettings,
+    Image,
+    Projected,
+    RasterSettings,
+    Statistics,
+    Tiles,
+)
 
 TILE_SIZE: int
 ALPHA_CUTOFF: float
 SPLAT_STRIDE: int
+GROWTH_LISTS: int
 TILE_SET_STRIDE: int
 STEP_PROGRESS_SIZE: int
+MOST_INSTANCES: int
 SPLAT_GRADIENT_STRIDE: int
+SPLAT_DEPTH_GRADIENT_STRIDE: int
 MULTIPLY_ADD_FLOPS: int
 VERSION: str
 
@@ -37,7 +50,13 @@ class Cuda:
 
 class StepView:
     def __init__(
-        self, backend: Cuda, camera: Camera, photo: Array, mask: Array | None, exposure: Any | None
+        self,
+        backend: Cuda,
+        camera: Camera,
+        photo: Array,
+        mask: Array | None,
+        exposure: Any | None,
+        depth_limits: Array,
     ) -> None: ...
 
 class StepGraph:
@@ -47,7 +66,6 @@ class StepGraph:
         values: Gaussians,
         first: Gaussians,
         second: Gaussians,
-        numbers: Array,
         sums: Array,
         up_to_date: Array | None,
         sh_log: Array | None,
@@ -65,6 +83,21 @@ class StepGraph:
     ) -> None: ...
     def launch(self, backend: Cuda, view: StepView, adam: Any, gathers_statistics: bool) -> None: ...
 
+class RenderGraph:
+    def __init__(
+        self,
+        backend: Cuda,
+        gaussians: Gaussians,
+        scratch: Array,
+        n_instances: int,
+        width: int,
+        height: int,
+        settings: RasterSettings,
+        most: Array,
+        most_on_host: Array,
+    ) -> None: ...
+    def launch(self, backend: Cuda, camera: Camera, out: Image) -> None: ...
+
 Backend = Cpu | Cuda
 
 def build_info() -> BuildInfo: ...
@@ -78,6 +111,7 @@ def project(
     scratch: Array,
     out: Projected,
 ) -> tuple[int, int]: ...
+def project_vjp_scratch(backend: Backend, n_splats: int) -> int: ...
 def project_vjp(
     backend: Backend,
     gaussians: Gaussians,
@@ -86,8 +120,11 @@ def project_vjp(
     projected: Projected,
     d_splats: Array,
     d_gaussians: Gaussians,
+    d_cam_from_world: Array | None,
+    scratch: Array | None,
 ) -> None: ...
-def step_scratch(backend: Cuda, n: int, n_instances: int, width: int, height: int) -> int: ...
+def step_scratch(backend: Cuda, n: int, n_instances: int, width: int, height: int, settings: RasterSettings) -> int: ...
+def render_scratch(backend: Cuda, n: int, n_instances: int, width: int, height: int) -> int: ...
 def catch_up(
     backend: Cuda, values: Gaussians, first: Gaussians, second: Gaussians, up_to_date: Array, adam: Any
 ) -> None: ...
@@ -104,7 +141,9 @@ def blend(
     out: Image,
 ) -> None: ...
 def hits_size(backend: Backend, n_instances: int, camera: Camera) -> int: ...
-def blend_vjp_scratch(backend: Backend, n_instances: int) -> int: ...
+def blend_vjp_scratch(
+    backend: Backend, n_splats: int, n_instances: int, n_columns: int, settings: RasterSettings
+) -> int: ...
 def blend_vjp(
     backend: Backend,
     projected: Projected,
@@ -140,13 +179,30 @@ def project_vjp_update(
     scratch: Array,
 ) -> None: ...
 def density(backend: Backend, projected: Projected, d_splats: Array, camera: Camera, out: Any) -> None: ...
-def cluster_assign(cpu: Cpu, points: Array, centroids: Array, labels: Array, distances: Array) -> None: ...
+def plan_growth_scratch(backend: Backend, n: int) -> int: ...
+def plan_growth(
+    backend: Backend, gaussians: Gaussians, scores: Array, settings: GrowthSettings, scratch: Array, sources: Array
+) -> tuple[int, int, int]: ...
+def grow(
+    backend: Backend, rows: Rows, sources: Array, counts: tuple[int, int, int], key: DrawKey, out: Rows
+) -> None: ...
+def select_rows(backend: Backend, rows: Rows, selected: Array, out: Rows) -> None: ...
+def morton_order_scratch(backend: Backend, n: int) -> int: ...
+def morton_order(backend: Backend, means: Array, scratch: Array, order: Array) -> None: ...
+def relocate_scratch(backend: Backend, n: int) -> int: ...
+def relocate(backend: Backend, rows: Rows, min_opacity: float, key: DrawKey, scratch: Array) -> None: ...
+def cluster_assign_scratch(backend: Backend, centroids: Array) -> int: ...
+def cluster_assign(
+    backend: Backend, points: Array, centroids: Array, scratch: Array, labels: Array, distances: Array
+) -> None: ...
+def cluster_update_scratch(backend: Backend, points: Array, centroids: Array) -> int: ...
 def cluster_update(
-    cpu: Cpu,
+    backend: Backend,
     points: Array,
     labels: Array,
     weights: Array,
     centroids: Array,
+    scratch: Array,
     centroid_weights: Array,
 ) -> None: ...
 def multiply_adds(cpu: Cpu, n_pieces: int) -> None: ...

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from spaceport_gs.density import Rows
 from spaceport_gs.errors import InputError
 from spaceport_gs.exposure import Exposure
 from spaceport_gs.files import replacing
-from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.gaussians import Gaussians, Rows
 from spaceport_gs.types import Statistics
 
 FORMAT = "spaceport-gs checkpoint 1"

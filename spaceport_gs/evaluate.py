@@ -40,20 +40,32 @@ def evaluate(gaussians: Gaussians, views: Sequence[View], settings: RasterSettin
     What a view's mask hides does not count here either: it was not trained on, and would be noise in the scores. Renders
     are taken as they are: the scene has no exposure of a photo in it.
     """
-    from spaceport_gs.render import render_8bit
+    from spaceport_gs.render import Renderer, to_8bit
 
     scores = []
+    images = Renderer(gaussians, settings)
     for view in views:
-        render = render_8bit(gaussians, view.camera, settings)
+        render = to_8bit(images.render([view.camera])[0])
         scores.append(Score(view.name, psnr(render, view.photo, view.mask), ssim(render, view.photo, view.mask)))
     return Evaluation(_mean([s.psnr for s in scores]), _mean([s.ssim for s in scores]), tuple(scores))
 
 
 def mean_psnr(gaussians: Gaussians, views: Sequence[View], settings: RasterSettings | None = None) -> float | None:
     """Mean PSNR of the views as in `evaluate`; None without views."""
-    from spaceport_gs.render import render_8bit
+    import torch
 
-    return _mean([psnr(render_8bit(gaussians, v.camera, settings), v.photo, v.mask) for v in views])
+    from spaceport_gs.render import Renderer, on_device_8bit
+
+    images, scores = Renderer(gaussians, settings), []
+    for view in views:
+        render = on_device_8bit(images.render([view.camera])[0])
+        difference = render.int() - torch.from_numpy(view.photo).to(render.device).int()
+        squares, n_values = difference * difference, float(difference.numel())
+        if view.mask is not None:
+            squares = squares.long() * torch.from_numpy(view.mask).to(render.device)[..., None]
+            n_values = 3.0 * int(view.mask.sum(dtype=np.int64))
+        scores.append(_psnr(int(squares.sum()), n_values))
+    return _mean(scores)
 
 
 def psnr(image: np.ndarray, photo: np.ndarray, mask: np.ndarray | None = None) -> float:
@@ -63,10 +75,13 @@ def psnr(image: np.ndarray, photo: np.ndarray, mask: np.ndarray | None = None) -
     squares, n_values = difference * difference, float(image.size)
     if mask is not None:
         squares, n_values = squares * mask[..., None].astype(np.int64), 3.0 * int(mask.sum(dtype=np.int64))
-    squared = int(np.sum(squares, dtype=np.int64))
-    if squared == 0:
+    return _psnr(int(np.sum(squares, dtype=np.int64)), n_values)
+
+
+def _psnr(squared_errors: int, n: float) -> float:
+    if squared_errors == 0:
         return MAX_PSNR
-    return min(10 * math.log10(255.0**2 * n_values / squared), MAX_PSNR)
+    return min(10 * math.log10(255.0**2 * n / squared_errors), MAX_PSNR)
 
 
 def ssim(image: np.ndarray, photo: np.ndarray, mask: np.ndarray | None = None) -> float:

@@ -67,6 +67,15 @@ class Gaussians:
         return self.map(lambda array: torch.as_tensor(array, device=device).clone())
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Gaussians, and what has a row for each of theirs: Adam's two moments. Rows are added, moved and removed in all of
+    them together."""
+
+    values: Gaussians
+    companions: tuple[Gaussians, ...]  # at most two
+
+
 def from_points(points: np.ndarray, colors: np.ndarray, sh_degree: int) -> Gaussians:
     """Initial Gaussians, NumPy, of `points` [P, 3] world units, P >= 4, and `colors` [P, 3] uint8.
 

@@ -16,8 +16,18 @@ import torch
 
 from spaceport_gs import _engine
 from spaceport_gs.errors import BackendError
-from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Statistics, Tiles
+from spaceport_gs.gaussians import Gaussians, Rows
+from spaceport_gs.types import (
+    Camera,
+    Depth,
+    DrawKey,
+    GrowthSettings,
+    Image,
+    Projected,
+    RasterSettings,
+    Statistics,
+    Tiles,
+)
 
 _cpu = _engine.Cpu()
 _kept = threading.local()
@@ -102,12 +112,19 @@ def project_vjp(
     camera: Camera,
     settings: RasterSettings,
     projected: Projected,
-    d_splats: torch.Tensor,  # [M, 9]
+    d_splats: torch.Tensor,  # [M, 9], or [M, 10]
     out: Gaussians | None = None,
+    d_cam_from_world: torch.Tensor | None = None,  # [3, 4] float64
 ) -> Gaussians:
-    """Gradient by the raw parameters; zero in the rows that are not visible. `out`: buffers to write it to."""
-    d_gaussians = empty_like(gaussians) if out is None else out
-    _engine.project_vjp(backend_of(d_splats), gaussians, camera, settings, projected, d_splats, d_gaussians)
+    """Gradient by the raw parameters; zero in the rows that are not visible. `out`: buffers to write it to;
+    `d_cam_from_world` gets the gradient by the camera's pose, with which its centre moves."""
+    d_gaussians, backend = empty_like(gaussians) if out is None else out, backend_of(d_splats)
+    scratch = None
+    if d_cam_from_world is not None:
+        scratch = _scratch(d_splats, _engine.project_vjp_scratch(backend, len(projected.splats)))
+    _engine.project_vjp(
+        backend, gaussians, camera, settings, projected, d_splats, d_gaussians, d_cam_from_world, scratch
+    )
     return d_gaussians
 
 
@@ -131,7 +148,7 @@ def tile(projected: Projected, camera: Camera) -> Tiles:
 
 
 def blend(projected: Projected, tiles: Tiles, camera: Camera, settings: RasterSettings) -> Image:
-    """Front-to-back blending of every tile's list."""
+    """Front-to-back blending of every tile's list; depths as the settings ask for."""
     like, backend = projected.splats, backend_of(projected.splats)
     n_hits = _engine.hits_size(backend, len(tiles.splat_from_instance), camera)
     out = Image(
@@ -139,6 +156,10 @@ def blend(projected: Projected, tiles: Tiles, camera: Camera, settings: RasterSe
         transmittance=_empty(like, camera.height, camera.width),
         hits=_empty(like, n_hits, dtype=torch.int32),
     )
+    if Depth.EXPECTED in settings.depth:
+        out.depth = torch.empty_like(out.transmittance)
+    if Depth.MEDIAN in settings.depth:
+        out.median_depth = torch.empty_like(out.transmittance)
     _engine.blend(backend, projected, tiles, camera, settings, out)
     return out
 
@@ -150,12 +171,15 @@ def blend_vjp(
     settings: RasterSettings,
     image: Image,  # what blend returned
     d_image: Image,
-) -> torch.Tensor:  # [M, 9]
-    """Gradient by the first nine columns of the splats."""
+) -> torch.Tensor:  # [M, 9], or [M, 10]
+    """Gradient by the first nine columns of the splats; by ten, the last being their depth, if d_image has a depth."""
     like = projected.splats
     backend = backend_of(like)
-    scratch = _scratch(like, _engine.blend_vjp_scratch(backend, len(tiles.splat_from_instance)))
-    d_splats = _empty(like, len(projected.splats), _engine.SPLAT_GRADIENT_STRIDE)
+    sees_depth = d_image.depth is not None
+    n_columns = _engine.SPLAT_DEPTH_GRADIENT_STRIDE if sees_depth else _engine.SPLAT_GRADIENT_STRIDE
+    n_splats, n_instances = len(projected.splats), len(tiles.splat_from_instance)
+    scratch = _scratch(like, _engine.blend_vjp_scratch(backend, n_splats, n_instances, n_columns, settings))
+    d_splats = _empty(like, n_splats, n_columns)
     _engine.blend_vjp(backend, projected, tiles, camera, settings, image, d_image, scratch, d_splats)
     return d_splats
 
@@ -290,11 +314,9 @@ class AdamMoments:
         """Before the first step on these values."""
         if storage is MomentStorage.FULL:
             return AdamMoments(zeros_like(values), zeros_like(values))
-        words, constant = torch.zeros_like(values.sh, dtype=torch.int32), values.sh.new_zeros(len(values), 1, 3)
-        shapes = values.arrays()[:-1]
-        return AdamMoments(
-            Gaussians(*map(torch.zeros_like, shapes), words), Gaussians(*map(torch.zeros_like, shapes), constant)
-        )
+        constant = zeros_like(replace(values, sh=values.sh[:, :1]))  # not of all, which would take memory
+        words = torch.zeros_like(values.sh, dtype=torch.int32)
+        return AdamMoments(replace(zeros_like(constant), sh=words), constant)
 
     @property
     def storage(self) -> MomentStorage:
@@ -339,6 +361,84 @@ def density(projected: Projected, d_splats: torch.Tensor, camera: Camera, statis
     _engine.density(backend_of(d_splats), projected, d_splats, camera, statistics)
 
 
+def _rows_like(rows: Rows, n: int) -> Rows:
+    """Room for `n` rows with all that these have."""
+
+    def room(gaussians: Gaussians) -> Gaussians:
+        return gaussians.map(lambda array: array.new_empty((n, *array.shape[1:])))
+
+    return Rows(room(rows.values), tuple(map(room, rows.companions)))
+
+
+def grow(rows: Rows, scores: torch.Tensor, settings: GrowthSettings) -> Rows:
+    """Clones small and splits large rows with a high score [N], and drops faint, huge and broken ones (Kerbl et al. 2023).
+
+    Rows that stay, then clones, first and second children, each in the order of what they come from; companions of new
+    rows are zero. A GPU is waited for once, for the number of rows.
+    """
+    n, backend = len(rows.values), backend_of(scores)
+    sources = _empty(scores, _engine.GROWTH_LISTS, n, dtype=torch.int32)
+    scratch = _scratch(scores, _engine.plan_growth_scratch(backend, n))
+    counts = _engine.plan_growth(backend, rows.values, scores, settings, scratch, sources)
+    kept, clones, parents = counts
+    grown = _rows_like(rows, kept + clones + 2 * parents)
+    _engine.grow(backend, rows, sources, counts, settings.key, grown)
+    return grown
+
+
+def select_rows(rows: Rows, numbers: torch.Tensor) -> Rows:
+    """The rows that `numbers` [M] int32 names, which only the CPU checks."""
+    selected = _rows_like(rows, len(numbers))
+    _engine.select_rows(backend_of(numbers), rows, numbers, selected)
+    return selected
+
+
+def morton_order(means: torch.Tensor) -> torch.Tensor:
+    """Row numbers [N] int32 along a Morton curve through the box of the means [N, 3]; rows that are not finite go last."""
+    backend = backend_of(means)
+    scratch = _scratch(means, _engine.morton_order_scratch(backend, len(means)))
+    order = _empty(means, len(means), dtype=torch.int32)
+    _engine.morton_order(backend, means, scratch, order)
+    return order
+
+
+def relocate(rows: Rows, min_opacity: float, key: DrawKey) -> None:
+    """Moves rows that are fainter than `min_opacity` (logit) or broken, in place, onto others that are drawn by opacity.
+
+    Those that then coincide share opacity and size so that the image stays as it was (Kheradmand et al., 3D Gaussian
+    Splatting as Markov chain Monte Carlo, 2024); the moments of rows that changed become zero.
+    """
+    like = rows.values.means
+    backend = backend_of(like)
+    scratch = _scratch(like, _engine.relocate_scratch(backend, len(rows.values)))
+    _engine.relocate(backend, rows, min_opacity, key, scratch)
+
+
+def cluster_assign(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels [N] int32, the nearest of `centroids` [K, D] to each of `points` [N, D] and the lowest of several, and squared
+    distances [N]. On a GPU at most 45 dimensions."""
+    backend = backend_of(points)
+    scratch = _scratch(points, _engine.cluster_assign_scratch(backend, centroids))
+    labels, distances = _empty(points, len(points), dtype=torch.int32), _empty(points, len(points))
+    _engine.cluster_assign(backend, points, centroids, scratch, labels, distances)
+    return labels, distances
+
+
+def cluster_update(
+    points: torch.Tensor,  # [N, D]
+    labels: torch.Tensor,  # [N] int32
+    weights: torch.Tensor,  # [N]
+    centroids: torch.Tensor,  # [K, D]
+) -> torch.Tensor:  # [K]
+    """Moves every centroid, in place, to the weighted mean of its points; returns the sums of their weights. Centroids
+    without weight stay; a GPU leaves out points with a label that is no row of the centroids."""
+    backend = backend_of(points)
+    scratch = _scratch(points, _engine.cluster_update_scratch(backend, points, centroids))
+    centroid_weights = _empty(points, len(centroids))
+    _engine.cluster_update(backend, points, labels, weights, centroids, scratch, centroid_weights)
+    return centroid_weights
+
+
 def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:
     """The image of a camera, without what a gradient needs."""
     with torch.no_grad():
@@ -346,17 +446,31 @@ def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Im
         return blend(projected, tile(projected, camera), camera, settings)
 
 
-def rasterize(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:
-    """As `render`, differentiable by torch in all five fields of the Gaussians."""
-    color, transmittance = _Rasterize.apply(camera, settings, *gaussians.arrays())
-    return Image(color, transmittance)
+def rasterize(
+    gaussians: Gaussians,
+    camera: Camera,
+    settings: RasterSettings,
+    cam_from_world: torch.Tensor | None = None,  # [3, 4]
+) -> Image:
+    """As `render`, differentiable by torch in all five fields of the Gaussians; the median depth has no gradient.
+
+    `cam_from_world` stands for the camera's own pose and gets a gradient as well: by each of its numbers alone, so keep it
+    a rotation by how you parametrise it. Its values are read by the host: on a GPU this waits for them.
+    """
+    if cam_from_world is not None:
+        if cam_from_world.shape != (3, 4):
+            raise ValueError(f"cam_from_world: expected shape [3, 4], got {list(cam_from_world.shape)}")
+        cam_from_world = cam_from_world.to(gaussians.means.device, torch.float64)
+        camera = replace(camera, cam_from_world=cam_from_world.detach().cpu().numpy())
+    color, transmittance, depth, median_depth = _Rasterize.apply(camera, settings, cam_from_world, *gaussians.arrays())
+    return Image(color, transmittance, None, depth, median_depth)
 
 
 class _Rasterize(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, camera: Camera, settings: RasterSettings, *arrays: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, camera: Camera, settings: RasterSettings, _: torch.Tensor | None, *arrays: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         gaussians = Gaussians(*(array.detach().contiguous() for array in arrays))
         projected = project(gaussians, camera, settings)
         tiles = tile(projected, camera)
@@ -376,12 +490,17 @@ class _Rasterize(torch.autograd.Function):
             image.color,
             image.transmittance,
             image.hits,
+            image.depth,
         )
-        return image.color, image.transmittance
+        if image.median_depth is not None:
+            ctx.mark_non_differentiable(image.median_depth)
+        return image.color, image.transmittance, image.depth, image.median_depth
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *d_image: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, d_color: torch.Tensor, d_transmittance: torch.Tensor, d_depth: torch.Tensor | None, _: Any
+    ) -> Any:
         saved = ctx.saved_tensors
         gaussians = Gaussians(*saved[:5])
         splats, gaussian_from_splat, instance_offsets, touched, depth_keys = saved[5:10]
@@ -393,7 +512,12 @@ class _Rasterize(torch.autograd.Function):
             ctx.camera,
             ctx.settings,
             image,
-            Image(*(d.contiguous() for d in d_image)),
+            Image(
+                d_color.contiguous(),
+                d_transmittance.contiguous(),
+                depth=None if d_depth is None else d_depth.contiguous(),
+            ),
         )
-        d_gaussians = project_vjp(gaussians, ctx.camera, ctx.settings, projected, d_splats)
-        return None, None, *d_gaussians.arrays()
+        d_pose = _empty(splats, 3, 4, dtype=torch.float64) if ctx.needs_input_grad[2] else None
+        d_gaussians = project_vjp(gaussians, ctx.camera, ctx.settings, projected, d_splats, d_cam_from_world=d_pose)
+        return None, None, d_pose, *d_gaussians.arrays()

@@ -7,12 +7,24 @@ Splatting (2023); Wang et al., SSIM (2004); Kingma and Ba, Adam (2015).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.types import SSIM_C1, SSIM_C2, SSIM_RADIUS, SSIM_SIGMA, Camera, Image, RasterSettings
+from spaceport_gs.gaussians import Gaussians, Rows
+from spaceport_gs.types import (
+    SSIM_C1,
+    SSIM_C2,
+    SSIM_RADIUS,
+    SSIM_SIGMA,
+    Camera,
+    DrawKey,
+    GrowthSettings,
+    Image,
+    RasterSettings,
+)
 
 ALPHA_CUTOFF = 1 / 255
 TRANSMITTANCE_STOP = 1e-4
@@ -70,9 +82,12 @@ def sh_basis(directions: torch.Tensor, degree: int) -> torch.Tensor:  # [N, 3] -
     return torch.stack(values, dim=1)
 
 
-def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Splats:
-    """EWA projection of the Gaussians that are in front, bright enough, and well defined."""
-    pose = torch.as_tensor(camera.cam_from_world).to(gaussians.means)
+def project(
+    gaussians: Gaussians, camera: Camera, settings: RasterSettings, cam_from_world: torch.Tensor | None = None
+) -> Splats:
+    """EWA projection of the Gaussians that are in front, bright enough, and well defined. `cam_from_world` [3, 4]: in place
+    of the camera's own pose."""
+    pose = torch.as_tensor(camera.cam_from_world if cam_from_world is None else cam_from_world).to(gaussians.means)
     points = gaussians.means @ pose[:, :3].T + pose[:, 3]
     with torch.no_grad():
         visible = (points[:, 2] >= settings.near) & (torch.sigmoid(gaussians.opacities) >= ALPHA_CUTOFF)
@@ -97,8 +112,7 @@ def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> S
     yy = (v * v).sum(dim=1) + settings.low_pass
     determinant = xx * yy - xy * xy
 
-    center = torch.as_tensor(camera.center).to(gaussians.means)
-    offsets = seen.means - center
+    offsets = seen.means + pose[:, :3].T @ pose[:, 3]  # from the camera's centre
     degree = min(settings.sh_degree, gaussians.sh_degree)
     basis = sh_basis(offsets / offsets.norm(dim=1, keepdim=True), degree)
     colors = 0.5 + (basis[:, :, None] * seen.sh[:, : basis.shape[1]]).sum(dim=1)
@@ -113,7 +127,7 @@ def project(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> S
 
 
 def blend(splats: Splats, camera: Camera, settings: RasterSettings) -> Image:
-    """Front-to-back blending, by depth and then by row."""
+    """Front-to-back blending, by depth and then by row; with both depths, whatever was asked for."""
     like = splats.means
     y, x = torch.meshgrid(
         torch.arange(camera.height).to(like) + 0.5,
@@ -121,6 +135,7 @@ def blend(splats: Splats, camera: Camera, settings: RasterSettings) -> Image:
         indexing="ij",
     )
     color = torch.zeros(camera.height, camera.width, 3).to(like)
+    depth, median_depth = torch.zeros(2, camera.height, camera.width).to(like)
     transmittance = torch.ones(camera.height, camera.width).to(like)
     stopped = torch.zeros_like(transmittance, dtype=torch.bool)
     # Sorted as the engine's single precision does, so that ties are ties in both.
@@ -135,13 +150,18 @@ def blend(splats: Splats, camera: Camera, settings: RasterSettings) -> Image:
         reached = reached & ~stopped
         weight = torch.where(reached, alpha * transmittance, torch.zeros_like(alpha))
         color = color + weight[..., None] * splats.colors[i]
+        depth = depth + weight * splats.depths[i]
+        is_median = reached & (transmittance >= 0.5) & (behind < 0.5)
+        median_depth = torch.where(is_median, splats.depths[i].detach(), median_depth)
         transmittance = torch.where(reached, behind, transmittance)
     background = torch.tensor(settings.background).to(like)
-    return Image(color + transmittance[..., None] * background, transmittance)
+    return Image(color + transmittance[..., None] * background, transmittance, None, depth, median_depth)
 
 
-def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:
-    return blend(project(gaussians, camera, settings), camera, settings)
+def render(
+    gaussians: Gaussians, camera: Camera, settings: RasterSettings, cam_from_world: torch.Tensor | None = None
+) -> Image:
+    return blend(project(gaussians, camera, settings, cam_from_world), camera, settings)
 
 
 def ssim_map(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # [H, W, 3] each, 0 … 1
@@ -213,3 +233,120 @@ def update(
     second = 0.999 * moments.second + 0.001 * gradient**2
     unbiased = first / (1 - 0.9**step), second / (1 - 0.999**step)
     return value - rate * unbiased[0] / (unbiased[1].sqrt() + 1e-15), Moments(first, second)
+
+
+CHILD_SIZE = 1 / (0.8 * 2)  # of the parent's
+
+
+def philox(counter: np.ndarray, key: int) -> np.ndarray:  # [N, 4] uint64, words of 32 bits -> the same
+    """Philox 4x32-10: numbers that look random, of a counter and a key (Salmon et al., Parallel random numbers, 2011)."""
+    a, b, c, d = counter.astype(np.uint64).T
+    low, high = key & 0xFFFFFFFF, key >> 32
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for _ in range(10):
+        x, y = np.uint64(0xD2511F53) * a, np.uint64(0xCD9E8D57) * c
+        a, b, c, d = y >> half ^ b ^ np.uint64(low), y & mask, x >> half ^ d ^ np.uint64(high), x & mask
+        low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([a, b, c, d], axis=1)
+
+
+def draw(rows: torch.Tensor, number: int, key: DrawKey, stream: int) -> np.ndarray:  # [M] -> [M, 4] uint64
+    counter = [rows.numpy(), *(np.full(len(rows), word) for word in (number, key.step, stream))]
+    return philox(np.stack(counter, axis=1), key.seed)
+
+
+def child_offsets(gaussians: Gaussians, rows: torch.Tensor, child: int, key: DrawKey) -> torch.Tensor:  # [M, 3]
+    """A sample of each of the Gaussians `rows` [M] around its mean, by the transform of Box and Muller (1958)."""
+    uniform = torch.from_numpy((draw(rows, child, key, 0).astype(np.float64) + 0.5) / 2**32).to(gaussians.means)
+    radius, angle = torch.sqrt(-2 * torch.log(uniform[:, 0::2])), 2 * math.pi * uniform[:, 1::2]
+    normal = torch.stack([radius[:, 0] * angle[:, 0].cos(), radius[:, 0] * angle[:, 0].sin(),
+                          radius[:, 1] * angle[:, 1].cos()], dim=1)  # fmt: skip
+    local = normal * gaussians.log_scales[rows].exp()
+    return (rotation(gaussians.quaternions[rows]) @ local[:, :, None])[:, :, 0]
+
+
+def is_finite(gaussians: Gaussians) -> torch.Tensor:  # [N] bool
+    finite = [array.isfinite().view(len(array), math.prod(array.shape[1:])).all(dim=1) for array in gaussians.arrays()]
+    return torch.stack(finite).all(dim=0)
+
+
+def grow(rows: Rows, scores: torch.Tensor, settings: GrowthSettings) -> Rows:
+    """Clones small and splits large rows whose score [N] reaches the threshold; then drops faint, huge and broken rows."""
+    values, n = rows.values, len(scores)
+    grows = scores >= settings.threshold
+    if settings.max_rows > 0:
+        budget = max(settings.max_rows - n, 0)
+        best = torch.argsort(torch.where(grows, scores, -1), descending=True, stable=True)[:budget]
+        grows = grows & torch.zeros_like(grows).index_fill(0, best, True)
+    is_split = grows & (values.log_scales.amax(dim=1) > settings.split_log_scale)
+    stay, clones, parents = (mask.nonzero()[:, 0] for mask in (~is_split, grows & ~is_split, is_split))
+
+    children = [
+        replace(
+            values.select(parents),
+            means=values.means[parents] + child_offsets(values, parents, child, settings.key),
+            log_scales=values.log_scales[parents] + math.log(CHILD_SIZE),
+        )
+        for child in (0, 1)
+    ]
+    grown = values.select(stay).append(values.select(clones)).append(children[0]).append(children[1])
+    n_new = len(grown) - len(stay)
+    companions = [
+        c.select(stay).append(Gaussians(*(a.new_zeros(n_new, *a.shape[1:]) for a in c.arrays())))
+        for c in rows.companions
+    ]
+    keeps = (grown.opacities >= settings.min_opacity) & is_finite(grown)
+    keeps &= grown.log_scales.amax(dim=1) <= settings.max_log_scale
+    return Rows(grown.select(keeps), tuple(c.select(keeps) for c in companions))
+
+
+def relocated(opacity: float, n: int) -> tuple[float, float]:
+    """Opacity, and size in parts of what it was, of each of n Gaussians in one place that together look as one of
+    `opacity` did (Kheradmand et al., 3D Gaussian Splatting as Markov chain Monte Carlo, 2024, eq. 9)."""
+    shared = 1 - (1 - opacity) ** (1 / n)
+    total = sum(
+        math.comb(i - 1, k) * (-1) ** k / math.sqrt(k + 1) * shared ** (k + 1)
+        for i in range(1, n + 1)
+        for k in range(i)
+    )
+    return shared, opacity / total
+
+
+def relocate(rows: Rows, min_opacity: float, key: DrawKey) -> Rows:
+    """Rows that are fainter than `min_opacity` (logit) or broken move onto others, drawn by opacity in steps of 2^-20."""
+    moved = Rows(*(rows.values.map(torch.clone), tuple(c.map(torch.clone) for c in rows.companions)))
+    values, n = rows.values, len(rows.values)
+    stays = (values.opacities >= min_opacity) & is_finite(values)
+    opacities = values.opacities.double().sigmoid()
+    sums = np.cumsum([int(opacities[i] * 2**20) + 1 if stays[i] else 0 for i in range(n)])
+    moving = (~stays).nonzero()[:, 0]
+    words = draw(moving, 0, key, 1)
+    drawn = [((int(w[0]) << 32 | int(w[1])) * int(sums[-1])) >> 64 for w in words]
+    sources = torch.from_numpy(np.searchsorted(sums, drawn, side="right"))
+    counts = torch.bincount(sources, minlength=n)
+    for row, source in [*zip(moving.tolist(), sources.tolist(), strict=True), *((s, s) for s in set(sources.tolist()))]:
+        for to, array in zip(moved.values.arrays(), values.arrays(), strict=True):
+            to[row] = array[source]
+        opacity, size = relocated(float(opacities[source]), 1 + int(counts[source]))
+        moved.values.opacities[row] = math.log(opacity / (1 - opacity))
+        moved.values.log_scales[row] += math.log(size)
+        for companion in moved.companions:
+            for to in companion.arrays():
+                to[row] = 0
+    return moved
+
+
+def cluster_assign(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row of the nearest of `centroids` [K, D] to each of `points` [N, D], the first of several, and the squared distance."""
+    distances = ((points[:, None] - centroids) ** 2).sum(dim=2)
+    labels = distances.argmin(dim=1)
+    return labels, distances.gather(1, labels[:, None])[:, 0]
+
+
+def cluster_update(
+    points: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted means of the points [N, D] of each label, and sums of their weights; centroids without weight stay."""
+    totals = weights.new_zeros(len(centroids)).index_add(0, labels, weights)
+    sums = torch.zeros_like(centroids).index_add(0, labels, weights[:, None] * points)
+    return torch.where(totals[:, None] > 0, sums / totals[:, None], centroids), totals

@@ -121,8 +121,8 @@ class TrainSettings:
     seed: int = 0
     eval_every: int = 8
     """Every so-many-th photo is held out for evaluation; 0 = none."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0 = whenever half a minute of training has passed."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
     exposure_rate: float = 0.0
@@ -292,7 +292,7 @@ def _check(settings: TrainSettings) -> None:
         ("exposure_rate", 0),
         ("seed", 0),
         ("eval_every", 0),
-        ("checkpoint_every", 1),
+        ("checkpoint_every", 0),
     ):
         value = getattr(settings, name)
         if not (value >= least and math.isfinite(value)):

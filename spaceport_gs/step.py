@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -22,12 +22,11 @@ _PROGRESS = np.dtype(
         ("loss_sum", np.float64),
         ("loss", np.float64),
         ("is_halted", np.uint32),
-        ("unused", np.uint32),
+        ("n_rendered_again", np.uint32),
     ]
 )
 HEADROOM = 1.05
 """Memory for this many times the instances that a step needed."""
-MOST_INSTANCES = 2**31 - 1
 
 
 class UpdateRule(Enum):
@@ -48,7 +47,11 @@ class UpdateRule(Enum):
 
 @dataclass(frozen=True, eq=False)
 class StepView:
-    """What a step looks at, and how. Made once for each view: what is prepared for it is found again by the object."""
+    """What a step looks at, and how. Made once for each view: what is prepared for it is found again by the object.
+
+    It remembers for each tile the depth behind which its last visit saw nothing; the next lists nothing there. Where that
+    proves wrong, because the image is not opaque there any more, the device renders again without it.
+    """
 
     camera: Camera
     photo: torch.Tensor  # [H, W, 3] uint8, on the GPU
@@ -57,6 +60,11 @@ class StepView:
     mask: torch.Tensor | None = None  # [H, W] uint8, on the GPU; see ops.LossTarget
     exposure: Exposure | None = None
     """Of the view, on the GPU; a step moves it in place."""
+    depth_limits: torch.Tensor = field(init=False)  # [n_tiles] int32
+
+    def __post_init__(self) -> None:
+        none = torch.full((ops.n_tiles(self.camera),), -1, dtype=torch.int32, device=self.photo.device)
+        object.__setattr__(self, "depth_limits", none)
 
     @property
     def kind(self) -> _Kind:
@@ -106,7 +114,6 @@ class TrainingStep:
         self._up_to_date: torch.Tensor | None = None
         self._sh_log: torch.Tensor | None = None
         self._last: ops.AdamSettings | None = None
-        self._numbers = torch.arange(n, dtype=torch.int32, device=device)
         self._sums = torch.zeros(n, _engine.SPLAT_GRADIENT_STRIDE, device=device)
         if rule is UpdateRule.DEFERRED:
             n_bytes = _engine.sh_log_size(ops.backend_of(values.means), n)
@@ -139,6 +146,11 @@ class TrainingStep:
             if not self._unconfirmed:
                 return float(self._seen["loss_sum"][0]), float(self._seen["loss"][0])
 
+    @property
+    def n_rendered_again(self) -> int:
+        """Steps until the last wait whose image was rendered twice, because depth limits had proved wrong."""
+        return int(self._seen["n_rendered_again"][0])
+
     def settle(self) -> tuple[float, float]:
         """As `wait`; and what missed steps makes up for them."""
         losses = self.wait()
@@ -160,11 +172,10 @@ class TrainingStep:
             self._n_confirmed += 1
         if is_halted:
             needed = int(self._seen["n_instances"][0])
-            if needed > MOST_INSTANCES:
-                raise MemoryError(
-                    f"{needed} pairs of splats and tiles in one image; at most {MOST_INSTANCES} are possible"
-                )
-            self.n_instances = min(int(HEADROOM * needed) + 1, MOST_INSTANCES)
+            most = _engine.MOST_INSTANCES
+            if needed > most:
+                raise MemoryError(f"{needed} pairs of splats and tiles in one image; at most {most} are possible")
+            self.n_instances = min(int(HEADROOM * needed) + 1, most)
             self._forget()
             for view, *_ in self._unconfirmed:  # where there is no memory for it, the next call tries again
                 self._prepare(view)
@@ -180,8 +191,12 @@ class TrainingStep:
     def _prepare(self, view: StepView) -> tuple[_engine.StepGraph, _engine.StepView]:
         kind = view.kind
         graph = self._graphs.get(kind) or self._record(kind)
-        backend = ops.backend_of(self._sums)
-        prepared = graph, _engine.StepView(backend, view.camera, view.photo, view.mask, view.exposure)
+        prepared = (
+            graph,
+            _engine.StepView(
+                ops.backend_of(self._sums), view.camera, view.photo, view.mask, view.exposure, view.depth_limits
+            ),
+        )
         self._graphs[kind], self._prepared[view] = graph, prepared
         return prepared
 
@@ -191,7 +206,7 @@ class TrainingStep:
 
     def _record(self, kind: _Kind) -> _engine.StepGraph:
         backend, values, moments = ops.backend_of(self._sums), self._values, self._moments
-        n_bytes = _engine.step_scratch(backend, len(values), self.n_instances, kind.width, kind.height)
+        n_bytes = _engine.step_scratch(backend, len(values), self.n_instances, kind.width, kind.height, kind.raster)
         if len(self._scratch) < n_bytes:
             torch.cuda.current_stream().synchronize()  # recorded steps that still run have their buffers in it
             self._forget()
@@ -202,7 +217,6 @@ class TrainingStep:
             values,
             moments.first,
             moments.second,
-            self._numbers,
             self._sums,
             self._up_to_date,
             self._sh_log,

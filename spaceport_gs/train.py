@@ -19,15 +19,15 @@ import numpy as np
 
 from spaceport_gs import _engine, checkpoint, schedule
 from spaceport_gs.checkpoint import Check, Phase, State, copied
-from spaceport_gs.density import Growth, Rows, grow, logit, reset_opacities
+from spaceport_gs.density import Growth, grow, logit, reset_opacities
 from spaceport_gs.errors import InputError, Interrupted
 from spaceport_gs.evaluate import mean_psnr
 from spaceport_gs.exposure import Exposure
-from spaceport_gs.gaussians import Gaussians, from_points
+from spaceport_gs.gaussians import Gaussians, Rows, from_points
 from spaceport_gs.progress import Listener, Progress, ignore
 from spaceport_gs.scene import Scene, View, extent, farthest_views, split
 from spaceport_gs.schedule import Recipe, TrainSettings
-from spaceport_gs.types import Image, RasterSettings, Statistics
+from spaceport_gs.types import DrawKey, Image, RasterSettings, Statistics
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 STAGE = "train"
 TELL_EVERY = 25  # steps
+CHECKPOINT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
     folder, fingerprint = out / "checkpoints", _fingerprint(used, settings)
     state = _resumed(folder, fingerprint, settings, listen) or _start(used, run)
     stepper = _Stepper(run)
-    saved_at = state.step
+    saved = state.step, state.seconds
 
     with _signals() as stop:
         while state.phase.name != "done":
@@ -83,6 +84,7 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
                 _check(run, state)
             with _timed(state):
                 stepper.step(state, previous)
+            stepper.grow(state, previous)
             _advance_phase(run, state, stepper)
             if state.step % TELL_EVERY == 0 or state.phase.name == "done":
                 stepper.wait(state)
@@ -91,10 +93,10 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
                 stepper.settle(state)
                 checkpoint.save(folder, state, fingerprint)
                 raise Interrupted(f"stopped by {stop[0].name} at step {state.step}; go on with --resume")
-            if state.step - saved_at >= settings.checkpoint_every or state.phase.name == "done":
+            if _is_checkpoint_due(state, saved, settings.checkpoint_every):
                 stepper.settle(state)
                 checkpoint.save(folder, state, fingerprint)
-                saved_at = state.step
+                saved = state.step, state.seconds
     values = state.rows.values
     return TrainReport(
         values.select(values.opacities >= logit(_engine.ALPHA_CUTOFF)),
@@ -219,20 +221,13 @@ class _Plan:
     """What a step does besides looking at its view."""
 
     adam: AdamSettings
-    previous: float
-    """Moment before the step."""
     gathers: bool
     """Adds to the statistics of growth."""
-    is_growth_due: bool
-    """Or a reset of opacities."""
 
     @staticmethod
     def of(run: _Run, state: State, previous: float) -> _Plan:
-        recipe, in_main = run.recipe, state.phase.name == "main"
-        is_due = schedule.grows(recipe, previous, state.moment) or schedule.resets_opacity(
-            recipe, previous, state.moment
-        )
-        return _Plan(_adam(run, state), previous, in_main and previous < recipe.growth_until, in_main and is_due)
+        gathers = state.phase.name == "main" and previous < run.recipe.growth_until
+        return _Plan(_adam(run, state), gathers)
 
 
 @dataclass(frozen=True)
@@ -258,16 +253,20 @@ class _Recorded:
             n_instances = round(before._step.n_instances * len(rows.values) / len(before.rows.values))
         moments = ops.AdamMoments(*rows.companions)
         self._step: TrainingStep = TrainingStep(rows.values, moments, statistics, UpdateRule.ALL, n_instances)
-        self._views: dict[tuple[str, int, RasterSettings], StepView] = {}
         self._booked = 0.0
+        self._settings: RasterSettings | None = None
+        self._views: dict[str, StepView] = {}
+        if before is not None:  # they remember more than their photos
+            self._settings, self._views = before._settings, before._views
 
     def run(self, view: View, seen: _Seen, settings: RasterSettings, plan: _Plan) -> None:
         from spaceport_gs.step import StepView
 
-        key = (view.name, view.camera.width, settings)
-        if key not in self._views:
-            self._views[key] = StepView(view.camera, seen.photo, settings, self._loss, seen.mask, seen.exposure)
-        self._step.run(self._views[key], plan.adam, plan.gathers)
+        if settings != self._settings:  # as they do when the resolution changes
+            self._settings, self._views = settings, {}
+        if view.name not in self._views:
+            self._views[view.name] = StepView(view.camera, seen.photo, settings, self._loss, seen.mask, seen.exposure)
+        self._step.run(self._views[view.name], plan.adam, plan.gathers)
 
     def wait(self) -> tuple[float, float]:
         """Sum of the losses since the last call, and the last loss."""
@@ -292,15 +291,35 @@ class _Stepper:
         self.last_loss = math.nan
 
     def step(self, state: State, previous: float) -> None:
-        """One step, with the growth and the reset of opacities that are due in it. `previous`: the moment before it."""
+        """One step. `previous`: the moment before it."""
         recipe, view = self._run.recipe, self._view(state, previous)
         settings = RasterSettings(schedule.sh_degree(recipe, previous), low_pass=schedule.low_pass(self._level))
         plan = _Plan.of(self._run, state, previous)
-        if state.rows.values.means.is_cuda and not plan.is_growth_due:
+        if state.rows.values.means.is_cuda:
             self._record(state).run(view, self._seen_of(view, state), settings, plan)
         else:
-            self.settle(state)
             self._step_by_verbs(state, view, settings, plan)
+
+    def grow(self, state: State, previous: float) -> None:
+        """The growth and the reset of opacities that are due behind the step from moment `previous`."""
+        recipe = self._run.recipe
+        is_due = schedule.grows(recipe, previous, state.moment)
+        is_reset_due = schedule.resets_opacity(recipe, previous, state.moment)
+        if state.phase.name != "main" or not (is_due or is_reset_due):
+            return
+        self.settle(state)
+        with _timed(state):
+            if is_due:
+                key = DrawKey(self._run.settings.seed % 2**64, state.step)
+                growth = Growth(recipe, self._run.extent, state.moment, key)
+                state.rows = grow(state.rows, state.statistics.scores(), growth)
+                state.statistics = Statistics.empty(len(state.rows.values), self._run.settings.device)
+            if is_reset_due:
+                state.rows = reset_opacities(state.rows, recipe.reset_opacity)
+        if len(state.rows.values) == 0:
+            raise InputError(
+                "training lost every Gaussian: the cameras or points cannot be right; check the SfM report"
+            )
 
     def _step_by_verbs(self, state: State, view: View, settings: RasterSettings, plan: _Plan) -> None:
         from spaceport_gs import ops
@@ -320,14 +339,8 @@ class _Stepper:
             seen.exposure.update(loss.d_exposure, plan.adam)
         if plan.gathers:
             ops.density(projected, d_splats, camera, state.statistics)
-        if plan.is_growth_due:
-            gradient = ops.project_vjp(values, camera, settings, projected, d_splats)
-            gradient = self._densify(state, gradient, plan.previous)
-            first_moment, second_moment = state.rows.companions
-            ops.update(state.rows.values, gradient, first_moment, second_moment, plan.adam)
-        else:
-            moments = ops.AdamMoments(*state.rows.companions)
-            ops.project_vjp_update(values, camera, settings, projected, d_splats, moments, plan.adam)
+        moments = ops.AdamMoments(*state.rows.companions)
+        ops.project_vjp_update(values, camera, settings, projected, d_splats, moments, plan.adam)
 
     def _record(self, state: State) -> _Recorded:
         """The recorded step on these rows; another where they were replaced."""
@@ -357,24 +370,6 @@ class _Stepper:
         if self._recorded is not None:
             with _timed(state):
                 self._recorded.settle()
-
-    def _densify(self, state: State, gradient: Gaussians, previous: float) -> Gaussians:
-        """Growth, pruning and opacity resets that are due; new rows have no gradient, so this step leaves them alone."""
-        recipe = self._run.recipe
-        rows = Rows(state.rows.values, (gradient, *state.rows.companions))
-        if schedule.grows(recipe, previous, state.moment):
-            key = (self._run.settings.seed, state.step)
-            growth = Growth(recipe, self._run.extent, state.moment, key)
-            rows = grow(rows, state.statistics.scores(), growth)
-            if len(rows.values) == 0:
-                raise InputError(
-                    "training lost every Gaussian: the cameras or points cannot be right; check the SfM report"
-                )
-            state.statistics = Statistics.empty(len(rows.values), self._run.settings.device)
-        if schedule.resets_opacity(recipe, previous, state.moment):
-            rows = reset_opacities(rows, recipe.reset_opacity)
-        state.rows = Rows(rows.values, rows.companions[1:])
-        return rows.companions[0]
 
     def _view(self, state: State, moment: float) -> View:
         """This step's view at this step's resolution: views in shuffled epochs, the same for the same seed and step."""
@@ -442,6 +437,13 @@ def _is_check_due(run: _Run, state: State, previous: float) -> bool:
     """Checks fall on multiples of their distance, and on the last step."""
     every = run.recipe.plateau.check_every if run.recipe.plateau else run.recipe.evaluate_every
     return schedule.passes(previous, state.moment, every) is not None or state.moment >= run.recipe.steps
+
+
+def _is_checkpoint_due(state: State, saved: tuple[int, float], every: int) -> bool:
+    """`saved`: step and seconds of the last one."""
+    if every > 0 and state.step - saved[0] >= every:
+        return True
+    return state.phase.name == "done" or (every == 0 and state.seconds - saved[1] >= CHECKPOINT_SECONDS)
 
 
 def _check(run: _Run, state: State) -> None:

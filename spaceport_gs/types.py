@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from enum import Flag
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,15 @@ class Camera:
         )
 
 
+class Depth(Flag):
+    """Which depths an image is asked for."""
+
+    NONE = 0
+    EXPECTED = 1
+    MEDIAN = 2
+    BOTH = 3
+
+
 @dataclass(frozen=True)
 class RasterSettings:
     """Fixed properties of the rendering equation; the defaults are those of 3D Gaussian Splatting."""
@@ -58,6 +69,11 @@ class RasterSettings:
     """Variance in px² that is added to every projected covariance."""
     alpha_max: float = 0.99
     background: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    depth: Depth = Depth.NONE
+    """What `render`, `rasterize` and `blend` give besides the colour; training does without."""
+    deterministic: bool = False
+    """Gradients, and with them training, are the same bits from run to run on a GPU too, which takes more time and memory
+    there. On a CPU they always are."""
 
 
 @dataclass
@@ -65,7 +81,7 @@ class Projected:
     """The visible Gaussians of one camera, in the order of their rows.
 
     `splats` [M, 12] float32: x, y | conic a, b, c | opacity | r, g, b | depth | half extents of the box where alpha >= 1/255.
-    A gradient of it has the same shape; only its first nine columns are used.
+    A gradient of it holds the first nine columns; ten where the loss sees the image's depth.
     """
 
     splats: Array  # [M, 12] float32
@@ -93,6 +109,10 @@ class Image:
     color: Array  # [H, W, 3] float32, background blended in
     transmittance: Array  # [H, W] float32, what is left of the light from behind
     hits: Array | None = None  # int32: which splats reached which pixels, kept on a GPU for the backward pass
+    depth: Array | None = (
+        None  # [H, W] float32, expected: z of the splats by their weights, which sum to 1 - transmittance
+    )
+    median_depth: Array | None = None  # [H, W] float32, z of the splat that takes transmittance below 0.5; 0: none does
 
 
 @dataclass
@@ -111,3 +131,30 @@ class Statistics:
     def scores(self) -> Array:
         """[N], mean norm over the steps in which the Gaussian was visible; 0 if there was none."""
         return self.gradient_sums / self.n_visible.clip(min=1)
+
+
+@dataclass(frozen=True)
+class DrawKey:
+    """The same key draws the same samples."""
+
+    seed: int
+    """0 … 2^64 - 1."""
+    step: int
+    """0 … 2^32 - 1."""
+
+
+@dataclass(frozen=True)
+class GrowthSettings:
+    """Which rows grow, and which are dropped."""
+
+    threshold: float
+    """Of the score, 0 or more, from which a row grows."""
+    split_log_scale: float
+    """A row that grows is split in two if its largest log-scale is above this, else cloned."""
+    min_opacity: float
+    """Logit; fainter rows are dropped."""
+    key: DrawKey
+    max_log_scale: float = math.inf
+    """Rows with a larger one are dropped."""
+    max_rows: int = 0
+    """The highest scores go first where growth alone would lead beyond; 0 = no limit."""

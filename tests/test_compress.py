@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spaceport_gs import _engine
 from spaceport_gs.errors import InputError
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.pipeline.compress import (
@@ -197,26 +196,6 @@ def test_what_cannot_be_compressed_is_named(tmp_path: Path) -> None:
     rows.means[2, 1] = np.nan
     with pytest.raises(InputError, match="NaN in means"):
         compress(rows, tmp_path / "scene.sog")
-
-
-@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (100, 7, 3), (1003, 130, 45)])
-def test_cluster_verbs(n: int, k: int, d: int) -> None:
-    draw = np.random.default_rng(n)
-    points, centroids = (draw.normal(size=(m, d)).astype(np.float32) for m in (n, k))
-    weights = draw.random(n).astype(np.float32) + 0.1
-    distances = ((points[:, None].astype(np.float64) - centroids) ** 2).sum(axis=2)
-    for n_threads in (1, 3):
-        cpu, labels, found = _engine.Cpu(n_threads), np.empty(n, np.int32), np.empty(n, np.float32)
-        _engine.cluster_assign(cpu, points, centroids, labels, found)
-        np.testing.assert_allclose(distances[np.arange(n), labels], distances.min(axis=1), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(found, distances.min(axis=1), rtol=1e-4, atol=1e-4)
-    moved, totals = centroids.copy(), np.empty(k, np.float32)
-    _engine.cluster_update(cpu, points, labels, weights, moved, totals)
-    for c in range(k):
-        mine = labels == c
-        expected = np.average(points[mine], axis=0, weights=weights[mine]) if mine.any() else centroids[c]
-        np.testing.assert_allclose(moved[c], expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(totals, np.bincount(labels, weights, k), rtol=1e-5)
 
 
 def test_ply_round_trip(tmp_path: Path) -> None:

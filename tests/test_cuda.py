@@ -10,12 +10,13 @@ import pytest
 import torch
 from scenes import assert_close, camera, random_gaussians
 
-from spaceport_gs import ops
+from spaceport_gs import _engine, ops
 from spaceport_gs.exposure import Exposure
-from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.gaussians import Gaussians, Rows
 from spaceport_gs.pipeline.doctor import cuda_missing
+from spaceport_gs.render import Renderer
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
-from spaceport_gs.types import Camera, Image, Projected, RasterSettings, Statistics
+from spaceport_gs.types import Camera, Depth, DrawKey, GrowthSettings, Image, Projected, RasterSettings, Statistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_missing()), reason=cuda_missing())]
 
@@ -67,6 +68,69 @@ def test_odd_images_and_principal_points(size: tuple[int, int]) -> None:
     assert_close(b.color, a.color, flips=0.002, size_of_flips=0.02)
 
 
+@pytest.mark.parametrize("n", [1, 2_049, 300_001, 2_500_000])
+def test_lists_are_sorted(n: int) -> None:
+    """By tile, then by depth, then by row: against a sort by torch."""
+    gaussians, view = random_gaussians(n, scale=0.01).map(lambda a: a.cuda()), camera(1000, 700, 800.0)
+    projected = ops.project(gaussians, view, RasterSettings())
+    tiles = ops.tile(projected, view)
+    n_of_tile = tiles.offsets[1:] - tiles.offsets[:-1]
+    of_instance = torch.repeat_interleave(torch.arange(len(n_of_tile), device="cuda"), n_of_tile)
+    splats = tiles.splat_from_instance.long()
+    assert len(of_instance) == len(splats) == projected.n_instances
+    key = (of_instance << 48) + (projected.depth_keys[splats].long() << 24) + splats
+    assert bool((key[1:] > key[:-1]).all())
+    counts = torch.bincount(splats, minlength=len(projected.splats))
+    assert torch.equal(counts, projected.instance_offsets[1:] - projected.instance_offsets[:-1])
+
+
+def test_depths_of_a_large_scene() -> None:
+    gaussians, view = random_gaussians(200_000, scale=0.012), camera(800, 533, 600.0)
+    settings = replace(SETTINGS, depth=Depth.BOTH)
+    images, gradients = [], []
+    for device in ("cpu", "cuda"):
+        leaves = gaussians.map(lambda a, to=device: a.to(to).clone().requires_grad_())
+        image = ops.rasterize(leaves, view, settings)
+        (image.depth * image.color.detach()[..., 0]).sum().backward()
+        images.append(image)
+        gradients.append([a.grad.cpu().double() for a in leaves.arrays()])
+    assert_close(images[1].depth, images[0].depth, flips=1e-3, size_of_flips=0.02)
+    assert_close(images[1].median_depth, images[0].median_depth, flips=2e-3, size_of_flips=1.0)
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 2e-3 * b.norm()
+
+
+def all_gradients(gaussians: Gaussians, view: Camera, settings: RasterSettings) -> list[torch.Tensor]:
+    """By the Gaussians and by the pose, of a loss that sees all of an image."""
+    leaves = gaussians.map(lambda a: a.clone().requires_grad_())
+    pose = torch.tensor(view.cam_from_world, requires_grad=True)
+    image = ops.rasterize(leaves, view, settings, pose)
+    weights = photo_for(view).cuda() / 255.0
+    ((image.color * weights).sum() + (image.depth * weights[..., 0]).sum() + image.transmittance.sum()).backward()
+    return [*(a.grad for a in leaves.arrays()), pose.grad]
+
+
+@pytest.mark.parametrize(("n", "size", "scale"), [(300_000, (800, 533), 0.01), (2_000, (1600, 1066), 0.5)])
+def test_deterministic_gradients_repeat(n: int, size: tuple[int, int], scale: float) -> None:
+    gaussians, view = random_gaussians(n, scale=scale).map(lambda a: a.cuda()), camera(*size, focal=0.75 * size[0])
+    settings = replace(SETTINGS, depth=Depth.EXPECTED, deterministic=True)
+    first = all_gradients(gaussians, view, settings)
+    for _ in range(3):
+        again = all_gradients(gaussians, view, settings)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    usual = all_gradients(gaussians, view, replace(settings, deterministic=False))
+    for a, b in zip(first, usual, strict=True):
+        assert float((a - b).norm()) <= 1e-3 * float(b.norm())
+
+
+def test_only_deterministic_gradients_need_memory() -> None:
+    backend, ordered = _engine.Cuda(0), replace(SETTINGS, deterministic=True)
+    assert _engine.blend_vjp_scratch(backend, 1000, 5000, 9, SETTINGS) == 0
+    assert _engine.blend_vjp_scratch(backend, 1000, 5000, 9, ordered) > 5000 * 9 * 4
+    size = 1000, 5_000_000, 640, 427
+    assert _engine.step_scratch(backend, *size, SETTINGS) < _engine.step_scratch(backend, *size, ordered)
+
+
 def test_projection_is_stable_and_repeats() -> None:
     gaussians, view = random_gaussians(300_001, scale=0.01).map(lambda a: a.cuda()), camera(640, 480, 500.0)
     first = ops.project(gaussians, view, RasterSettings())
@@ -94,14 +158,19 @@ def steps_by_verbs(gaussians: Gaussians, views: list[Camera], photo: torch.Tenso
 
 
 def recorded_steps(
-    gaussians: Gaussians, views: list[Camera], photo: torch.Tensor, rule: UpdateRule, n_instances: int = 0
+    gaussians: Gaussians,
+    views: list[Camera],
+    photo: torch.Tensor,
+    rule: UpdateRule,
+    n_instances: int = 0,
+    settings: RasterSettings = SETTINGS,
 ) -> tuple[Gaussians, Statistics, TrainingStep]:
     values = gaussians.map(lambda a: a.clone())
     moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
     statistics = Statistics.empty(len(values), "cuda")
     step = TrainingStep(values, moments, statistics, rule, n_instances)
     for i, view in enumerate(views):
-        step.run(StepView(view, photo, SETTINGS, ops.LossSettings()), rates(i + 1), gathers_statistics=True)
+        step.run(StepView(view, photo, settings, ops.LossSettings()), rates(i + 1), gathers_statistics=True)
     step.settle()
     return values, statistics, step
 
@@ -132,6 +201,22 @@ def test_recorded_steps_are_the_verbs(rule: UpdateRule) -> None:
     assert_same_steps((values, statistics), steps_by_verbs(gaussians, views, photo))
     total, last = step.settle()
     assert 0 < last < total
+
+
+@pytest.mark.parametrize("rule", list(UpdateRule))
+def test_deterministic_steps_repeat(rule: UpdateRule) -> None:
+    """Also when the memory for the tiles' lists has to grow on the way."""
+    gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(20)
+    photo, settings = photo_for(views[0]).cuda(), replace(SETTINGS, deterministic=True)
+    values, statistics, _ = recorded_steps(gaussians, views, photo, rule, settings=settings)
+    for n_instances in (0, 1):
+        again = recorded_steps(gaussians, views, photo, rule, n_instances, settings)
+        assert all(torch.equal(a, b) for a, b in zip(values.arrays(), again[0].arrays(), strict=True))
+        assert torch.equal(statistics.gradient_sums, again[1].gradient_sums)
+        assert torch.equal(statistics.n_visible, again[1].n_visible)
+    usual = recorded_steps(gaussians, views, photo, rule)[0]
+    for start, a, b in zip(*(g.arrays() for g in (gaussians, values, usual)), strict=True):
+        assert float((a - b).abs().mean()) < 0.02 * float((a - start).abs().mean())
 
 
 def test_steps_that_do_not_fit_are_repeated() -> None:
@@ -198,6 +283,36 @@ def test_views_of_all_kinds_share_a_step() -> None:
     assert float(exposure.n_steps) == 2
 
 
+def test_what_is_hidden_is_not_listed_until_it_can_be_seen() -> None:
+    """Views come again to a scene in which much is hidden; then all of it becomes transparent at once."""
+    gaussians, views = random_gaussians(60_000, scale=0.08).map(lambda a: a.cuda()), some_views(3)
+    gaussians.opacities.add_(3)
+    photo = photo_for(views[0]).cuda()
+    values, by_verbs = (gaussians.map(lambda a: a.clone()) for _ in range(2))
+    moments, of_verbs = (ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values)) for _ in range(2))
+    statistics, verbs_statistics = (Statistics.empty(len(values), "cuda") for _ in range(2))
+    step = TrainingStep(values, moments, statistics, UpdateRule.ALL)
+    step_views = [StepView(view, photo, SETTINGS, ops.LossSettings()) for view in views]
+    n_listed, n_rendered_again = [], 0
+    for i in range(12):
+        if i == 6:
+            step.settle()
+            n_rendered_again = step.n_rendered_again
+            assert n_rendered_again < 3
+            values.opacities.sub_(6)
+            by_verbs.opacities.sub_(6)
+        step.run(step_views[i % 3], rates(i + 1), gathers_statistics=True)
+        step.wait()
+        n_listed.append(int(step._seen["n_instances"][0]))
+        projected, _, _, d_splats = to_splats(by_verbs, views[i % 3], photo)
+        ops.density(projected, d_splats, views[i % 3], verbs_statistics)
+        ops.project_vjp_update(by_verbs, views[i % 3], SETTINGS, projected, d_splats, of_verbs, rates(i + 1))
+    step.settle()
+    assert sum(n_listed[3:6]) < 0.8 * sum(n_listed[:3])
+    assert step.n_rendered_again >= n_rendered_again + 3
+    assert_same_steps((values, statistics), (by_verbs, verbs_statistics))
+
+
 def test_rows_that_miss_steps_make_up_for_them() -> None:
     """Views to the left, then to the right: most rows end with steps behind them that they did not make. And there and
     back: rows come back with one step from where they were left, where a dense Adam would have carried them on."""
@@ -219,7 +334,7 @@ def test_steps_without_memory_for_them_are_made_once_there_is() -> None:
     values = gaussians.map(lambda a: a.clone())
     moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
     statistics = Statistics.empty(len(values), "cuda")
-    step = TrainingStep(values, moments, statistics)
+    step = TrainingStep(values, moments, statistics, n_instances=1 << 28)  # more than what torch keeps free could hold
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)
     try:
@@ -347,6 +462,72 @@ def test_recorded_steps_with_compact_moments(rule: UpdateRule, degree: int) -> N
         assert float((a - b).abs().mean()) < 0.05 * float((a - start).abs().mean())
     a, b = of_compact.second.sh.double().sum(), of_full.second.sh.double().sum()
     assert float((a / b).log().abs()) < 5e-3
+
+
+def test_clusters_are_those_of_the_cpu_to_the_bit() -> None:
+    draw = torch.Generator().manual_seed(0)
+    points, centroids = torch.randn(20_000, 45, generator=draw), torch.randn(1_000, 45, generator=draw)
+    weights = torch.rand(20_000, generator=draw)
+    results = []
+    for device in ("cpu", "cuda"):
+        place = [a.to(device) for a in (points, weights, centroids.clone())]
+        labels, distances = ops.cluster_assign(place[0], place[2])
+        totals = ops.cluster_update(place[0], labels, place[1], place[2])
+        results.append([a.cpu() for a in (labels, distances, place[2], totals)])
+    if ops.cpu().simd == "avx2":
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_scene_is_compressed_to_the_same_bytes(tmp_path: Path) -> None:
+    from spaceport_gs.pipeline.compress import CompressSettings, compress
+
+    rows = random_gaussians(20_000).numpy()
+    for device in ("cpu", "cuda"):
+        compress(rows, tmp_path / device, CompressSettings(device=device))
+    if ops.cpu().simd == "avx2":
+        assert (tmp_path / "cpu").read_bytes() == (tmp_path / "cuda").read_bytes()
+
+
+def test_large_growth_is_that_of_the_cpu() -> None:
+    """To the order of the rows, and to rounding of the children's offsets; whatever it was that it repeats to the bit."""
+    n = 1_000_003
+    values, moments = random_gaussians(n, scale=0.01), random_gaussians(n, seed=1)
+    rows, scores = Rows(values, (moments, moments)), torch.rand(n, generator=torch.Generator().manual_seed(2))
+    settings = GrowthSettings(0.9, math.log(0.015), -3.0, DrawKey(1, 2), max_log_scale=-2.5, max_rows=n + n // 20)
+    expected = ops.grow(rows, scores, settings)
+    on_gpu = Rows(*(values.map(lambda a: a.cuda()), (moments.map(lambda a: a.cuda()),) * 2))
+    first, second = (ops.grow(on_gpu, scores.cuda(), settings) for _ in range(2))
+    for result, again, correct in zip(*([r.values, *r.companions] for r in (first, second, expected)), strict=True):
+        for a, b, c in zip(result.arrays(), again.arrays(), correct.arrays(), strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a.cpu(), c, rtol=1e-5, atol=1e-6)
+
+
+def test_large_orders_and_relocations_are_those_of_the_cpu() -> None:
+    values = random_gaussians(300_000)
+    assert torch.equal(ops.morton_order(values.means.cuda()).cpu(), ops.morton_order(values.means))
+    results = []
+    for device in ("cpu", "cuda"):
+        rows = Rows(values.map(lambda a, device=device: a.clone().to(device)), ())
+        ops.relocate(rows, -1.0, DrawKey(3, 4))
+        results.append(rows.values)
+    for a, b in zip(*(r.arrays() for r in results), strict=True):
+        apart = (a - b.cpu()).abs().flatten(1).amax(dim=1) if a.dim() > 1 else (a - b.cpu()).abs()
+        assert float((apart > 1e-4).double().mean()) < 1e-4  # a draw at the edge of two rows
+
+
+@pytest.mark.parametrize("sizes", [[(320, 240)] * 5, [(64, 48), (640, 427), (1, 1), (64, 48)]])
+def test_a_renderer_makes_the_same_images(sizes: list[tuple[int, int]]) -> None:
+    """Its first memory does not suffice for Gaussians as large as these."""
+    gaussians = random_gaussians(20_000, scale=0.2).map(lambda a: a.cuda())
+    views = [replace(camera(*size, focal=0.8 * size[0]), cx=5.0 * i) for i, size in enumerate(sizes)]
+    renderer = Renderer(gaussians, SETTINGS)
+    for _ in range(2):
+        for view, image in zip(views, renderer.render(views), strict=True):
+            expected = ops.render(gaussians, view, SETTINGS)
+            assert torch.equal(image.color, expected.color)
+            assert torch.equal(image.transmittance, expected.transmittance)
+    assert renderer.render([]) == []
 
 
 def test_two_streams_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,9 +14,9 @@ from scenes import assert_close, camera, random_gaussians
 
 from spaceport_gs import _engine, ops, reference
 from spaceport_gs.exposure import Exposure
-from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.gaussians import Gaussians, Rows
 from spaceport_gs.pipeline.doctor import cuda_missing
-from spaceport_gs.types import Camera, Image, RasterSettings
+from spaceport_gs.types import Camera, Depth, DrawKey, GrowthSettings, Image, RasterSettings
 
 SETTINGS = RasterSettings(background=(0.2, 0.5, 0.7))
 RATES = ops.AdamSettings(1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3, step=7)
@@ -54,14 +55,16 @@ def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
 
 def weights_like(image: Image) -> Image:
     draw = torch.Generator().manual_seed(9)
-    return Image(
-        torch.randn(image.color.shape, generator=draw).to(image.color.device),
-        torch.randn(image.transmittance.shape, generator=draw).to(image.color.device),
+    color, transmittance, depth = (
+        torch.randn(shape, generator=draw).to(image.color.device)
+        for shape in (image.color.shape, image.transmittance.shape, image.transmittance.shape)
     )
+    return Image(color, transmittance, depth=None if image.depth is None else depth)
 
 
 def weighted_sum(image: Image, weights: Image) -> torch.Tensor:
-    return (image.color * weights.color).sum() + (image.transmittance * weights.transmittance).sum()
+    total = (image.color * weights.color).sum() + (image.transmittance * weights.transmittance).sum()
+    return total if weights.depth is None else total + (image.depth * weights.depth).sum()
 
 
 def compare(device: str, gaussians: Gaussians, view: Camera, settings: RasterSettings = SETTINGS) -> None:
@@ -71,9 +74,15 @@ def compare(device: str, gaussians: Gaussians, view: Camera, settings: RasterSet
     expected = reference.render(truth, view, settings)
     assert_close(image.color, expected.color, flips=0.002, size_of_flips=0.02)
     assert_close(image.transmittance, expected.transmittance, flips=0.002, size_of_flips=0.02)
+    assert (image.depth is None) == (Depth.EXPECTED not in settings.depth)
+    assert (image.median_depth is None) == (Depth.MEDIAN not in settings.depth)
+    if image.depth is not None:
+        assert_close(image.depth, expected.depth, flips=0.002, size_of_flips=0.02)
+    if image.median_depth is not None:
+        assert_close(image.median_depth, expected.median_depth, flips=0.003, size_of_flips=1.0)
     weights = weights_like(image)
     weighted_sum(image, weights).backward()
-    weights = Image(weights.color.cpu(), weights.transmittance.cpu())
+    weights = weights_like(replace(image, color=image.color.cpu()))
     if truth.means.requires_grad and expected.color.requires_grad:
         weighted_sum(expected, weights).backward()
     for value, correct in zip(ours.arrays(), truth.arrays(), strict=True):
@@ -99,6 +108,63 @@ def test_random_scenes(device: str, n: int, size: tuple[int, int], scale: float)
 def test_sh_degrees(device: str, degree: int) -> None:
     compare(device, random_gaussians(60, sh_degree=degree), camera(32, 24, 30))
     compare(device, random_gaussians(60), camera(32, 24, 30), replace(SETTINGS, sh_degree=degree))
+
+
+@pytest.mark.parametrize("depth", [Depth.EXPECTED, Depth.MEDIAN, Depth.BOTH])
+def test_depths(device: str, depth: Depth) -> None:
+    settings = replace(SETTINGS, depth=depth)
+    compare(device, random_gaussians(150, seed=150), camera(40, 30, 32), settings)
+    compare(device, random_gaussians(57, seed=57, scale=0.2), camera(17, 5), settings)
+    opaque = random_gaussians(60, seed=6, scale=0.6)
+    opaque.opacities[:] = 4.0
+    compare(device, opaque, camera(24, 18, 20), settings)
+
+
+def test_depths_do_not_change_the_rest(device: str) -> None:
+    gaussians, view = on(device, random_gaussians(200, scale=0.2)), camera()
+    plain, deep = (ops.render(gaussians, view, replace(SETTINGS, depth=d)) for d in (Depth.NONE, Depth.BOTH))
+    assert torch.equal(plain.color, deep.color)
+    assert torch.equal(plain.transmittance, deep.transmittance)
+    gradients = []
+    for depth in (Depth.NONE, Depth.BOTH):
+        ours = leaves(gaussians, torch.float32, device)
+        ops.rasterize(ours, view, replace(SETTINGS, depth=depth)).color.sum().backward()
+        gradients.append([array.grad for array in ours.arrays()])
+    for a, b in zip(*gradients, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_gradient_by_the_pose(device: str, degree: int) -> None:
+    """Of a pose that is not the camera's own, in several groups of eight and blocks of threads."""
+    settings, view = replace(SETTINGS, depth=Depth.EXPECTED), camera(40, 30, 32)
+    gaussians = random_gaussians(300, sh_degree=degree, scale=0.08)
+    start = torch.tensor(view.cam_from_world)
+    start[0, 3] += 0.3
+    ours, truth = start.float().to(device).requires_grad_(), start.clone().requires_grad_()
+    image = ops.rasterize(on(device, gaussians), view, settings, ours)
+    weights = weights_like(image)
+    weighted_sum(image, weights).backward()
+    expected = reference.render(gaussians.map(lambda array: array.double()), view, settings, truth)
+    assert_close(image.color, expected.color, flips=0.002, size_of_flips=0.02)
+    weighted_sum(expected, weights_like(replace(image, color=image.color.cpu()))).backward()
+    assert ours.grad.dtype == torch.float32
+    assert_close(ours.grad, truth.grad, flips=1.0, size_of_flips=1e-3)
+
+
+def test_the_pose_of_nothing_has_no_gradient(device: str) -> None:
+    pose = torch.tensor(camera().cam_from_world, requires_grad=True)
+    ops.rasterize(on(device, random_gaussians(0)), camera(), SETTINGS, pose).color.sum().backward()
+    assert not pose.grad.any()
+    with pytest.raises(ValueError, match="cam_from_world"):
+        ops.rasterize(on(device, random_gaussians(1)), camera(), SETTINGS, torch.eye(4))
+
+
+@pytest.mark.parametrize("depth", [Depth.NONE, Depth.BOTH])
+def test_deterministic_gradients(device: str, depth: Depth) -> None:
+    settings = replace(SETTINGS, deterministic=True, depth=depth)
+    compare(device, random_gaussians(100, seed=100, scale=0.3), camera(50, 33), settings)
+    compare(device, random_gaussians(1, scale=0.5), camera(300, 200, 150), settings)
 
 
 def with_row(gaussians: Gaussians, row: int, **values: object) -> Gaussians:
@@ -155,11 +221,14 @@ def test_a_broken_row_leaves_the_others_alone(device: str, name: str, value: flo
 
 def test_nothing_to_see(device: str) -> None:
     view = camera(20, 10)
-    for gaussians in (random_gaussians(0), with_row(random_gaussians(1), 0, means=[0, 0, -5])):
+    nothing = random_gaussians(0), with_row(random_gaussians(1), 0, means=[0, 0, -5])
+    for gaussians, deterministic in itertools.product(nothing, (False, True)):
         ours = leaves(gaussians, torch.float32, device)
-        image = ops.rasterize(ours, view, SETTINGS)
+        image = ops.rasterize(ours, view, replace(SETTINGS, depth=Depth.BOTH, deterministic=deterministic))
         assert torch.equal(image.color.cpu(), torch.tensor(SETTINGS.background).expand(10, 20, 3))
         assert torch.equal(image.transmittance.cpu(), torch.ones(10, 20))
+        assert not image.depth.any()
+        assert not image.median_depth.any()
         weighted_sum(image, weights_like(image)).backward()
         assert all(not array.grad.any() for array in ours.arrays())
 
@@ -328,6 +397,33 @@ def test_compact_moments_take_half_of_the_memory_and_lose_little() -> None:
         assert [(x.dtype, x.shape[1:]) for x in a.arrays()] == [(x.dtype, x.shape[1:]) for x in b.arrays()]
 
 
+@pytest.mark.parametrize("degree", [0, 2, 3])
+def test_compact_moments_grow_as_full_ones_do(device: str, degree: int) -> None:
+    """To the bit, and are selected so; relocation clears them."""
+    values, moments = random_gaussians(500, sh_degree=degree), random_moments(500, degree)
+    moments = moments.stored(ops.MomentStorage.COMPACT).stored(ops.MomentStorage.FULL)
+    scores = torch.rand(500, generator=torch.Generator().manual_seed(1)).to(device)
+    settings = GrowthSettings(0.7, math.log(0.08), -2.0, DrawKey(1, 2))
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(2)).int().to(device)
+    results = []
+    for storage in ops.MomentStorage:
+        stored = moments.stored(storage)
+        rows = Rows(on(device, values), (on(device, stored.first), on(device, stored.second)))
+        grown = ops.grow(rows, scores, settings)
+        selected = ops.select_rows(grown, order[:300] % len(grown.values))
+        ops.relocate(selected, -1.0, DrawKey(3, 4))
+        results.append([ops.AdamMoments(*r.companions).stored(ops.MomentStorage.FULL) for r in (grown, selected)])
+    for full, compact in zip(*results, strict=True):
+        for a, b in zip(
+            (*full.first.arrays(), *full.second.arrays()),
+            (*compact.first.arrays(), *compact.second.arrays()),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+    cleared = results[0][1].first.sh.flatten(1).eq(0).all(dim=1)
+    assert cleared.any() and not cleared.all()
+
+
 def test_the_cpu_has_no_compact_moments() -> None:
     values, moments = random_gaussians(9), random_moments(9).stored(ops.MomentStorage.COMPACT)
     with pytest.raises(ValueError, match="sh: expected float32, got int32"):
@@ -401,6 +497,154 @@ def test_tiles_hold_every_pixel_that_is_reached(device: str) -> None:
         assert {(int(r) // 16 * 5 + int(k) // 16, s) for r, k in zip(rows, columns, strict=True)} <= listed
 
 
+def rows_of(n: int, degree: int = 3) -> Rows:
+    """Some of the rows are broken."""
+    values = random_gaussians(n, seed=n, sh_degree=degree)
+    for i, array in enumerate(values.arrays()):
+        array.view(n, -1)[7 * i + 3 :: 101, -1] = (math.nan, math.inf, -math.inf)[i % 3]
+    return Rows(values, (random_gaussians(n, seed=1, sh_degree=degree), random_gaussians(n, seed=2, sh_degree=degree)))
+
+
+def rows_on(device: str, rows: Rows) -> Rows:
+    """A copy there."""
+    values, *companions = (g.map(lambda a: a.clone().to(device)) for g in (rows.values, *rows.companions))
+    return Rows(values, tuple(companions))
+
+
+def assert_rows_close(rows: Rows, truth: Rows) -> None:
+    for gaussians, correct in zip((rows.values, *rows.companions), (truth.values, *truth.companions), strict=True):
+        for a, b in zip(gaussians.arrays(), correct.arrays(), strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_draws_are_those_of_philox() -> None:
+    """Known answers of the generator's authors."""
+    counter = np.array([[0] * 4, [0xFFFFFFFF] * 4], np.uint64)
+    assert [hex(w) for w in reference.philox(counter, 0)[0]] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    last = reference.philox(counter, 2**64 - 1)[1]
+    assert [hex(w) for w in last] == ["0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0x6d5451fd"]
+
+
+GROWTH = GrowthSettings(
+    threshold=0.6, split_log_scale=math.log(0.08), min_opacity=-2.0, key=DrawKey(2**40 + 3, 7), max_log_scale=-1.9
+)
+
+
+@pytest.mark.parametrize(("n", "degree"), [(0, 3), (1, 0), (255, 0), (700, 1), (257, 2), (3000, 3)])
+@pytest.mark.parametrize("share", [None, 0.0, 0.1, 0.9])
+def test_growth(device: str, n: int, degree: int, share: float | None) -> None:
+    """Also with a limit that leaves room for this share of the rows; scores come in few sizes, so that they tie."""
+    rows = rows_of(n, degree) if n > 0 else Rows(random_gaussians(0), (random_gaussians(0), random_gaussians(0)))
+    scores = torch.randint(0, 11, (n,), generator=torch.Generator().manual_seed(0)) / 10
+    scores[::17] = math.nan
+    settings = GROWTH if share is None else replace(GROWTH, max_rows=max(n + int(share * n), 1))
+    grown = ops.grow(rows_on(device, rows), scores.to(device), settings)
+    assert_rows_close(grown, reference.grow(rows, scores, settings))
+
+
+def test_children_are_samples_of_their_parent(device: str) -> None:
+    """Whitened, their offsets have mean 0 and covariance 1."""
+    n = 20_000
+    parents = random_gaussians(n, sh_degree=0)
+    settings = replace(GROWTH, split_log_scale=-math.inf, min_opacity=-math.inf, max_log_scale=math.inf)
+    grown = ops.grow(Rows(on(device, parents), ()), torch.ones(n, device=device), settings).values.means.cpu()
+    offsets = (grown.view(2, n, 3) - parents.means).double()
+    turn = reference.rotation(parents.quaternions.double())
+    white = (turn.mT @ offsets[..., None])[..., 0] / parents.log_scales.double().exp()
+    together = torch.cat([white[0], white[1]], dim=1)  # the two are independent of each other
+    assert together.mean(dim=0).abs().max() < 0.03
+    assert (together.T.cov() - torch.eye(6)).abs().max() < 0.05
+
+
+def test_selection(device: str) -> None:
+    rows = rows_of(300, 2)
+    numbers = torch.randint(0, 300, (777,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    selected = ops.select_rows(rows_on(device, rows), numbers.to(device))
+    assert_rows_close(selected, Rows(rows.values.select(numbers), tuple(c.select(numbers) for c in rows.companions)))
+    assert len(ops.select_rows(rows_on(device, rows), numbers[:0].to(device)).values) == 0
+    if device == "cpu":
+        with pytest.raises(ValueError, match="rows: expected below 300, got 300"):
+            ops.select_rows(rows, torch.tensor([300], dtype=torch.int32))
+
+
+def test_morton_order(device: str) -> None:
+    means = random_gaussians(3000).means
+    means[5], means[6, 1], means[100:200] = math.nan, -math.inf, means[99]
+    order = ops.morton_order(means.to(device)).cpu()
+    assert sorted(order.tolist()) == list(range(3000)) and order[-2:].tolist() == [5, 6]
+    finite = means[order[:-2]].double()
+    low, high = finite.amin(dim=0), finite.amax(dim=0)
+    cells = ((finite - low) / (high - low) * (2**21 - 1)).long() >> 9  # rounding moves a cell or two
+    code = sum((cells >> bit & 1)[:, axis] << (3 * bit + axis) for bit in range(12) for axis in range(3))
+    assert ((code[1:] < code[:-1]).double().mean()) < 0.005
+    equal = order[(means[order] == means[99]).all(dim=1)]
+    assert torch.equal(equal, torch.arange(99, 200, dtype=torch.int32))
+    assert ops.morton_order(torch.ones(4, 3, device=device)).tolist() == [0, 1, 2, 3]
+    assert len(ops.morton_order(torch.ones(0, 3, device=device))) == 0
+
+
+@pytest.mark.parametrize(("n", "min_opacity"), [(1, -9.0), (40, 0.0), (500, 1.0), (3000, -1.0), (50, 99.0)])
+def test_relocation(device: str, n: int, min_opacity: float) -> None:
+    rows, key = rows_of(n, 1), DrawKey(5, 6)
+    moved = rows_on(device, rows)
+    ops.relocate(moved, min_opacity, key)
+    nothing_stays = not bool((rows.values.opacities >= min_opacity).any())
+    assert_rows_close(moved, rows if nothing_stays else reference.relocate(rows, min_opacity, key))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 30])
+@pytest.mark.parametrize("opacity", [0.02, 0.5, 0.99])
+def test_copies_look_as_one_did(n: int, opacity: float) -> None:
+    """Blended along a line through the middle, by numbers: the sum over it stays."""
+    shared, size = reference.relocated(opacity, n)
+    x = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
+    one = opacity * torch.exp(-(x**2) / 2)
+    several = 1 - (1 - shared * torch.exp(-(x**2) / (2 * size**2))) ** n
+    assert float(several.sum() / one.sum()) == pytest.approx(1.0, rel=1e-6)
+    assert float(several.max()) == pytest.approx(opacity)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(1, 1, 1), (0, 3, 2), (100, 7, 3), (300, 129, 24), (1003, 130, 45), (517, 260, 9), (129, 300, 17)]
+)
+def test_cluster(device: str, n: int, k: int, d: int) -> None:
+    draw = torch.Generator().manual_seed(n)
+    points, centroids = torch.randn(n, d, generator=draw), torch.randn(k, d, generator=draw)
+    weights = torch.rand(n, generator=draw) * (torch.arange(n) % 5 > 0)
+    labels, distances = ops.cluster_assign(points.to(device), centroids.to(device))
+    apart = ((points[:, None].double() - centroids) ** 2).sum(dim=2)
+    _, expected = reference.cluster_assign(points.double(), centroids.double())
+    torch.testing.assert_close(distances.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(apart.gather(1, labels.cpu().long()[:, None])[:, 0], expected, rtol=1e-5, atol=1e-5)
+    moved = centroids.to(device)
+    totals = ops.cluster_update(points.to(device), labels, weights.to(device), moved)
+    means, sums = reference.cluster_update(points.double(), labels.cpu().long(), weights.double(), centroids.double())
+    torch.testing.assert_close(moved.cpu().double(), means, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(totals.cpu().double(), sums, rtol=1e-5, atol=1e-6)
+    assert torch.equal(moved.cpu()[sums == 0], centroids[sums == 0])
+
+
+def test_equally_near_centroids_give_the_lowest_label(device: str) -> None:
+    """Whole numbers, so that distances are exact: many centroids are equal, or as far on the other side."""
+    draw = torch.Generator().manual_seed(0)
+    centroids = torch.randint(-1, 2, (700, 3), generator=draw).float()
+    points = torch.randint(-2, 3, (500, 3), generator=draw).float()
+    labels, distances = ops.cluster_assign(points.to(device), centroids.to(device))
+    expected, correct = reference.cluster_assign(points, centroids)
+    assert torch.equal(labels.cpu().long(), expected) and torch.equal(distances.cpu(), correct)
+
+
+def test_labels_that_name_no_centroid(device: str) -> None:
+    points, centroids = torch.ones(4, 2, device=device), torch.zeros(3, 2, device=device)
+    labels = torch.tensor([0, -1, 3, 0], dtype=torch.int32, device=device)
+    if device == "cpu":
+        with pytest.raises(ValueError, match="labels: expected rows of centroids, got -1"):
+            ops.cluster_update(points, labels, points[:, 0].contiguous(), centroids)
+    else:
+        totals = ops.cluster_update(points, labels, points[:, 0].contiguous(), centroids)
+        assert totals.tolist() == [2, 0, 0] and centroids.tolist() == [[1, 1], [0, 0], [0, 0]]
+
+
 def one_step(n_threads: int) -> list[torch.Tensor]:
     ops.use_cpu(n_threads)
     gaussians, view = random_gaussians(5000, scale=0.05), camera(300, 200, 220)
@@ -411,9 +655,19 @@ def one_step(n_threads: int) -> list[torch.Tensor]:
     loss = ops.loss(image.color, photo, ops.LossSettings())
     d_image = Image(loss.d_color, torch.ones(200, 300))
     d_splats = ops.blend_vjp(projected, tiles, view, SETTINGS, image, d_image)
-    gradient = ops.project_vjp(gaussians, view, SETTINGS, projected, d_splats)
+    d_pose = torch.empty(3, 4, dtype=torch.float64)
+    gradient = ops.project_vjp(gaussians, view, SETTINGS, projected, d_splats, d_cam_from_world=d_pose)
+    points, centroids = gaussians.sh.flatten(1), gaussians.sh[:200].flatten(1).clone()
+    labels, distances = ops.cluster_assign(points, centroids)
+    totals = ops.cluster_update(points, labels, distances, centroids)
+    found = [labels, distances, centroids, totals]
+    rows = Rows(gaussians, (gradient,))
+    scores = gradient.opacities.abs()
+    grown = ops.grow(rows, scores, replace(GROWTH, threshold=float(scores.median()), max_rows=6000))
+    ops.relocate(grown, 0.0, GROWTH.key)
+    changed = [*grown.values.arrays(), *grown.companions[0].arrays(), ops.morton_order(grown.values.means)]
     ops.use_cpu()
-    return [image.color, torch.tensor([loss.value]), d_splats, *gradient.arrays()]
+    return [image.color, torch.tensor([loss.value]), d_splats, d_pose, *gradient.arrays(), *found, *changed]
 
 
 def test_same_bytes_with_any_number_of_threads() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -34,6 +35,9 @@ def test_one_gaussian_by_hand() -> None:
     assert float(image.color[9, 12, 1]) == 0
     assert float(image.color[9, 12, 2]) == pytest.approx(alpha * 0.5)
     assert float(image.transmittance[9, 12]) == pytest.approx(1 - alpha)
+    assert float(image.depth[9, 12]) == pytest.approx(alpha * 5)
+    assert float(image.median_depth[9, 12]) == 0
+    assert float(image.median_depth[8, 10]) == 5
 
 
 def test_blending_is_front_to_back() -> None:
@@ -44,6 +48,10 @@ def test_blending_is_front_to_back() -> None:
     both = reference.render(far.append(near), view, settings)
     behind = one.transmittance[..., None] * (two.color + two.transmittance[..., None])
     torch.testing.assert_close(both.color, one.color + behind)
+    torch.testing.assert_close(both.depth, one.depth + one.transmittance * two.depth)
+    near_z, far_z = (float(view.cam_from_world[2] @ [0, 0, z, 1]) for z in (3, 6))
+    median = torch.where(one.transmittance < 0.5, near_z, torch.where(both.transmittance < 0.5, far_z, 0.0))
+    torch.testing.assert_close(both.median_depth, median)
 
 
 def test_spherical_harmonics_are_orthonormal() -> None:
@@ -76,21 +84,24 @@ def test_gradients_against_finite_differences() -> None:
     gaussians = random_gaussians(4, seed=11, scale=0.5).map(lambda array: array.double())
     gaussians.opacities[:] = torch.tensor([0.5, -0.2, 0.8, 0.1])  # nothing near a cut-off in the middle of the image
     view = Camera(np.eye(3, 4), 30.0, 30.0, 4.0, 3.0, 8, 6)
-    weights = torch.randn(6, 8, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = torch.randn(6, 8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
-    def value(scene: Gaussians) -> torch.Tensor:
-        return (reference.render(scene, view, RasterSettings()).color * weights).sum()
+    def value(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+        *fields, pose = arrays
+        image = reference.render(Gaussians(*fields), view, RasterSettings(), pose)
+        return (torch.cat([image.color, image.depth[..., None]], dim=2) * weights).sum()
 
-    leaves = gaussians.map(lambda array: array.clone().requires_grad_())
+    start = [*gaussians.arrays(), torch.eye(3, 4, dtype=torch.float64)]
+    leaves = [array.clone().requires_grad_() for array in start]
     value(leaves).backward()
     draw = torch.Generator().manual_seed(2)
-    for k, array in enumerate(leaves.arrays()):
+    for k, array in enumerate(leaves):
         direction = torch.randn(array.shape, generator=draw, dtype=torch.float64)
 
         def moved(sign: float, k: int = k, direction: torch.Tensor = direction) -> float:
-            arrays = list(gaussians.arrays())
+            arrays = list(start)
             arrays[k] = arrays[k] + sign * STEP * direction
-            return float(value(Gaussians(*arrays)))
+            return float(value(arrays))
 
         slope = (moved(1) - moved(-1)) / (2 * STEP)
         assert float((array.grad * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-7)

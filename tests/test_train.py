@@ -18,17 +18,17 @@ import torch
 from PIL import Image as Pillow
 
 from spaceport_gs import checkpoint, ops, schedule
-from spaceport_gs.density import Growth, Rows, grow, logit, reset_opacities
+from spaceport_gs.density import Growth, grow, logit, reset_opacities
 from spaceport_gs.errors import InputError
 from spaceport_gs.evaluate import evaluate, psnr, ssim
-from spaceport_gs.gaussians import Gaussians, from_points
+from spaceport_gs.gaussians import Gaussians, Rows, from_points
 from spaceport_gs.pipeline.capture import open_capture
 from spaceport_gs.pipeline.sfm import reconstruct_cameras
 from spaceport_gs.pipeline.synthesize import SynthesizeSettings, synthesize
 from spaceport_gs.scene import load_scene, resize_by_area, split
 from spaceport_gs.schedule import PlateauRule, Recipe, TrainSettings
 from spaceport_gs.train import train
-from spaceport_gs.types import Statistics
+from spaceport_gs.types import DrawKey, Statistics
 
 STEPS = 240
 SPACEPORT = str(Path(sys.executable).parent / "spaceport")
@@ -200,7 +200,7 @@ def test_growth_by_hand() -> None:
         torch.zeros(4, 1, 3),
     )
     scores = torch.tensor([3e-4, 3e-4, 0.0, 1e-4])
-    grown = grow(rows_of(values), scores, Growth(Recipe(), extent=1.0, moment=600, key=(0, 1)))
+    grown = grow(rows_of(values), scores, Growth(Recipe(), extent=1.0, moment=600, key=DrawKey(0, 1)))
     means = grown.values.means
     assert len(means) == 5
     assert torch.equal(means[0], values.means[0]) and torch.equal(means[2], values.means[0])
@@ -208,7 +208,7 @@ def test_growth_by_hand() -> None:
     assert torch.allclose(grown.values.log_scales[3:], torch.log(torch.tensor(0.05 / 1.6)))
     assert bool((means[3:] - values.means[1]).abs().max() < 0.25)
     assert torch.equal(grown.companions[0].opacities, torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]))
-    limited = grow(rows_of(values), scores, Growth(Recipe(max_gaussians=5), 1.0, 600, (0, 1)))
+    limited = grow(rows_of(values), scores, Growth(Recipe(max_gaussians=5), 1.0, 600, DrawKey(0, 1)))
     assert len(limited.values) == 4
 
 
@@ -217,7 +217,7 @@ def test_compact_moments_grow_and_are_saved(project: Path, tmp_path: Path) -> No
     ones = values.map(torch.ones_like)
     moments = ops.AdamMoments(ones, ones).stored(ops.MomentStorage.COMPACT)
     rows = Rows(values, (moments.first, moments.second))
-    grown = grow(rows, torch.arange(50) * 1e-5, Growth(Recipe(), extent=1.0, moment=600, key=(0, 1)))
+    grown = grow(rows, torch.arange(50) * 1e-5, Growth(Recipe(), extent=1.0, moment=600, key=DrawKey(0, 1)))
     n_new = len(grown.values) - len(values)
     assert n_new > 0
     full = ops.AdamMoments(*grown.companions).stored(ops.MomentStorage.FULL)

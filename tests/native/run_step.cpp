@@ -96,12 +96,13 @@ int main(int argc, char** argv) {
   loss(cpu, {color.data(), {photo.data(), nullptr, nullptr}, width, height}, {0.2f, SsimPadding::kZero}, scratch.data(),
        {means.data(), d_color.data(), nullptr});
 
-  scratch.resize(blend_vjp_scratch(cpu, n_instances));
-  std::vector<float> d_splats(static_cast<size_t>(projected.n) * kSplatGradientStride);
+  scratch.resize(blend_vjp_scratch(cpu, projected.n, n_instances, kSplatGradientStride, settings));
+  std::vector<float> d_splat_rows(static_cast<size_t>(projected.n) * kSplatGradientStride);
+  const SplatGradient d_splats = {d_splat_rows.data(), kSplatGradientStride};
   const Image d_image = {d_color.data(), d_transmittance.data(), nullptr};
-  blend_vjp(cpu, projected, tiles, camera, settings, image, d_image, scratch.data(), d_splats.data());
+  blend_vjp(cpu, projected, tiles, camera, settings, image, d_image, scratch.data(), d_splats);
   Table gradient(n, k), first(n, k), second(n, k);
-  project_vjp(cpu, values.view(), camera, settings, projected, d_splats.data(), gradient.view());
+  project_vjp(cpu, values.view(), camera, settings, projected, d_splats, {gradient.view(), nullptr, nullptr});
   const AdamSettings adam = {1e-3f, 2e-3f, 3e-3f, 4e-3f, 5e-3f, 6e-3f, 0.9f, 0.999f, 1e-15f, 1, 0.0f};
   update(cpu, values.view(), gradient.view(), {first.view(), second.view(), MomentStorage::kFull}, adam);
 
