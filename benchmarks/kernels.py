@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from spaceport_gs import _engine, ops
+from spaceport_gs.exposure import Exposure
 from spaceport_gs.gaussians import Gaussians, Rows
 from spaceport_gs.render import Renderer
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
@@ -91,6 +92,11 @@ def photo_for(cloud: Cloud, device: str) -> torch.Tensor:
     return torch.randint(0, 256, (cloud.height, cloud.width, 3), generator=draw, dtype=torch.uint8).to(device)
 
 
+def target_of(photo: torch.Tensor) -> ops.LossTarget:
+    """With every part that a target may have."""
+    return ops.LossTarget(photo, photo[..., 0].contiguous(), Exposure.identity(1, photo.device).values[0])
+
+
 def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     """The rows to measure on the CPU, and the figures of the scene they run on."""
     gaussians, view, settings = random_cloud(cloud, "cpu"), camera(cloud), RasterSettings()
@@ -101,6 +107,7 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     n_evaluated, n_blended = _engine.count_pairs(cpu, projected, tiles, view, settings)
     photo = photo_for(cloud, "cpu")
     d_color = ops.loss(image.color, photo, ops.LossSettings()).d_color
+    target = target_of(photo)
     d_image = Image(d_color, torch.zeros_like(image.transmittance))
     d_splats = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
     deep = replace(settings, depth=Depth.BOTH)
@@ -215,6 +222,14 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             n_pixels,
             "pixels",
             1180,
+            "loads of the filters' taps",
+        ),
+        Kernel(
+            "loss with a mask and an exposure",
+            lambda: ops.loss(image.color, target, ops.LossSettings()),
+            n_pixels,
+            "pixels",
+            1240,
             "loads of the filters' taps",
         ),
         Kernel(
@@ -354,6 +369,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     moments = ops.AdamMoments(ops.zeros_like(gaussians), ops.zeros_like(gaussians))
     d_gaussians, rates = ops.empty_like(gaussians), ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=1)
     statistics_of = Statistics.empty(cloud.n, "cuda")
+    target, valid = target_of(photo), ops.LossSettings(padding=ops.SsimPadding.VALID)
     views = [camera(cloud, i) for i in range(N_VIEWS)]
     projected = [ops.project(gaussians, view, settings) for view in views]
     tiles = [ops.tile(p, view) for p, view in zip(projected, views, strict=True)]
@@ -387,9 +403,18 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     scores = torch.rand(cloud.n, generator=torch.Generator().manual_seed(2)).to("cuda")
     order = ops.morton_order(gaussians.means)
     in_order, relocated = ops.select_rows(rows, order), ops.select_rows(rows, order)
+    compact = moments.stored(ops.MomentStorage.COMPACT)
+    compact_rows = Rows(gaussians, (compact.first, compact.second))
+    exposures = Exposure.identity(N_VIEWS, "cuda")
 
-    def steps(rule: UpdateRule, of: Rows = rows, settings: RasterSettings = settings) -> Callable[[int], None]:
+    def steps(
+        rule: UpdateRule, of: Rows = rows, settings: RasterSettings = settings, target: ops.LossTarget | None = None
+    ) -> Callable[[int], None]:
         step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
+        if target is not None:
+            step_views = [
+                replace(view, mask=target.mask, exposure=exposures.of(i)) for i, view in enumerate(step_views)
+            ]
         recorded = TrainingStep(of.values, ops.AdamMoments(*of.companions), statistics_of, rule)
         numbers = itertools.count(1)
         return lambda i: recorded.run(step_views[i], replace(rates, step=next(numbers)))
@@ -402,6 +427,8 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "forward (project, tile, blend)": forward,
         "renderer, a batch of views": lambda i: renderer.render(views),
         "loss and gradient": lambda i: ops.loss(images[i].color, photo, ops.LossSettings()),
+        "loss with valid padding": lambda i: ops.loss(images[i].color, photo, valid),
+        "loss with a mask and an exposure": lambda i: ops.loss(images[i].color, target, ops.LossSettings()),
         "blend'": blend_vjp,
         "blend', deterministic": lambda i: ops.blend_vjp(
             projected[i], tiles[i], views[i], ordered, images[i], d_images[i]
@@ -427,6 +454,9 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "cluster, means": lambda i: ops.cluster_update(points, labels, weights, centroids),
         "whole step, all rows": steps(UpdateRule.ALL),
         "whole step, all rows in order": steps(UpdateRule.ALL, in_order),
+        "whole step, with masks and exposures": steps(UpdateRule.ALL, target=target),
+        "whole step, compact moments": steps(UpdateRule.ALL, compact_rows),
+        "whole step, SH deferred": steps(UpdateRule.DEFERRED),
         "whole step": steps(UpdateRule.CONTRIBUTING),
         "whole step, deterministic": steps(UpdateRule.CONTRIBUTING, rows, ordered),
         "whole step, in order": steps(UpdateRule.CONTRIBUTING, in_order),

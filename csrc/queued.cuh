@@ -114,9 +114,18 @@ void queue_blend(cudaStream_t, const Projected&, const Tiles&, const Camera& siz
 void queue_blend_vjp(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
                      const Image&, const Image& d_image, void* scratch, float* moments);
 
-// `images.photo` is not read.
-void queue_loss(cudaStream_t, const LossImages& images, const Late<const uint8_t*>& photo, const LossSettings&,
-                void* scratch, const LossOutput& out);
+// A target whose pointers may come late; which of them are null is known from the start.
+struct LateTarget {
+  Late<LossTarget> late;
+  bool has_mask, has_exposure;
+
+  static LateTarget of(const LossTarget& target) {
+    return {Late<LossTarget>(target), target.mask != nullptr, target.exposure != nullptr};
+  }
+};
+// `images.target` is not read.
+void queue_loss(cudaStream_t, const LossImages& images, const LateTarget&, const LossSettings&, void* scratch,
+                const LossOutput& out);
 
 // What project' and Adam in one take from step to step.
 struct UpdateInputs {
@@ -132,11 +141,40 @@ struct SplatGradients {
   SplatRows kind;
   float* rows;  // [M, 9]
 };
-// Which rows the update takes.
+// The gradients by the rows' colours in the last steps, from which their SH coefficients are brought up to date.
+constexpr int kShSlots = 16;
+struct ShSlot {
+  Vec3<float> center;  // of the camera
+  AdamRates rates;
+  float rate;  // learning rate
+  uint32_t step;
+  int n_coefficients;  // that the image was made of
+};
+struct ShLog {
+  float* colors;  // [kShSlots, N, 3]; null: coefficients make every step in time
+  ShSlot* slots;  // [kShSlots]
+  int* n;         // slots in use
+  int64_t n_rows;
+
+  static ShLog of(Arena& arena, int64_t n_gaussians) {
+    return {arena.take<float>(kShSlots * n_gaussians * 3), arena.take<ShSlot>(kShSlots), arena.take<int>(1),
+            n_gaussians};
+  }
+};
+// Takes a slot for the step, unless it is not made.
+void queue_open_slot(cudaStream_t, const ShLog&, const Late<UpdateInputs>&, int n_coefficients,
+                     const uint32_t* is_halted);
+void queue_constant_update(cudaStream_t, const Gaussians& values, const AdamMoments&, const ShLog&,
+                           const Late<UpdateInputs>&, const uint32_t* is_halted);
+// Makes the steps of all slots, and frees them, if `least` are in use.
+void queue_flush(cudaStream_t, const Gaussians& values, const AdamMoments&, const ShLog&, int least);
+
+// Which rows the update takes, and when.
 struct UpdateRule {
   const uint32_t* is_halted;  // on the device: set, nothing changes (but sums become zero); null: never
   int32_t* up_to_date;        // [N] the step that a row has last made, for the rows that contributed; null: all rows
   int* n_contributing;        // zero; unless all rows are taken. Splats must lie at the rows of their Gaussians then
+  ShLog log;                  // of SH coefficients that are brought up to date later; only if all rows are taken
 };
 size_t queued_update_scratch(int64_t n_gaussians);
 void queue_project_vjp_update(cudaStream_t, const Gaussians& values, const Late<UpdateInputs>&, const Camera& size,

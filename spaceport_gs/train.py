@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from spaceport_gs.checkpoint import Check, Phase, State, copied
 from spaceport_gs.density import Growth, grow, logit, reset_opacities
 from spaceport_gs.errors import InputError, Interrupted
 from spaceport_gs.evaluate import mean_psnr
+from spaceport_gs.exposure import Exposure
 from spaceport_gs.gaussians import Gaussians, Rows, from_points
 from spaceport_gs.progress import Listener, Progress, ignore
 from spaceport_gs.scene import Scene, View, extent, farthest_views, split
@@ -30,7 +32,7 @@ from spaceport_gs.types import DrawKey, Image, RasterSettings, Statistics
 if TYPE_CHECKING:
     import torch
 
-    from spaceport_gs.ops import AdamSettings
+    from spaceport_gs.ops import AdamSettings, MomentStorage
     from spaceport_gs.step import StepView, TrainingStep
 
 STAGE = "train"
@@ -138,6 +140,11 @@ class _Run:
         """Moments of the recipe in one step."""
         return self.recipe.steps / self.settings.steps
 
+    @cached_property
+    def names(self) -> list[str]:
+        """Of all training views."""
+        return sorted(view.name for view in self.views + self.probes)
+
     def views_of(self, phase: Phase) -> tuple[View, ...]:
         return self.views + self.probes if phase.name == "finish" else self.views
 
@@ -158,10 +165,29 @@ def _fingerprint(scene: Scene, settings: TrainSettings) -> str:
 
 
 def _start(scene: Scene, run: _Run) -> State:
+    from spaceport_gs.ops import AdamMoments
+
     values = from_points(scene.points, scene.colors, run.recipe.sh_degree).torch(run.settings.device)
-    zeros = values.map(lambda array: array.new_zeros(array.shape))
-    moments = tuple(zeros.map(lambda array: array.clone()) for _ in range(2))
-    return State(Rows(values, moments), Statistics.empty(len(values), run.settings.device))
+    moments = AdamMoments.zeros(values, _storage(run.settings))
+    state = State(Rows(values, (moments.first, moments.second)), Statistics.empty(len(values), run.settings.device))
+    if run.recipe.exposure_rate > 0:
+        state.exposures = Exposure.identity(len(run.names), run.settings.device)
+    return state
+
+
+def _storage(settings: TrainSettings) -> MomentStorage:
+    from spaceport_gs.ops import MomentStorage
+
+    is_compact = settings.moments == "compact" and settings.device != "cpu"
+    return MomentStorage.COMPACT if is_compact else MomentStorage.FULL
+
+
+def _stored(rows: Rows, settings: TrainSettings) -> Rows:
+    """The rows with their moments as these settings keep them."""
+    from spaceport_gs.ops import AdamMoments
+
+    moments = AdamMoments(*rows.companions).stored(_storage(settings))
+    return Rows(rows.values, (moments.first, moments.second))
 
 
 def _resumed(folder: Path, fingerprint: str, settings: TrainSettings, listen: Listener) -> State | None:
@@ -174,6 +200,8 @@ def _resumed(folder: Path, fingerprint: str, settings: TrainSettings, listen: Li
             failure = failure or error
             listen(Progress(STAGE, 0, settings.steps, str(error)))
         else:
+            state.rows = _stored(state.rows, settings)
+            state.best = None if state.best is None else _stored(state.best, settings)
             return state
     if failure is not None:
         raise failure
@@ -202,6 +230,15 @@ class _Plan:
         return _Plan(_adam(run, state), gathers)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a view's render is compared with."""
+
+    photo: torch.Tensor  # [H, W, 3] uint8, on the device of the training, as all of it
+    mask: torch.Tensor | None  # [H, W] uint8
+    exposure: Exposure | None
+
+
 class _Recorded:
     """The recorded step of a GPU on certain rows, with what it keeps of each view."""
 
@@ -223,13 +260,13 @@ class _Recorded:
             self._settings, self._views = before._settings, before._views
             self._step.uses_depth_limits = before._step.uses_depth_limits
 
-    def run(self, view: View, photo: torch.Tensor, settings: RasterSettings, plan: _Plan) -> None:
+    def run(self, view: View, seen: _Seen, settings: RasterSettings, plan: _Plan) -> None:
         from spaceport_gs.step import StepView
 
         if settings != self._settings:  # as they do when the resolution changes
             self._settings, self._views = settings, {}
         if view.name not in self._views:
-            self._views[view.name] = StepView(view.camera, photo, settings, self._loss)
+            self._views[view.name] = StepView(view.camera, seen.photo, settings, self._loss, seen.mask, seen.exposure)
         self._step.run(self._views[view.name], plan.adam, plan.gathers)
 
     def wait(self) -> tuple[float, float]:
@@ -249,7 +286,7 @@ class _Stepper:
         self._run = run
         self._level = 0.0
         self._resized: dict[str, View] = {}
-        self._photos: dict[str, torch.Tensor] = {}
+        self._seen: dict[str, _Seen] = {}
         self._losses: list[torch.Tensor] = []
         self._recorded: _Recorded | None = None
         self.last_loss = math.nan
@@ -260,7 +297,7 @@ class _Stepper:
         settings = RasterSettings(schedule.sh_degree(recipe, previous), low_pass=schedule.low_pass(self._level))
         plan = _Plan.of(self._run, state, previous)
         if state.rows.values.means.is_cuda:
-            self._record(state).run(view, self._photo(view), settings, plan)
+            self._record(state).run(view, self._seen_of(view, state), settings, plan)
         else:
             self._step_by_verbs(state, view, settings, plan)
 
@@ -292,10 +329,15 @@ class _Stepper:
         projected = ops.project(values, camera, settings)
         tiles = ops.tile(projected, camera)
         image = ops.blend(projected, tiles, camera, settings)
-        loss = ops.loss(image.color, self._photo(view), ops.LossSettings(self._run.recipe.d_ssim_weight))
+        seen = self._seen_of(view, state)
+        exposure = None if seen.exposure is None else seen.exposure.values
+        target = ops.LossTarget(seen.photo, seen.mask, exposure)
+        loss = ops.loss(image.color, target, ops.LossSettings(self._run.recipe.d_ssim_weight))
         d_image = Image(loss.d_color, image.transmittance.new_zeros(image.transmittance.shape))
         d_splats = ops.blend_vjp(projected, tiles, camera, settings, image, d_image)
         self._losses.append(loss.means)
+        if seen.exposure is not None and loss.d_exposure is not None:
+            seen.exposure.update(loss.d_exposure, plan.adam)
         if plan.gathers:
             ops.density(projected, d_splats, camera, state.statistics)
         moments = ops.AdamMoments(*state.rows.companions)
@@ -340,20 +382,22 @@ class _Stepper:
         shorter = min(view.camera.width, view.camera.height)
         level = schedule.resolution(run.recipe, moment, shorter)
         if level != self._level:
-            self._level, self._resized, self._photos = level, {}, {}
+            self._level, self._resized, self._seen = level, {}, {}
         if view.name not in self._resized:
             self._resized[view.name] = view.resized(
                 max(1, round(view.camera.width * level)), max(1, round(view.camera.height * level))
             )
         return self._resized[view.name]
 
-    def _photo(self, view: View) -> torch.Tensor:
-        """[H, W, 3] uint8, on the device of the training."""
+    def _seen_of(self, view: View, state: State) -> _Seen:
         import torch
 
-        if view.name not in self._photos:
-            self._photos[view.name] = torch.from_numpy(view.photo).to(self._run.settings.device)
-        return self._photos[view.name]
+        if view.name not in self._seen:
+            device, exposures = self._run.settings.device, state.exposures
+            mask = None if view.mask is None else torch.from_numpy(view.mask).to(device)
+            exposure = None if exposures is None else exposures.of(self._run.names.index(view.name))
+            self._seen[view.name] = _Seen(torch.from_numpy(view.photo).to(device), mask, exposure)
+        return self._seen[view.name]
 
 
 def _next_moment(run: _Run, state: State) -> float:
@@ -391,6 +435,7 @@ def _adam(run: _Run, state: State) -> AdamSettings:
         opacities=recipe.opacity_rate * others,
         sh_dc=recipe.dc_rate * others,
         sh_rest=recipe.sh_rate * others,
+        exposure=recipe.exposure_rate * others,
         step=state.step,
     )
 
@@ -429,6 +474,7 @@ def _check(run: _Run, state: State) -> None:
     armed = _armed_probes(run, state, until=state.step)
     if in_main and armed and armed[-1] >= max(armed):
         state.best = copied(state.rows)
+        state.best_exposures = None if state.exposures is None else state.exposures.copy()
 
 
 def _armed_probes(run: _Run, state: State, until: int) -> list[float]:
@@ -471,7 +517,7 @@ def _advance_phase(run: _Run, state: State, stepper: _Stepper) -> None:
             cooled = mean_psnr(state.rows.values, run.probes) if state.best is not None else None
             if before and cooled is not None:
                 _restore_better(state, max(before), cooled, rule.max_loss)
-            state.best = None
+            state.best = state.best_exposures = None
             enter("finish" if run.probes and not is_over else "done", phase.reason)
     elif rule is not None and phase.name == "finish":
         if is_over or state.moment - phase.moment >= rule.cool_down:
@@ -484,6 +530,8 @@ def _advance_phase(run: _Run, state: State, stepper: _Stepper) -> None:
 def _restore_better(state: State, best: float, now: float, tolerance: float) -> None:
     if state.best is not None and now < best - tolerance:
         state.rows = copied(state.best)
+        if state.exposures is not None and state.best_exposures is not None:
+            state.exposures.restore(state.best_exposures)
         state.statistics = Statistics.empty(len(state.rows.values), state.rows.values.means.device)
 
 
