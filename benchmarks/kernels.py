@@ -408,7 +408,11 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     exposures = Exposure.identity(N_VIEWS, "cuda")
 
     def steps(
-        rule: UpdateRule, of: Rows = rows, settings: RasterSettings = settings, target: ops.LossTarget | None = None
+        rule: UpdateRule,
+        of: Rows = rows,
+        settings: RasterSettings = settings,
+        target: ops.LossTarget | None = None,
+        limits: bool = True,
     ) -> Callable[[int], None]:
         step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
         if target is not None:
@@ -416,6 +420,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
                 replace(view, mask=target.mask, exposure=exposures.of(i)) for i, view in enumerate(step_views)
             ]
         recorded = TrainingStep(of.values, ops.AdamMoments(*of.companions), statistics_of, rule)
+        recorded.uses_depth_limits = limits
         numbers = itertools.count(1)
         return lambda i: recorded.run(step_views[i], replace(rates, step=next(numbers)))
 
@@ -458,6 +463,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "whole step, compact moments": steps(UpdateRule.ALL, compact_rows),
         "whole step, SH deferred": steps(UpdateRule.DEFERRED),
         "whole step": steps(UpdateRule.CONTRIBUTING),
+        "whole step, no depth limits": steps(UpdateRule.CONTRIBUTING, limits=False),
         "whole step, deterministic": steps(UpdateRule.CONTRIBUTING, rows, ordered),
         "whole step, in order": steps(UpdateRule.CONTRIBUTING, in_order),
     }
@@ -500,12 +506,31 @@ def gsplat_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     return {"gsplat: forward": forward_only, "gsplat: whole step": step}
 
 
-def measure_cuda(cloud: Cloud) -> dict[str, object]:
+def training_memory(cloud: Cloud, storage: ops.MomentStorage) -> float:
+    """GiB that training takes at most, beside the photos: Gaussians, moments, statistics, and all that a step needs."""
+    gaussians, photo = random_cloud(cloud, "cuda"), photo_for(cloud, "cuda")
+    moments = ops.AdamMoments.zeros(gaussians, storage)
+    step = TrainingStep(gaussians, moments, Statistics.empty(cloud.n, "cuda"), UpdateRule.CONTRIBUTING)
+    views = [StepView(camera(cloud, i), photo, RasterSettings(), ops.LossSettings()) for i in range(N_VIEWS)]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for i in range(2 * N_VIEWS):
+        step.run(views[i % N_VIEWS], ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=i + 1))
+    step.settle()
+    return (torch.cuda.max_memory_allocated() - photo.numel()) / 2**30
+
+
+def measure_cuda(cloud: Cloud, prefixes: list[str]) -> dict[str, object]:
     """Prints the table, and returns its figures."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {machine.commit()}")
-    print(f"{cloud.n:,} Gaussians at {cloud.width}×{cloud.height}\n{'kernel':32}{'median':>10}{'10 %':>10}{'90 %':>10}")
+    print(f"{cloud.n:,} Gaussians at {cloud.width}×{cloud.height}")
+    memory = {storage.value: training_memory(cloud, storage) for storage in ops.MomentStorage}
+    print("peak memory of training: " + ", ".join(f"{gib:.2f} GiB ({name} moments)" for name, gib in memory.items()))
+    print(f"{'kernel':32}{'median':>10}{'10 %':>10}{'90 %':>10}")
     rows = []
     for name, run in (gpu_kernels(cloud) | gsplat_kernels(cloud)).items():
+        if not any(name.startswith(prefix) for prefix in prefixes):
+            continue
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(GPU_WARM_UP + GPU_REPEATS + 1)]
         for i, mark in enumerate(marks):  # one behind the other, as in training: nobody waits in between
             mark.record()
@@ -515,16 +540,18 @@ def measure_cuda(cloud: Cloud) -> dict[str, object]:
         fast, median, slow = np.quantile(times, [0.1, 0.5, 0.9])
         print(f"{name:32}{median:7.3f} ms{fast:7.3f} ms{slow:7.3f} ms")
         rows.append({"kernel": name, "milliseconds": median, "milliseconds_10": fast, "milliseconds_90": slow})
-    return {"gpu": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated(), "rows": rows}
+    return {"gpu": torch.cuda.get_device_name(), "training_gib": memory, "rows": rows}
 
 
 def main() -> None:
     parser = machine.arguments(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cloud", choices=list(CLOUDS), default="250k-half")
+    parser.add_argument("--rows", nargs="+", default=[""], help="on a GPU, only the rows that begin with one of these")
     options = parser.parse_args()
-    measure = measure_cuda if options.device == "cuda" else measure_cpu
-    machine.write_json(options.json, {"cloud": options.cloud, **measure(CLOUDS[options.cloud])})
+    cloud = CLOUDS[options.cloud]
+    measured = measure_cuda(cloud, options.rows) if options.device == "cuda" else measure_cpu(cloud)
+    machine.write_json(options.json, {"cloud": options.cloud, **measured})
 
 
 if __name__ == "__main__":
