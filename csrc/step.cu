@@ -105,7 +105,8 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
   queue_loss(stream, images, Late<const uint8_t*>::at(&s.inputs->photo), loss_settings, s.work,
              {s.means, s.d_image.color});
   book_kernel<<<1, 1, 0, stream>>>(s.means, s.counts, s.tiles.n_instances, double(loss_settings.ssim_weight), book);
-  queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, s.work, buffers.sums);
+  queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, s.work,
+                  {buffers.sums, kSplatGradientStride});
   queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
                            s.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
                            {&book.device->is_halted, buffers.up_to_date, s.n_contributing}, s.work);

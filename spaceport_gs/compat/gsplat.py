@@ -326,7 +326,8 @@ def _depth_keys(depths: torch.Tensor) -> torch.Tensor:  # [M] -> [M] int32
         return depths.int()
     bits = depths.view(torch.int32)
     keys = (bits - bits.amin()).double()
-    return (keys * (_engine.MOST_DEPTH_KEY / keys.amax().clamp(min=_engine.MOST_DEPTH_KEY))).int()
+    most = (1 << _engine.DEPTH_KEY_BITS) - 3  # the two above it stand for no depth
+    return (keys * (most / keys.amax().clamp(min=most))).int()
 
 
 @dataclass(frozen=True)
