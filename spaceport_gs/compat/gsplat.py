@@ -3,7 +3,8 @@
 Pinhole cameras, on CPU and CUDA tensors, with gsplat's limits: alpha from 1/255 up to 0.999, and a pixel stops at a
 transmittance of 1e-4. What gsplat has and this has not raises NotImplementedError. Differences that stay:
 
-- A Gaussian is visible if it reaches the centre of a pixel; for gsplat a box around it has to meet the image.
+- A Gaussian is visible if it reaches the centre of a pixel, of the image or of what its last tiles hang over its edge; for
+  gsplat a box around it has to meet the image.
 - `tile_size`, `channel_chunk` and `segmented` say how, not what, and are not looked at. The entries of `meta` about tiles
   hold only those that a Gaussian reaches, and there is no `isect_ids`.
 - Seen from SH colours the camera's centre is -Rᵀt, where gsplat inverts the viewmat. Along rotations and translations,
