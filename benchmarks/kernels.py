@@ -110,7 +110,7 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     target = target_of(photo)
     d_image = Image(d_color, torch.zeros_like(image.transmittance))
     d_splats = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
-    deep = replace(settings, depth=Depth.BOTH)
+    deep, absolute = replace(settings, depth=Depth.BOTH), replace(settings, absolute_gradients=True)
     deep_image, d_deep_image = ops.blend(projected, tiles, view, deep), replace(d_image, depth=d_image.transmittance)
     d_gaussians, d_pose = ops.empty_like(gaussians), torch.empty(3, 4, dtype=torch.float64)
     moments = ops.zeros_like(gaussians), ops.zeros_like(gaussians)
@@ -190,6 +190,14 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             n_evaluated,
             "pairs",
             52,
+            "as blend'",
+        ),
+        Kernel(
+            "blend', absolute gradients",
+            lambda: ops.blend_vjp(projected, tiles, view, absolute, image, d_image),
+            n_evaluated,
+            "pairs",
+            62,
             "as blend'",
         ),
         Kernel(
@@ -380,6 +388,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     ]
 
     deep, ordered = replace(settings, depth=Depth.BOTH), replace(settings, deterministic=True)
+    absolute = replace(settings, absolute_gradients=True)
     deep_images = [ops.blend(p, t, view, deep) for p, t, view in zip(projected, tiles, views, strict=True)]
     d_deep_images = [replace(d, depth=d.color[..., 0].contiguous()) for d in d_images]
 
@@ -440,6 +449,9 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         ),
         "blend', with depth": lambda i: ops.blend_vjp(
             projected[i], tiles[i], views[i], deep, deep_images[i], d_deep_images[i]
+        ),
+        "blend', absolute gradients": lambda i: ops.blend_vjp(
+            projected[i], tiles[i], views[i], absolute, images[i], d_images[i]
         ),
         "project'": lambda i: ops.project_vjp(gaussians, views[i], settings, projected[i], d_splats[i], d_gaussians),
         "project', with the pose": lambda i: ops.project_vjp(

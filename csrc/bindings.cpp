@@ -121,27 +121,26 @@ void bind_verbs(py::module_& m) {
           const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
           return blend_vjp_scratch(backend, n_splats, n_instances, n_columns, s);
         });
-  m.def("blend_vjp",
-        [](const Backend& backend, py::object projected, py::object tiles, py::object camera, py::object settings,
-           py::object image, py::object d_image, py::object scratch, py::object d_splats) {
-          const Reader read = reader_of(backend);
-          const Projected p = read.projected(projected);
-          const Camera c = camera_of(camera);
-          const Tiles t = read.tiles(tiles, c);
-          check_instances(backend, p, t);
-          const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
-          const int64_t n_hits = hits_size(backend, t.n_instances, c);
-          const Image i = read.image(image, c, n_hits), d_i = read.image(d_image, c);
-          if (n_hits > 0 && i.hits == nullptr) refuse("image", "what blend returned, with its hits", "none");
-          if (d_i.depth != nullptr && i.depth == nullptr) refuse("image", "the depth that blend returned", "none");
-          const SplatGradient d_s = read.splat_gradient(d_splats, p.n);
-          const int n_columns = d_i.depth != nullptr ? kSplatDepthGradientStride : kSplatGradientStride;
-          if (d_s.n_columns != n_columns)
-            refuse("d_splats", std::to_string(n_columns) + " columns", std::to_string(d_s.n_columns));
-          void* memory = read.scratch(scratch, blend_vjp_scratch(backend, p.n, t.n_instances, n_columns, s));
-          Unlocked unlocked;
-          blend_vjp(backend, p, t, c, s, i, d_i, memory, d_s);
-        });
+  m.def("blend_vjp", [](const Backend& backend, py::object projected, py::object tiles, py::object camera,
+                        py::object settings, py::object image, py::object d_image, py::object scratch,
+                        py::object d_splats) {
+    const Reader read = reader_of(backend);
+    const Projected p = read.projected(projected);
+    const Camera c = camera_of(camera);
+    const Tiles t = read.tiles(tiles, c);
+    check_instances(backend, p, t);
+    const RasterSettings s = raster_settings_of(settings, kMaxShCoefficients);
+    const int64_t n_hits = hits_size(backend, t.n_instances, c);
+    const Image i = read.image(image, c, n_hits), d_i = read.image(d_image, c);
+    if (n_hits > 0 && i.hits == nullptr) refuse("image", "what blend returned, with its hits", "none");
+    if (d_i.depth != nullptr && i.depth == nullptr) refuse("image", "the depth that blend returned", "none");
+    const SplatGradient d_s = read.splat_gradient(d_splats, p.n);
+    if (has_depth(d_s.n_columns) != (d_i.depth != nullptr))
+      refuse("d_splats", d_i.depth != nullptr ? "10 or 12 columns" : "9 or 11 columns", std::to_string(d_s.n_columns));
+    void* memory = read.scratch(scratch, blend_vjp_scratch(backend, p.n, t.n_instances, d_s.n_columns, s));
+    Unlocked unlocked;
+    blend_vjp(backend, p, t, c, s, i, d_i, memory, d_s);
+  });
 
   m.def("loss_scratch",
         [](const Backend& backend, int width, int height) { return loss_scratch(backend, width, height); });
@@ -547,6 +546,8 @@ PYBIND11_MODULE(_engine, m) {
   m.attr("TILE_SET_STRIDE") = sizeof(TileSet) / sizeof(int32_t);
   m.attr("SPLAT_GRADIENT_STRIDE") = kSplatGradientStride;
   m.attr("SPLAT_DEPTH_GRADIENT_STRIDE") = kSplatDepthGradientStride;
+  m.attr("ABSOLUTE_COLUMNS") = kAbsoluteColumns;
+  m.attr("DEPTH_KEY_BITS") = kDepthKeyBits;
   m.attr("VERSION") = SPACEPORT_VERSION;
   m.def("build_info", &build_info,
         "What was built: version, compiler, backends, CUDA architectures, SIMD paths and the one this machine takes.");

@@ -104,7 +104,7 @@ HOST_DEVICE void visit_pixels(const TileSplat& s, Float8 alpha_max, Transmittanc
     const float dy = float(row) - s.y;
     const Float8 b_dy = s.b_factor * Float8(dy);
     const Float8 constant(s.c * dy * dy + s.log2_opacity);
-    start_row();
+    start_row(dy);
     for (int v = s.vector_begin; v < s.vector_end; ++v) {
       const Float8 dx = s.dx[v];
       const Float8 exponent = multiply_add(multiply_add(s.a, dx, b_dy), dx, constant);
@@ -165,7 +165,7 @@ void blend_tile(const Splat* splats, const int32_t* instances, int64_t n, const 
     if (i + kPrefetchDistance < n) prefetch(splats[instances[i + kPrefetchDistance]]);
     const Float8 red(splat.red), green(splat.green), blue(splat.blue), z(splat.depth);
     visit_pixels(
-        TileSplat(splat, place), alpha_max, transmittance, [] {},
+        TileSplat(splat, place), alpha_max, transmittance, [](float) {},
         [&](int vector, int, const Contribution& c) {
           color[0].set(vector, multiply_add(c.weight, red, color[0].get(vector)));
           color[1].set(vector, multiply_add(c.weight, green, color[1].get(vector)));
@@ -198,12 +198,11 @@ void blend(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const
 
 namespace {
 
-// Sums over the pixels of a tile that give a splat's gradient; d is the gradient by the exponent of e. The last is
-// there only where the loss sees the depth.
+// Sums over the pixels of a tile that give a splat's gradient; d is the gradient by the exponent of e. The last three
+// are there only where they are asked for.
 struct Moments {
-  Float8 d, d_dx, d_dy, d_dxdx, d_dxdy, d_dydy, red, green, blue, depth;
+  Float8 d, d_dx, d_dy, d_dxdx, d_dxdy, d_dydy, red, green, blue, depth, absolute_x, absolute_y;
 };
-static_assert(sizeof(Moments) == kSplatDepthGradientStride * sizeof(Float8), "an instance's record holds the moments");
 
 // Gradient of the loss by a tile's pixels, and by what they would show behind everything.
 struct TileGradient {
@@ -250,15 +249,20 @@ void blend_tile_vjp(const Splat* splats, const TileList& list, const TilePlace& 
     if (i + kPrefetchDistance < n) prefetch(splats[instances[i + kPrefetchDistance]]);
     const Float8 red(splat.red), green(splat.green), blue(splat.blue), z(splat.depth);
     const TileSplat tile_splat(splat, place);
-    Moments sum = {zero, zero, zero, zero, zero, zero, zero, zero, zero, zero};
-    Float8 row_d, row_dx, row_dxdx;
+    Moments sum = {zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero};
+    Float8 row_d, row_dx, row_dxdx, slope_x, slope_y;  // the slopes are of the exponent, by the mean, at dx = 0
     visit_pixels(
-        tile_splat, alpha_max, transmittance, [&] { row_d = row_dx = row_dxdx = zero; },
+        tile_splat, alpha_max, transmittance,
+        [&](float dy) {
+          row_d = row_dx = row_dxdx = zero;
+          slope_x = Float8(splat.b * dy);
+          slope_y = Float8(splat.c * dy);
+        },
         [&](int vector, int v, const Contribution& c) {
           const Float8 d_red = gradient.red.get(vector), d_green = gradient.green.get(vector),
                        d_blue = gradient.blue.get(vector);
           Float8 shade = multiply_add(d_red, red, multiply_add(d_green, green, d_blue * blue));
-          if constexpr (kColumns == kSplatDepthGradientStride) {
+          if constexpr (has_depth(kColumns)) {
             const Float8 d_depth = gradient.depth.get(vector);
             shade = multiply_add(d_depth, z, shade);
             sum.depth = multiply_add(c.weight, d_depth, sum.depth);
@@ -273,6 +277,10 @@ void blend_tile_vjp(const Splat* splats, const TileList& list, const TilePlace& 
           row_d = row_d + d;
           row_dx = row_dx + d_dx;
           row_dxdx = multiply_add(d_dx, dx, row_dxdx);
+          if constexpr (has_absolute(kColumns)) {
+            sum.absolute_x = sum.absolute_x + absolute(multiply_add(d_dx, Float8(splat.a), d * slope_x));
+            sum.absolute_y = sum.absolute_y + absolute(multiply_add(d_dx, Float8(splat.b), d * slope_y));
+          }
           sum.red = multiply_add(c.weight, d_red, sum.red);
           sum.green = multiply_add(c.weight, d_green, sum.green);
           sum.blue = multiply_add(c.weight, d_blue, sum.blue);
@@ -287,9 +295,12 @@ void blend_tile_vjp(const Splat* splats, const TileList& list, const TilePlace& 
           sum.d_dydy = multiply_add(d_dy, Float8(dy), sum.d_dydy);
         });
     float* record = records + int64_t(list.numbers[i]) * kColumns;
-    const Float8 sums[kSplatDepthGradientStride] = {sum.d,      sum.d_dx, sum.d_dy,  sum.d_dxdx, sum.d_dxdy,
-                                                    sum.d_dydy, sum.red,  sum.green, sum.blue,   sum.depth};
-    for (int k = 0; k < kColumns; ++k) record[k] = spaceport::SPACEPORT_ISA::sum(sums[k]);
+    const Float8 sums[] = {sum.d,   sum.d_dx,  sum.d_dy, sum.d_dxdx, sum.d_dxdy,     sum.d_dydy,
+                           sum.red, sum.green, sum.blue, sum.depth,  sum.absolute_x, sum.absolute_y};
+    constexpr int kSkipped = has_depth(kColumns) ? 0 : 1;
+    for (int k = 0; k < kColumns; ++k) {
+      record[k] = spaceport::SPACEPORT_ISA::sum(sums[k < kSplatGradientStride ? k : k + kSkipped]);
+    }
   }
   for (; i < n; ++i) std::memset(records + int64_t(list.numbers[i]) * kColumns, 0, kColumns * sizeof(float));
 }
@@ -315,10 +326,13 @@ void splat_gradient(const Splat& s, const float* records, int64_t n_records, flo
 void blend_vjp(const Cpu& cpu, const Projected& projected, const Tiles& tiles, const Camera& camera,
                const RasterSettings& settings, const Image& image, const Image& d_image, void* scratch,
                const SplatGradient& d_splats) {
-  constexpr int kPlain = kSplatGradientStride, kDeep = kSplatDepthGradientStride;
   const int64_t n_columns = d_splats.n_columns;
-  const auto blend_any_tile_vjp = n_columns == kDeep ? blend_tile_vjp<kDeep> : blend_tile_vjp<kPlain>;
-  const auto any_splat_gradient = n_columns == kDeep ? splat_gradient<kDeep> : splat_gradient<kPlain>;
+  auto blend_any_tile_vjp = blend_tile_vjp<kSplatGradientStride>;
+  auto any_splat_gradient = splat_gradient<kSplatGradientStride>;
+  for_columns(d_splats.n_columns, [&](auto columns) {
+    blend_any_tile_vjp = blend_tile_vjp<columns>;
+    any_splat_gradient = splat_gradient<columns>;
+  });
   float* records = static_cast<float*>(scratch);  // [I, n_columns]
   parallel_for(*cpu.pool, int64_t(camera.tiles_x()) * camera.tiles_y(), [&](int64_t tile) {
     const TilePlace place = TilePlace::of(tile, camera);

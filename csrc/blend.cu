@@ -10,8 +10,6 @@
 // they leave the sums of each instance instead (instance_sums.cuh).
 #define SPACEPORT_ISA cuda
 
-#include <type_traits>
-
 #include "instance_sums.cuh"
 #include "queued.cuh"
 
@@ -317,7 +315,7 @@ constexpr int kBackwardWarps = kBackwardThreads / 32;
 // The gradient of the loss by a thread's pixels; kColumns says whether it sees the depth.
 template <int kColumns>
 struct PairGradient {
-  static constexpr bool kDepth = kColumns == kSplatDepthGradientStride;
+  static constexpr bool kDepth = has_depth(kColumns);
   float red[kPixels], green[kPixels], blue[kPixels];
   float depth[kDepth ? kPixels : 1];
   float total[kPixels];   // gradient . what is seen: colour and depth, and T by its own gradient
@@ -346,7 +344,7 @@ struct PairGradient {
   }
 
   // The pixels' part of the sums that give a splat's gradient: of d, the gradient by the exponent of e, of its products
-  // with dx, dy, dx^2, dx dy, dy^2, and of the gradients by the colour and the depth.
+  // with dx, dy, dx^2, dx dy, dy^2, and of the gradients by the colour and the depth; and of the absolute gradients.
   __device__ void moments_of(const Contribution& c, const StagedSplat& s, float z, float alpha_max,
                              float moments[kColumns]) {
     float d[kPixels], d_dy[kPixels];
@@ -372,6 +370,16 @@ struct PairGradient {
     moments[4] = sum_dy * c.dx;
     moments[5] = sum_dydy;
     if constexpr (kDepth) moments[9] = fmaf(c.weight[1], depth[1], c.weight[0] * depth[0]);
+    if constexpr (has_absolute(kColumns)) {
+      float by_x = 0.0f, by_y = 0.0f;
+#pragma unroll
+      for (int p = 0; p < kPixels; ++p) {
+        by_x += fabsf(d[p] * fmaf(2.0f * s.a, c.dx, s.b * c.dy[p]));
+        by_y += fabsf(d[p] * fmaf(2.0f * s.c, c.dy[p], s.b * c.dx));
+      }
+      moments[kColumns - 2] = by_x / kLog2E;
+      moments[kColumns - 1] = by_y / kLog2E;
+    }
   }
 };
 
@@ -456,8 +464,9 @@ __global__ __launch_bounds__(kBackwardThreads) void blend_vjp_kernel(const Splat
                  [&](int, const StagedSplat& s, const float* moments) {
                    const float sum = transposed_sum(moments, lane);
                    add_if(adds, own_moment + s.sums, sum);
-                   if constexpr (kColumns > kMomentCount) {
-                     add_if(lane == 1, moments_of + s.sums + kMomentCount, warp_sum(moments[kMomentCount]));
+#pragma unroll
+                   for (int k = kMomentCount; k < kColumns; ++k) {
+                     add_if(lane == 1, moments_of + s.sums + k, warp_sum(moments[k]));
                    }
                  });
   }
@@ -490,9 +499,10 @@ __global__ __launch_bounds__(kRecordingThreads) void record_sums_kernel(const Sp
                           [&](int i, const StagedSplat&, const float* moments) {
                             const float sum = transposed_sum(moments, lane);
                             if (holds) sums[quarter][i][moment_of(lane)] = sum;
-                            if constexpr (kColumns > kMomentCount) {
-                              const float tenth = warp_sum(moments[kMomentCount]);
-                              if (lane == 1) sums[quarter][i][kMomentCount] = tenth;
+#pragma unroll
+                            for (int k = kMomentCount; k < kColumns; ++k) {
+                              const float one_more = warp_sum(moments[k]);
+                              if (lane == 1) sums[quarter][i][k] = one_more;
                             }
                           });
     if (lane == 0) hit_of[quarter] = hit;
@@ -559,26 +569,21 @@ size_t blend_vjp_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, int
 
 void cuda::queue_blend_vjp(cudaStream_t stream, const Projected& projected, const Tiles& tiles, const Camera& camera,
                            const RasterSettings& settings, const Image& image, const Image& d_image, void* memory,
-                           float* moments) {
+                           const SplatGradient& moments) {
   const Grid grid = Grid::of(camera);
-  const auto launch = [&](auto columns) {
+  for_columns(moments.n_columns, [&](auto columns) {
     if (settings.deterministic) {
       Arena arena(memory);
       const InstanceSums sums = InstanceSums::of(arena, tiles.n_instances, columns);
       queue_clear(stream, sums);
       record_sums_kernel<columns><<<unsigned(grid.n_tiles), kRecordingThreads, 0, stream>>>(
           projected.splats, tiles, grid, settings.alpha_max, image, d_image, sums);
-      queue_add_up(stream, sums, projected.n, arena.take<char>(0), moments);
+      queue_add_up(stream, sums, projected.n, arena.take<char>(0), moments.rows);
     } else {
       blend_vjp_kernel<columns><<<unsigned(grid.n_tiles * kQuarters / kBackwardWarps), kBackwardThreads, 0, stream>>>(
-          projected.splats, tiles, grid, settings.alpha_max, image, d_image, moments);
+          projected.splats, tiles, grid, settings.alpha_max, image, d_image, moments.rows);
     }
-  };
-  if (d_image.depth != nullptr) {
-    launch(std::integral_constant<int, kSplatDepthGradientStride>());
-  } else {
-    launch(std::integral_constant<int, kSplatGradientStride>());
-  }
+  });
   check_launch("blend'");
 }
 
@@ -589,7 +594,7 @@ void blend_vjp(const Cuda& backend, const Projected& projected, const Tiles& til
   const cudaStream_t stream = stream_of(backend);
   const size_t n_bytes = size_t(projected.n) * size_t(d_splats.n_columns) * sizeof(float);
   check(cudaMemsetAsync(d_splats.rows, 0, n_bytes, stream), "blend'");
-  cuda::queue_blend_vjp(stream, projected, tiles, camera, settings, image, d_image, scratch, d_splats.rows);
+  cuda::queue_blend_vjp(stream, projected, tiles, camera, settings, image, d_image, scratch, d_splats);
   constexpr int kThreads = 256;
   cuda::splat_gradient_kernel<<<n_blocks_of(projected.n, kThreads), kThreads, 0, stream>>>(projected.splats,
                                                                                            projected.n, d_splats);

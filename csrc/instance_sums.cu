@@ -85,9 +85,10 @@ void queue_add_up(cudaStream_t stream, const InstanceSums& sums, int64_t n_splat
   Arena arena(scratch);
   Sorted sorted = Sorted::of(arena, sums.n, n_bits);
   sorted.sort(sums, n_bits, stream);
-  const auto kernel = sums.n_columns == kSplatDepthGradientStride ? add_up_kernel<kSplatDepthGradientStride>
-                                                                  : add_up_kernel<kSplatGradientStride>;
-  kernel<<<n_blocks_of(sums.n, kThreads), kThreads, 0, stream>>>(sorted, sums.rows, sums.n, of_splats);
+  for_columns(sums.n_columns, [&](auto columns) {
+    add_up_kernel<columns>
+        <<<n_blocks_of(sums.n, kThreads), kThreads, 0, stream>>>(sorted, sums.rows, sums.n, of_splats);
+  });
   check_launch("blend'");
 }
 

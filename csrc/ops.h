@@ -69,8 +69,8 @@ int64_t hits_size(const Cuda&, int64_t n_instances, const Camera&);
 void blend(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 void blend(const Cuda&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& out);
 
-// `image` is what blend wrote. d_splats has ten columns if d_image has a depth, else nine; there is no gradient by the
-// median depth.
+// `image` is what blend wrote. d_splats has ten columns if d_image has a depth, else nine, and two more if absolute
+// gradients are asked for; there is no gradient by the median depth.
 size_t blend_vjp_scratch(const Cpu&, int64_t n_splats, int64_t n_instances, int n_columns, const RasterSettings&);
 size_t blend_vjp_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, int n_columns, const RasterSettings&);
 void blend_vjp(const Cpu&, const Projected&, const Tiles&, const Camera&, const RasterSettings&, const Image& image,

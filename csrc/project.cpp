@@ -229,7 +229,7 @@ void project_rows_vjp(const Gaussians& g, const Rows& rows, const Rows& splats, 
   const Shape<Float8> s = shape_of(raw, view, Float8(settings.low_pass));
   ProjectedAxesGradient<Float8> d_seen =
       seen_shape_vjp(view, s, d_splat(0), d_splat(1), {d_splat(2), d_splat(3), d_splat(4)});
-  if (d_splats.n_columns == kSplatDepthGradientStride) d_seen.d_point.z = d_seen.d_point.z + d_splat(9);
+  if (has_depth(d_splats.n_columns)) d_seen.d_point.z = d_seen.d_point.z + d_splat(9);
   const RawShape<Float8> d = shape_of_vjp(raw, view, s, d_seen);
   const Float8 opacity = sigmoid(rows.gather(g.opacities, 1, 0));
   const Vec3<Float8> d_mean_by_color =

@@ -257,7 +257,7 @@ __device__ PoseGradient<float> project_splat_vjp(const Gaussians& g, const View<
   const RawShape<float> raw = raw_shape_of(g, row);
   const Shape<float> s = shape_of(raw, view, low_pass);
   ProjectedAxesGradient<float> d_seen = seen_shape_vjp(view, s, d[0], d[1], Conic<float>{d[2], d[3], d[4]});
-  if (d_splats.n_columns == kSplatDepthGradientStride) d_seen.d_point.z += d[9];
+  if (has_depth(d_splats.n_columns)) d_seen.d_point.z += d[9];
   const RawShape<float> d_raw = shape_of_vjp(raw, view, s, d_seen);
   const float opacity = sigmoid(g.opacities[row]);
 

@@ -62,7 +62,6 @@ __device__ inline void gradient_of_moments(const Conic<float>& conic, float opac
 
 // Depths as the bits of a float, from the near plane on, to one part in a million and over sixteen octaves: as much as
 // three passes of a radix sort take. Splats that agree to that keep the order of their rows.
-constexpr int kDepthKeyBits = 24;
 constexpr uint32_t kNoDepth = (1u << kDepthKeyBits) - 1;  // of a Gaussian that is not visible
 constexpr uint32_t kHidden = kNoDepth - 1;                // of one that is, but behind the limits of all its tiles
 __device__ inline uint32_t depth_key(float depth, float near) {
@@ -109,10 +108,10 @@ struct DepthLimits {
 void queue_blend(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
                  const DepthLimits&, const Late<Image>& out);
 
-// The sums that give a splat's gradient, [M, 9] or, if d_image has a depth, [M, 10]; they must be zero at the start.
+// The sums that give a splat's gradient, with the columns of blend_vjp; they must be zero at the start.
 // `d_image.transmittance` may be null. Scratch: that of blend_vjp.
 void queue_blend_vjp(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
-                     const Image&, const Image& d_image, void* scratch, float* moments);
+                     const Image&, const Image& d_image, void* scratch, const SplatGradient& moments);
 
 // A target whose pointers may come late; which of them are null is known from the start.
 struct LateTarget {

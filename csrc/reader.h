@@ -181,12 +181,12 @@ class Reader {
     return t;
   }
 
-  // Nine columns, or ten.
+  // Nine columns, or ten, or two more than these.
   SplatGradient splat_gradient(py::handle object, int64_t n) const {
     const Array<float> rows = array<float>(object, "d_splats", {n, -1});
     const int64_t n_columns = rows.shape[1];
-    if (n_columns != kSplatGradientStride && n_columns != kSplatDepthGradientStride)
-      refuse("d_splats", "9 columns, or 10 with the depth", std::to_string(n_columns));
+    if (n_columns < kSplatGradientStride || n_columns > kSplatDepthGradientStride + kAbsoluteColumns)
+      refuse("d_splats", "9 columns, or 10 with the depth, or 2 more", std::to_string(n_columns));
     return {rows.data, int(n_columns)};
   }
 

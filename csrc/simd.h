@@ -75,6 +75,10 @@ HOST_DEVICE Float8 masked(Mask8 mask, Float8 a) {
   return float_of({mask.v & bits_of(a).v});
 }
 
+HOST_DEVICE Float8 absolute(Float8 a) {
+  return float_of({bits_of(a).v & 0x7fffffff});
+}
+
 HOST_DEVICE Float8 load(const float* p) {
   Float8 a;
   std::memcpy(&a.v, p, 32);

@@ -135,7 +135,8 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
   if (recipe.parts.has_exposure) {
     update_exposure_kernel<<<1, kExposureSize, 0, stream>>>(s.d_exposure, s.inputs, &book.device->is_halted);
   }
-  queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, s.work, buffers.sums);
+  queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, s.work,
+                  {buffers.sums, kSplatGradientStride});
   queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
                            s.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
                            {&book.device->is_halted, buffers.up_to_date, s.n_contributing, log_of(buffers)}, s.work);

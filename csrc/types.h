@@ -3,6 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+
+#include "device.h"
 
 namespace spaceport {
 
@@ -20,6 +23,8 @@ constexpr int kSplatStride = 12;                    // floats of a row of Projec
 constexpr int kSplatGradientStride = 9;             // of these, the first nine carry gradients
 constexpr int64_t kMostInstances = (int64_t(1) << 30) - 1;  // of one image, on a GPU
 constexpr int kSplatDepthGradientStride = 10;               // and the tenth, where the loss sees the depth
+constexpr int kAbsoluteColumns = 2;                         // behind those, where they are asked for
+constexpr int kDepthKeyBits = 24;                           // of what a GPU sorts the splats by
 constexpr int kPoseSize = 12;                               // numbers of a camera's pose
 constexpr float kMedianTransmittance = 0.5f;  // the median depth is that of the splat that takes it below this
 
@@ -42,11 +47,33 @@ struct RasterSettings {
   bool deterministic = false;  // sums of gradients are made in a fixed order; on the CPU they always are
 };
 
-// Gradient by the splats' first columns: nine, or ten where the loss sees the depth.
+// Gradient by the splats' first columns: nine, or ten where the loss sees the depth. Behind them there may be two more,
+// of blend' alone: sums over the pixels of |gradient by x| and |gradient by y| (Ye et al., AbsGS, 2024).
 struct SplatGradient {
   float* rows;  // [M, n_columns]
   int n_columns;
 };
+HOST_DEVICE constexpr bool has_absolute(int n_columns) {
+  return n_columns > kSplatDepthGradientStride;
+}
+HOST_DEVICE constexpr bool has_depth(int n_columns) {
+  return n_columns - has_absolute(n_columns) * kAbsoluteColumns == kSplatDepthGradientStride;
+}
+// Calls run with the number as a constant.
+template <class Run>
+void for_columns(int n_columns, Run&& run) {
+  constexpr int kPlain = kSplatGradientStride, kDeep = kSplatDepthGradientStride;
+  switch (n_columns) {
+    case kPlain:
+      return run(std::integral_constant<int, kPlain>());
+    case kDeep:
+      return run(std::integral_constant<int, kDeep>());
+    case kPlain + kAbsoluteColumns:
+      return run(std::integral_constant<int, kPlain + kAbsoluteColumns>());
+    case kDeep + kAbsoluteColumns:
+      return run(std::integral_constant<int, kDeep + kAbsoluteColumns>());
+  }
+}
 
 // Raw parameters; a gradient and each of Adam's moments have the same type.
 struct Gaussians {

@@ -112,7 +112,7 @@ def project_vjp(
     camera: Camera,
     settings: RasterSettings,
     projected: Projected,
-    d_splats: torch.Tensor,  # [M, 9], or [M, 10]
+    d_splats: torch.Tensor,  # what blend_vjp returned; of absolute gradients nothing is read
     out: Gaussians | None = None,
     d_cam_from_world: torch.Tensor | None = None,  # [3, 4] float64
 ) -> Gaussians:
@@ -171,12 +171,14 @@ def blend_vjp(
     settings: RasterSettings,
     image: Image,  # what blend returned
     d_image: Image,
-) -> torch.Tensor:  # [M, 9], or [M, 10]
-    """Gradient by the first nine columns of the splats; by ten, the last being their depth, if d_image has a depth."""
+) -> torch.Tensor:  # [M, 9], [M, 10], or two more
+    """Gradient by the first nine columns of the splats; by ten, the last being their depth, if d_image has a depth. Behind
+    them, if the settings ask for it, two columns of absolute gradients."""
     like = projected.splats
     backend = backend_of(like)
     sees_depth = d_image.depth is not None
     n_columns = _engine.SPLAT_DEPTH_GRADIENT_STRIDE if sees_depth else _engine.SPLAT_GRADIENT_STRIDE
+    n_columns += _engine.ABSOLUTE_COLUMNS if settings.absolute_gradients else 0
     n_splats, n_instances = len(projected.splats), len(tiles.splat_from_instance)
     scratch = _scratch(like, _engine.blend_vjp_scratch(backend, n_splats, n_instances, n_columns, settings))
     d_splats = _empty(like, n_splats, n_columns)

@@ -74,6 +74,9 @@ class RasterSettings:
     deterministic: bool = False
     """Gradients, and with them training, are the same bits from run to run on a GPU too, which takes more time and memory
     there. On a CPU they always are."""
+    absolute_gradients: bool = False
+    """`blend_vjp` gives two more columns: sums over the pixels of the absolute gradients by a splat's x and y (Ye et al.,
+    AbsGS, 2024), behind all others."""
 
 
 @dataclass

@@ -167,6 +167,34 @@ def test_deterministic_gradients(device: str, depth: Depth) -> None:
     compare(device, random_gaussians(1, scale=0.5), camera(300, 200, 150), settings)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("depth", [Depth.NONE, Depth.EXPECTED])
+def test_absolute_gradients(device: str, depth: Depth, deterministic: bool) -> None:
+    """Each pixel's own gradient by a splat's mean; the other columns are as without them."""
+    gaussians, view = random_gaussians(80, seed=80, scale=0.15), camera(40, 30, 32)
+    settings = replace(SETTINGS, depth=depth, deterministic=deterministic)
+    projected = ops.project(on(device, gaussians), view, settings)
+    tiles = ops.tile(projected, view)
+    image = ops.blend(projected, tiles, view, settings)
+    d_image = weights_like(image)
+    asks = replace(settings, absolute_gradients=True)
+    plain, more = (ops.blend_vjp(projected, tiles, view, s, image, d_image) for s in (settings, asks))
+    assert_same(more[:, :-2].contiguous(), plain)
+    d_gaussians = [ops.project_vjp(on(device, gaussians), view, settings, projected, d) for d in (plain, more)]
+    for a, b in zip(*(d.arrays() for d in d_gaussians), strict=True):
+        assert_same(a, b)
+
+    splats = reference.project(gaussians.map(lambda array: array.double()), view, settings)
+    means = splats.means[:, :, None, None].repeat(1, 1, view.height, view.width).requires_grad_()
+    expected = reference.blend(replace(splats, means=means), view, settings)
+    weighted_sum(expected, weights_like(replace(image, color=image.color.cpu()))).backward()
+    row_of = {int(row): splat for splat, row in enumerate(splats.gaussian_from_splat)}
+    rows = [row_of[int(row)] for row in projected.gaussian_from_splat]
+    truth = means.grad[rows]
+    assert_close(more[:, -2:], truth.abs().sum(dim=(2, 3)), flips=0.02, size_of_flips=0.03)
+    assert_close(more[:, :2], truth.sum(dim=(2, 3)), flips=0.02, size_of_flips=0.03)
+
+
 def with_row(gaussians: Gaussians, row: int, **values: object) -> Gaussians:
     """The Gaussians with one row changed."""
     changed = gaussians.map(lambda array: array.clone())

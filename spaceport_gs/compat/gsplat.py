@@ -1,0 +1,498 @@
+"""gsplat's `rasterization` on this engine: a program written for it (version 1.5.3) changes one import.
+
+Pinhole cameras, on CPU and CUDA tensors, with gsplat's limits: alpha from 1/255 up to 0.999, and a pixel stops at a
+transmittance of 1e-4. What gsplat has and this has not raises NotImplementedError. Differences that stay:
+
+- A Gaussian is visible if it reaches the centre of a pixel, of the image or of what its last tiles hang over its edge; for
+  gsplat a box around it has to meet the image.
+- `tile_size`, `channel_chunk` and `segmented` say how, not what, and are not looked at. The entries of `meta` about tiles
+  hold only those that a Gaussian reaches, and there is no `isect_ids`.
+- Seen from SH colours the camera's centre is -Rᵀt, where gsplat inverts the viewmat. Along rotations and translations,
+  which are all that a pose can do, the gradients by both are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from spaceport_gs import _engine, ops
+from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.types import Camera, Depth, Image, Projected, RasterSettings, Tiles
+
+ALPHA_MAX = 0.999
+FAR_PLANE = 1e10  # the default, behind which nothing is taken to lie
+NEAREST_PLANE = 1e-6  # in place of none: the engine looks only at what is in front of the camera
+SMALLEST_SCALE = 1e-12  # in place of zero, which has no logarithm
+SMALLEST_ALPHA = 1e-10  # that a depth is divided by
+SMALLEST_COMPENSATION_SQUARED = 1e-12  # the root has a slope there
+LARGEST_OPACITY = 1 - 2**-24  # for the engine's logits; blending takes an opacity as it is
+MOST_CHANNELS = 4  # of one blending: three colours, and the depth's column
+MAX_SH_DEGREE = 3
+
+Shape = Sequence[int]
+
+
+def rasterization(
+    means: torch.Tensor,  # [..., N, 3]
+    quats: torch.Tensor,  # [..., N, 4] w, x, y, z
+    scales: torch.Tensor,  # [..., N, 3]
+    opacities: torch.Tensor,  # [..., N]
+    colors: torch.Tensor,  # [..., (C,) N, D], or with sh_degree [..., (C,) N, K, 3]
+    viewmats: torch.Tensor,  # [..., C, 4, 4]
+    Ks: torch.Tensor,  # [..., C, 3, 3]
+    width: int,
+    height: int,
+    near_plane: float = 0.01,
+    far_plane: float = FAR_PLANE,
+    radius_clip: float = 0.0,
+    eps2d: float = 0.3,
+    sh_degree: int | None = None,
+    packed: bool = True,
+    tile_size: int = 16,
+    backgrounds: torch.Tensor | None = None,  # [..., C, D]
+    render_mode: str = "RGB",
+    sparse_grad: bool = False,
+    absgrad: bool = False,
+    rasterize_mode: str = "classic",
+    channel_chunk: int = 32,
+    distributed: bool = False,
+    camera_model: str = "pinhole",
+    segmented: bool = False,
+    covars: torch.Tensor | None = None,
+    with_ut: bool = False,
+    with_eval3d: bool = False,
+    radial_coeffs: torch.Tensor | None = None,
+    tangential_coeffs: torch.Tensor | None = None,
+    thin_prism_coeffs: torch.Tensor | None = None,
+    ftheta_coeffs: Any = None,
+    rolling_shutter: Any = None,
+    viewmats_rs: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Colours [..., C, height, width, X], alphas [..., C, height, width, 1], and what lies in between.
+
+    X is D (RGB), 1 (D, ED) or D + 1 (RGB+D, RGB+ED). Every tensor but Ks gets a gradient. `meta["means2d"]` lies on the way
+    to the image: it keeps its own after `retain_grad()`, and with `absgrad` the backward pass gives it an attribute of
+    that name. `viewmats` and `Ks` are read by the host: on a GPU this waits for them.
+    """
+    _refuse(
+        camera_model=camera_model != "pinhole",
+        sparse_grad=sparse_grad,
+        distributed=distributed,
+        covars=covars is not None,
+        with_ut=with_ut,
+        with_eval3d=with_eval3d,
+        radial_coeffs=radial_coeffs is not None,
+        tangential_coeffs=tangential_coeffs is not None,
+        thin_prism_coeffs=thin_prism_coeffs is not None,
+        ftheta_coeffs=ftheta_coeffs is not None,
+        rolling_shutter=rolling_shutter is not None and getattr(rolling_shutter, "name", None) != "GLOBAL",
+        viewmats_rs=viewmats_rs is not None,
+        sh_degree=sh_degree is not None and sh_degree > MAX_SH_DEGREE,
+    )
+    _check_choice("render_mode", render_mode, ("RGB", "D", "ED", "RGB+D", "RGB+ED"))
+    _check_choice("rasterize_mode", rasterize_mode, ("classic", "antialiased"))
+    batch, n, n_cameras = means.shape[:-2], means.shape[-2], viewmats.shape[-3]
+    _check("means", means, (*batch, n, 3))
+    _check("quats", quats, (*batch, n, 4))
+    _check("scales", scales, (*batch, n, 3))
+    _check("opacities", opacities, (*batch, n))
+    _check("viewmats", viewmats, (*batch, n_cameras, 4, 4))
+    _check("Ks", Ks, (*batch, n_cameras, 3, 3))
+    last = colors.shape[-1:] if sh_degree is None else (*colors.shape[-2:-1], 3)
+    is_by_camera = colors.dim() == len(batch) + 2 + len(last)
+    _check("colors", colors, (*batch, n_cameras, n, *last) if is_by_camera else (*batch, n, *last))
+    if sh_degree is not None and (sh_degree + 1) ** 2 > colors.shape[-2]:
+        raise ValueError(f"colors: expected {(sh_degree + 1) ** 2} or more SH coefficients, got {colors.shape[-2]}")
+    if backgrounds is not None:
+        _check("backgrounds", backgrounds, (*batch, n_cameras, colors.shape[-1]))
+
+    settings = RasterSettings(
+        sh_degree=sh_degree or 0,
+        near=max(near_plane, NEAREST_PLANE),
+        low_pass=eps2d,
+        alpha_max=ALPHA_MAX,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        absolute_gradients=absgrad,
+    )
+    limits = _Limits(far_plane, radius_clip, is_antialiased=rasterize_mode == "antialiased")
+    poses = viewmats.reshape(-1, 4, 4)
+    log_scales = scales.abs().clamp(min=SMALLEST_SCALE).log()
+    if sh_degree is not None:
+        colors = _as_the_engine_holds_them(colors, sh_degree)
+    scenes = zip(*(_unbound(x, len(batch)) for x in (means, log_scales, quats, opacities, colors)), strict=True)
+    cameras = iter(_cameras(poses, Ks, width, height))
+    views = []
+    for *shapes, scene_colors in scenes:
+        for own_colors in scene_colors.unbind(0) if is_by_camera else [scene_colors] * n_cameras:
+            scene = _Scene(*shapes, own_colors, is_sh=sh_degree is not None)
+            views.append(_View.of(scene, poses[len(views)], next(cameras), settings, limits))
+    if not views:
+        raise ValueError(f"viewmats: expected at least one camera, got shape {list(viewmats.shape)}")
+
+    layout = _Layout.of([view.seen.rows for view in views], (*batch, n_cameras, n), packed)
+    means2d = layout.joined([view.means2d for view in views])
+    renders, transmittances = [], []
+    for number, view in enumerate(views):
+        channels = view.channels(render_mode)
+        if absgrad and channels.shape[1] > MOST_CHANNELS:
+            raise NotImplementedError(f"absgrad: with at most {MOST_CHANNELS} channels, got {channels.shape[1]}")
+        absolute = _AbsoluteGradient(means2d, layout.parts[number]) if absgrad else None
+        columns = layout.own(means2d, number), view.conics, view.opacities, channels
+        render, transmittance = _Blend.apply(view.seen, absolute, *columns)
+        renders.append(render)
+        transmittances.append(transmittance[..., None])
+    image_shape = (*batch, n_cameras, height, width, -1)
+    render, transmittance = (_stacked(parts).view(image_shape) for parts in (renders, transmittances))
+    alphas = 1 - transmittance
+    if backgrounds is not None and "RGB" in render_mode:
+        behind = torch.nn.functional.pad(backgrounds, (0, render.shape[-1] - backgrounds.shape[-1]))
+        render = render + transmittance * behind[..., None, None, :]
+    if render_mode.endswith("ED"):
+        expected = render[..., -1:] / alphas.clamp(min=SMALLEST_ALPHA)
+        render = torch.cat([render[..., :-1], expected], dim=-1)
+    return render, alphas, {"means2d": means2d, **_about_splats(views, layout), **_about_tiles(views, layout)}
+
+
+def _refuse(**is_asked_for: bool) -> None:
+    for name, is_asked in is_asked_for.items():
+        if is_asked:
+            raise NotImplementedError(f"{name}: this engine has only the default of what gsplat has here")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value}")
+
+
+def _check(name: str, tensor: torch.Tensor, shape: Shape) -> None:
+    if tensor.shape != tuple(shape) or tensor.dtype != torch.float32:
+        got = f"{tensor.dtype} of shape {list(tensor.shape)}"
+        raise ValueError(f"{name}: expected torch.float32 of shape {list(shape)}, got {got}")
+
+
+def _as_the_engine_holds_them(sh: torch.Tensor, degree: int) -> torch.Tensor:
+    """SH coefficients [..., K, 3] with a K that belongs to a degree up to three."""
+    whole = [(d + 1) ** 2 for d in range(degree, MAX_SH_DEGREE + 1)]
+    return sh if sh.shape[-2] in whole else sh[..., : whole[0], :]
+
+
+def _unbound(tensor: torch.Tensor, n_batch: int) -> Sequence[torch.Tensor]:
+    """Scene by scene; a tensor without a batch as it is, so that its gradient is not copied."""
+    return tensor.reshape(-1, *tensor.shape[n_batch:]).unbind(0) if n_batch > 0 else [tensor]
+
+
+def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
+
+
+def _concatenated(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
+def _cameras(poses: torch.Tensor, Ks: torch.Tensor, width: int, height: int) -> list[Camera]:
+    numbers = torch.cat([poses.reshape(-1, 16), Ks.reshape(-1, 9)], dim=1).detach().double().cpu().numpy()
+    cameras = []
+    for row in numbers:
+        pose, (fx, _, cx, _, fy, cy, *_) = row[:12].reshape(3, 4), row[16:].tolist()
+        cameras.append(Camera(np.ascontiguousarray(pose), fx, fy, cx, cy, width, height))
+    return cameras
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What is left out besides what the engine culls."""
+
+    far_plane: float
+    radius_clip: float
+    is_antialiased: bool
+
+    def are_idle(self) -> bool:
+        return self.far_plane >= FAR_PLANE and self.radius_clip <= 0 and not self.is_antialiased
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """As gsplat has it, but for the scales."""
+
+    means: torch.Tensor  # [N, 3]
+    log_scales: torch.Tensor  # [N, 3]
+    quats: torch.Tensor  # [N, 4]
+    opacities: torch.Tensor  # [N]
+    colors: torch.Tensor  # [N, D], or [N, K, 3]
+    is_sh: bool
+
+    def shapes_and_sh(self) -> tuple[torch.Tensor, ...]:
+        sh = self.colors if self.is_sh else self.means.new_zeros(len(self.means), 1, 3)
+        return self.means, self.log_scales, self.quats, sh
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one camera sees of a scene, as the engine has it."""
+
+    raw: Gaussians
+    camera: Camera
+    settings: RasterSettings
+    projected: Projected
+    tiles: Tiles
+    rows: torch.Tensor  # [M] int64, of the Gaussians
+    radii: torch.Tensor  # [M, 2] int32
+
+    @staticmethod
+    @torch.no_grad()
+    def of(scene: _Scene, camera: Camera, settings: RasterSettings, limits: _Limits) -> _Seen:
+        means, log_scales, quaternions, sh = (x.detach().contiguous() for x in scene.shapes_and_sh())
+        logits = scene.opacities.clamp(max=LARGEST_OPACITY).logit().contiguous()
+        raw = Gaussians(means, log_scales, quaternions, logits, sh)
+        projected, radii = _limited(ops.project(raw, camera, settings), scene.opacities, settings, limits)
+        if projected.depth_keys is not None:
+            projected.depth_keys = _depth_keys(projected.splats[:, 9].contiguous())
+        rows = projected.gaussian_from_splat.long()
+        return _Seen(raw, camera, settings, projected, ops.tile(projected, camera), rows, radii)
+
+
+@dataclass(frozen=True)
+class _View:
+    """The splats of one camera as parts of torch's graph."""
+
+    seen: _Seen
+    means2d: torch.Tensor  # [M, 2]
+    conics: torch.Tensor  # [M, 3]
+    depths: torch.Tensor  # [M]
+    opacities: torch.Tensor  # [M]
+    colors: torch.Tensor  # [M, D]
+
+    @staticmethod
+    def of(scene: _Scene, pose: torch.Tensor, camera: Camera, settings: RasterSettings, limits: _Limits) -> _View:
+        seen = _Seen.of(scene, camera, settings, limits)
+        means2d, conics, colors, depths = _Project.apply(seen, *scene.shapes_and_sh(), pose)
+        opacities = scene.opacities[seen.rows]
+        if limits.is_antialiased:
+            opacities = opacities * _compensation(conics, settings.low_pass)
+        return _View(seen, means2d, conics, depths, opacities, colors if scene.is_sh else scene.colors[seen.rows])
+
+    def channels(self, render_mode: str) -> torch.Tensor:  # [M, X]
+        depths = self.depths[:, None]
+        parts = {"RGB": self.colors, "D": depths, "ED": depths}
+        return _concatenated([parts[part] for part in render_mode.split("+")], dim=1)
+
+
+def _compensation(conics: torch.Tensor, low_pass: float) -> torch.Tensor:  # [M, 3] -> [M]
+    """sqrt(det S / det(S + low_pass)) of the inverses of S + low_pass (Yu et al., Mip-Splatting, 2024)."""
+    a, b, c = conics.unbind(1)
+    squared = 1 - low_pass * (a + c) + low_pass**2 * (a * c - b * b)
+    return squared.clamp(min=SMALLEST_COMPENSATION_SQUARED).sqrt()
+
+
+def _limited(
+    projected: Projected, opacities: torch.Tensor, settings: RasterSettings, limits: _Limits
+) -> tuple[Projected, torch.Tensor]:
+    """What is within the limits, and its radii: half sizes of the box in which alpha reaches 1/255, in whole pixels."""
+    extents, depths = projected.splats[:, 10:12], projected.splats[:, 9]
+    if limits.are_idle():
+        return projected, extents.ceil().int()
+    is_within = depths <= limits.far_plane
+    if limits.is_antialiased:
+        full = opacities[projected.gaussian_from_splat.long()] / _engine.ALPHA_CUTOFF
+        left = full * _compensation(projected.splats[:, 2:5], settings.low_pass)
+        is_within &= left >= 1
+        extents = extents * (left.clamp(min=1).log() / full.log()).nan_to_num(1).clamp(max=1).sqrt()[:, None]
+    radii = extents.ceil()
+    is_within &= (radii > limits.radius_clip).any(dim=1)
+    return _selected(projected, is_within), radii[is_within].int()
+
+
+def _selected(projected: Projected, keeps: torch.Tensor) -> Projected:  # [M] bool
+    offsets = torch.nn.functional.pad(projected.instance_offsets.diff()[keeps].cumsum(0), (1, 0))
+    return Projected(
+        projected.splats[keeps],
+        projected.gaussian_from_splat[keeps],
+        offsets,
+        int(offsets[-1]),
+        None if projected.touched is None else projected.touched[keeps],
+        None if projected.depth_keys is None else projected.depth_keys[keeps],
+    )
+
+
+def _depth_keys(depths: torch.Tensor) -> torch.Tensor:  # [M] -> [M] int32
+    """What a GPU sorts by, from the nearest splat on: its own keys begin at the near plane, and gsplat's is so near that
+    they would end in the middle of a large scene."""
+    if len(depths) == 0:
+        return depths.int()
+    bits = depths.view(torch.int32)
+    keys = (bits - bits.amin()).double()
+    most = (1 << _engine.DEPTH_KEY_BITS) - 3  # the two above it stand for no depth
+    return (keys * (most / keys.amax().clamp(min=most))).int()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Packed: the rows of all views one behind the other. Else every row of every view, zeros where nothing is visible."""
+
+    parts: list[slice] | list[torch.Tensor]  # where the rows of each view are
+    shape: Shape  # [..., C, N]
+    is_packed: bool
+
+    @staticmethod
+    def of(rows: Sequence[torch.Tensor], shape: Shape, is_packed: bool) -> _Layout:
+        if not is_packed:
+            return _Layout([own + number * shape[-1] for number, own in enumerate(rows)], shape, is_packed)
+        ends = np.cumsum([len(own) for own in rows]).tolist()
+        return _Layout([slice(end - len(own), end) for end, own in zip(ends, rows, strict=True)], shape, is_packed)
+
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:  # [M, X] of each view
+        values = _concatenated(parts)
+        if self.is_packed:
+            return values
+        all_rows = values.new_zeros(math.prod(self.shape), *values.shape[1:])
+        all_rows = all_rows.index_copy(0, _concatenated(self.parts), values)
+        return all_rows.view(*self.shape, *values.shape[1:])
+
+    def own(self, joined: torch.Tensor, number: int) -> torch.Tensor:  # [M, 2]
+        return joined.view(-1, 2)[self.parts[number]]
+
+
+@dataclass(frozen=True)
+class _AbsoluteGradient:
+    means2d: torch.Tensor  # [..., 2] in the layout
+    part: slice | torch.Tensor
+
+    def put(self, values: torch.Tensor) -> None:  # [M, 2]
+        if not hasattr(self.means2d, "absgrad"):
+            self.means2d.absgrad = torch.zeros_like(self.means2d)  # type: ignore[attr-defined]
+        self.means2d.absgrad.view(-1, 2)[self.part] = values  # type: ignore[attr-defined]
+
+
+class _Project(torch.autograd.Function):
+    """From a scene's means, log-scales, quaternions and SH coefficients, and a pose, to the columns of a view's splats."""
+
+    @staticmethod
+    def forward(ctx: Any, seen: _Seen, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        ctx.seen = seen
+        ctx.save_for_backward(*seen.raw.arrays())  # so that torch notices when they change before the backward pass
+        means2d, conics, _opacity, colors, depths, _extents = seen.projected.splats.split([2, 3, 1, 3, 1, 2], dim=1)
+        return means2d.clone(), conics.clone(), colors.clone(), depths[:, 0].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *d_columns: torch.Tensor) -> Any:  # type: ignore[override]
+        seen, raw = ctx.seen, Gaussians(*ctx.saved_tensors)
+        d_means2d, d_conics, d_colors, d_depths = d_columns
+        d_opacities = torch.zeros_like(d_depths)  # they pass by this node
+        columns = d_means2d, d_conics, d_opacities[:, None], d_colors, d_depths[:, None]
+        d_pose = d_depths.new_empty(3, 4, dtype=torch.float64) if ctx.needs_input_grad[5] else None
+        d_raw = ops.project_vjp(
+            raw, seen.camera, seen.settings, seen.projected, torch.cat(columns, dim=1), d_cam_from_world=d_pose
+        )
+        if d_pose is not None:
+            d_pose = torch.nn.functional.pad(d_pose.float(), (0, 0, 0, 1))
+        return None, d_raw.means, d_raw.log_scales, d_raw.quaternions, d_raw.sh, d_pose
+
+
+class _Blend(torch.autograd.Function):
+    """From the columns of a view's splats to the channels of its image [H, W, X] and its transmittance [H, W]."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        seen: _Seen,
+        absolute: _AbsoluteGradient | None,
+        _means2d: torch.Tensor,  # [M, 2] those of the splats, as the conics are
+        _conics: torch.Tensor,  # [M, 3]
+        opacities: torch.Tensor,  # [M]
+        channels: torch.Tensor,  # [M, X]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.seen, ctx.absolute = seen, absolute
+        images = []
+        for few in channels.split(MOST_CHANNELS, dim=1):
+            settings = _settings_of(few.shape[1], seen.settings)
+            images.append(ops.blend(_painted(seen.projected, opacities, few), seen.tiles, seen.camera, settings))
+        planes = [(i.color, i.transmittance, i.hits, i.depth) for i in images]
+        ctx.save_for_backward(opacities, channels, *(plane for of_image in planes for plane in of_image))
+        colors = [i.color if i.depth is None else torch.cat([i.color, i.depth[..., None]], dim=-1) for i in images]
+        return _concatenated(colors, dim=-1)[..., : channels.shape[1]].contiguous(), images[0].transmittance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_render: torch.Tensor, d_transmittance: torch.Tensor) -> Any:  # type: ignore[override]
+        seen, (opacities, channels, *planes) = ctx.seen, ctx.saved_tensors
+        d_shape, d_channels = torch.zeros_like(seen.projected.splats[:, :6]), []
+        d_transmittance = d_transmittance.contiguous()
+        for few, d_few in zip(channels.split(MOST_CHANNELS, dim=1), d_render.split(MOST_CHANNELS, dim=-1), strict=True):
+            n, image = few.shape[1], Image(*planes[:4])
+            d_color = torch.nn.functional.pad(d_few[..., :3], (0, max(3 - n, 0))).contiguous()
+            d_fourth = d_few[..., 3].contiguous() if n == MOST_CHANNELS else None
+            d_splats = ops.blend_vjp(
+                _painted(seen.projected, opacities, few),
+                seen.tiles,
+                seen.camera,
+                _settings_of(n, seen.settings),
+                image,
+                Image(d_color, d_transmittance, depth=d_fourth),
+            )
+            d_shape += d_splats[:, :6]
+            d_channels.append(d_splats[:, 6 : 6 + n])
+            if ctx.absolute is not None:
+                ctx.absolute.put(d_splats[:, -2:])
+            planes, d_transmittance = planes[4:], torch.zeros_like(d_transmittance)
+        d_means2d, d_conics, d_opacities = d_shape.split([2, 3, 1], dim=1)
+        return None, None, d_means2d, d_conics, d_opacities[:, 0], _concatenated(d_channels, dim=1)
+
+
+def _settings_of(n_channels: int, settings: RasterSettings) -> RasterSettings:
+    return replace(settings, depth=Depth.EXPECTED) if n_channels == MOST_CHANNELS else settings
+
+
+def _painted(projected: Projected, opacities: torch.Tensor, channels: torch.Tensor) -> Projected:
+    """The same splats in other colours: up to three channels [M, X], and a fourth in place of the depth."""
+    splats = projected.splats.clone()
+    splats[:, 5] = opacities
+    splats[:, 6:9] = 0
+    splats[:, 6 : 6 + channels.shape[1]] = channels
+    return replace(projected, splats=splats)
+
+
+def _about_splats(views: Sequence[_View], layout: _Layout) -> dict[str, Any]:
+    seen, n_cameras = [view.seen for view in views], layout.shape[-2]
+    ids = dict.fromkeys(["batch_ids", "camera_ids", "gaussian_ids"])
+    if layout.is_packed:
+        images = _concatenated([torch.full_like(s.rows, number) for number, s in enumerate(seen)])
+        gaussian_ids = _concatenated([s.rows for s in seen])
+        ids = {"batch_ids": images // n_cameras, "camera_ids": images % n_cameras, "gaussian_ids": gaussian_ids}
+    return {
+        **ids,
+        "radii": layout.joined([s.radii for s in seen]),
+        "depths": layout.joined([view.depths for view in views]),
+        "conics": layout.joined([view.conics for view in views]),
+        "opacities": layout.joined([view.opacities for view in views]),
+        "n_batches": len(views) // n_cameras,
+        "n_cameras": n_cameras,
+    }
+
+
+def _about_tiles(views: Sequence[_View], layout: _Layout) -> dict[str, Any]:
+    camera, size = views[0].seen.camera, _engine.TILE_SIZE
+    tile_width, tile_height = -(-camera.width // size), -(-camera.height // size)
+    offsets, flat_ids, n_instances = [], [], 0
+    for view, part in zip(views, layout.parts, strict=True):
+        tiles = view.seen.tiles
+        offsets.append(tiles.offsets[:-1] + n_instances)
+        splats = tiles.splat_from_instance
+        flat_ids.append(splats + part.start if isinstance(part, slice) else part[splats.long()])
+        n_instances += len(splats)
+    return {
+        "tiles_per_gauss": layout.joined([view.seen.projected.instance_offsets.diff().int() for view in views]),
+        "isect_offsets": torch.stack(offsets).int().view(*layout.shape[:-1], tile_height, tile_width),
+        "flatten_ids": _concatenated(flat_ids).int(),
+        "tile_size": size,
+        "tile_width": tile_width,
+        "tile_height": tile_height,
+        "width": camera.width,
+        "height": camera.height,
+    }
