@@ -427,21 +427,22 @@ def render_command(
     from PIL import Image
 
     from spaceport_gs.files import replacing
-    from spaceport_gs.render import render_8bit
+    from spaceport_gs.pipeline.run import device_of
+    from spaceport_gs.render import Renderer, to_8bit
     from spaceport_gs.scene import load_scene
 
-    _check_device(device)
+    device = device_of(device)
     views = load_scene(_project(scene, cameras), downscale).views
     gaussians = _read_scene(_scene_file(scene, ".ply", ".sog"))
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: is a file; give a folder for the pictures")
     _use_threads(threads)
-    written = []
+    images, written = Renderer(gaussians.torch(device)), []
     for view in views:
         target = output / (view.name if view.name.lower().endswith(".png") else f"{view.name}.png")
         if not _is_finished(target, resume, overwrite):
             with replacing(target) as temporary:
-                Image.fromarray(render_8bit(gaussians, view.camera)).save(temporary, "PNG")
+                Image.fromarray(to_8bit(images.render([view.camera])[0])).save(temporary, "PNG")
         written.append(str(target))
     _finish({"pictures": written}, json, quiet, lambda: f"{len(written)} pictures in {output}")
 
@@ -459,9 +460,10 @@ def evaluate_command(
     """PSNR and SSIM of a .ply, a .sog or an OUT folder on its held-out photos (all photos with --eval-every 0)."""
     from spaceport_gs.evaluate import evaluate
     from spaceport_gs.files import write_json
+    from spaceport_gs.pipeline.run import device_of
     from spaceport_gs.scene import load_scene, split
 
-    _check_device(device)
+    device = device_of(device)
     trained = _settings_of(scene)
     downscale = trained.get("downscale", 1.0) if downscale is None else downscale
     eval_every = trained.get("eval_every", 8) if eval_every is None else eval_every
@@ -470,7 +472,8 @@ def evaluate_command(
     if target is not None:
         _is_finished(target, False, overwrite)
     _use_threads(threads)
-    result = evaluate(_read_scene(_scene_file(scene, ".ply", ".sog")), held_out or training)
+    gaussians = _read_scene(_scene_file(scene, ".ply", ".sog"))
+    result = evaluate(gaussians.torch(device), held_out or training)
     if target is not None:
         write_json(target, asdict(result))
     _finish(asdict(result), json, quiet, lambda: "\n".join(
