@@ -366,6 +366,38 @@ def test_nothing_to_see(device: str) -> None:
             assert meta["flatten_ids"].numel() == 0
 
 
+def test_what_is_returned_may_be_changed_in_place(device: str) -> None:
+    gradients = []
+    for in_place in (False, True):
+        ours = leaves(scene(seed=13), device)
+        backgrounds = ours.pop("backgrounds")
+        colors, alphas, _ = rasterization(**ours, width=WIDTH, height=HEIGHT)
+        if in_place:
+            colors.mul_(2).clamp_(0, 1)
+            alphas.mul_(3)
+        else:
+            colors, alphas = (2 * colors).clamp(0, 1), 3 * alphas
+        (colors.sum() + (alphas * backgrounds.mean()).sum()).backward()
+        gradients.append(ours["means"].grad)
+    assert_close(*gradients)
+
+
+def test_deterministic_algorithms_of_torch(device: str) -> None:
+    """Then gradients are the same bits from run to run, on a GPU too."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        runs = []
+        for _ in range(2):
+            ours = leaves(scene(n=300, seed=14), device)
+            colors, _, _ = rasterization(**ours, width=WIDTH, height=HEIGHT, absgrad=True, packed=False)
+            (weight,) = weights_like(colors)
+            (colors * weight.to(device)).sum().backward()
+            runs.append([tensor.grad for tensor in ours.values() if tensor.requires_grad])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 UNSHARED: dict[str, Any] = {
     "camera_model": "fisheye",
     "sparse_grad": True,
