@@ -243,6 +243,17 @@ def test_extreme_rows(device: str) -> None:
     assert_close(rendered(device, limits), rendered(device, inputs))
 
 
+def test_parameters_may_be_parts_of_a_larger_tensor(device: str) -> None:
+    inputs = scene(seed=15, coefficients=4)
+    strided = {name: x.transpose(0, -1).contiguous().transpose(0, -1) for name, x in inputs.items()}
+    expected_colors = rendered(device, inputs, sh_degree=1)
+    inside = {
+        name: torch.nn.functional.pad(x.flatten().to(device), (1, 0))[1:].view(x.shape) for name, x in inputs.items()
+    }
+    assert torch.equal(rendered(device, inside, sh_degree=1), expected_colors)
+    assert torch.equal(rendered(device, strided, sh_degree=1), expected_colors)
+
+
 def rendered(device: str, inputs: Tensors, **options: Any) -> torch.Tensor:
     with torch.no_grad():
         on_device = {name: tensor.to(device) for name, tensor in inputs.items()}

@@ -149,6 +149,11 @@ def _check(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected torch.float32 of shape {list(shape)}, got {got}")
 
 
+def _as_kernels_read_it(array: torch.Tensor) -> torch.Tensor:
+    array = array.detach().contiguous()
+    return array if array.data_ptr() % 16 == 0 else array.clone()
+
+
 def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
@@ -192,7 +197,7 @@ class _Scene:
     def raw(self) -> Gaussians:
         logits = self.opacities.clamp(max=LARGEST_OPACITY).logit()
         arrays = self.means, self.log_scales, self.quats, logits, self.sh
-        return Gaussians(*(array.detach().contiguous() for array in arrays))
+        return Gaussians(*map(_as_kernels_read_it, arrays))
 
 
 @dataclass(frozen=True)
