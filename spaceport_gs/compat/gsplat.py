@@ -290,6 +290,14 @@ class _Seen:
         rows = projected.gaussian_from_splat.long()
         return _Seen(raw, camera, settings, projected, ops.tile(projected, camera), rows, radii)
 
+    def paint(self, opacities: torch.Tensor, channels: torch.Tensor) -> None:
+        """Gives the splats, before they are blended, other opacities [M] and colours: up to three channels [M, X], and a
+        fourth in place of the depth."""
+        splats, n = self.projected.splats, channels.shape[1]
+        splats[:, 5] = opacities
+        splats[:, 6 : 6 + n] = channels
+        splats[:, 6 + n : 9] = 0
+
 
 @dataclass(frozen=True)
 class _View:
@@ -461,7 +469,8 @@ class _Blend(torch.autograd.Function):
         images = []
         for few in channels.split(MOST_CHANNELS, dim=1):
             settings = _settings_of(few.shape[1], seen.settings)
-            images.append(ops.blend(_painted(seen.projected, opacities, few), seen.tiles, seen.camera, settings))
+            seen.paint(opacities, few)
+            images.append(ops.blend(seen.projected, seen.tiles, seen.camera, settings))
         planes = [(i.color, i.transmittance, i.hits, i.depth) for i in images]
         ctx.save_for_backward(opacities, channels, *(plane for of_image in planes for plane in of_image))
         colors = [i.color if i.depth is None else torch.cat([i.color, i.depth[..., None]], dim=-1) for i in images]
@@ -473,40 +482,32 @@ class _Blend(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_render: torch.Tensor, d_transmittance: torch.Tensor) -> Any:  # type: ignore[override]
         seen, (opacities, channels, *planes) = ctx.seen, ctx.saved_tensors
-        d_shape, d_channels = torch.zeros_like(seen.projected.splats[:, :6]), []
+        d_shapes, d_channels = [], []
         d_transmittance = d_transmittance[..., 0].contiguous()
         for few, d_few in zip(channels.split(MOST_CHANNELS, dim=1), d_render.split(MOST_CHANNELS, dim=-1), strict=True):
             n, image = few.shape[1], Image(*planes[:4])
             d_color = torch.nn.functional.pad(d_few[..., :3], (0, max(3 - n, 0))).contiguous()
             d_fourth = d_few[..., 3].contiguous() if n == MOST_CHANNELS else None
+            seen.paint(opacities, few)
             d_splats = ops.blend_vjp(
-                _painted(seen.projected, opacities, few),
+                seen.projected,
                 seen.tiles,
                 seen.camera,
                 _settings_of(n, seen.settings),
                 image,
                 Image(d_color, d_transmittance, depth=d_fourth),
             )
-            d_shape += d_splats[:, :6]
+            d_shapes.append(d_splats[:, :6])
             d_channels.append(d_splats[:, 6 : 6 + n])
             if ctx.absolute is not None:
                 ctx.absolute.put(d_splats[:, -2:])
             planes, d_transmittance = planes[4:], torch.zeros_like(d_transmittance)
-        d_means2d, d_conics, d_opacities = d_shape.split([2, 3, 1], dim=1)
+        d_means2d, d_conics, d_opacities = sum(d_shapes[1:], d_shapes[0]).split([2, 3, 1], dim=1)
         return None, None, d_means2d, d_conics, d_opacities[:, 0], _concatenated(d_channels, dim=1)
 
 
 def _settings_of(n_channels: int, settings: RasterSettings) -> RasterSettings:
     return replace(settings, depth=Depth.EXPECTED) if n_channels == MOST_CHANNELS else settings
-
-
-def _painted(projected: Projected, opacities: torch.Tensor, channels: torch.Tensor) -> Projected:
-    """The same splats in other colours: up to three channels [M, X], and a fourth in place of the depth."""
-    splats = projected.splats.clone()
-    splats[:, 5] = opacities
-    splats[:, 6:9] = 0
-    splats[:, 6 : 6 + channels.shape[1]] = channels
-    return replace(projected, splats=splats)
 
 
 def _about_splats(views: Sequence[_View], layout: _Layout) -> dict[str, Any]:
