@@ -514,11 +514,10 @@ def _about_splats(views: Sequence[_View], layout: _Layout) -> dict[str, Any]:
     seen, n_cameras = [view.seen for view in views], layout.shape[-2]
     ids: dict[str, torch.Tensor | None] = dict.fromkeys(["batch_ids", "camera_ids", "gaussian_ids"])
     if layout.is_packed:
-        numbers = [divmod(number, n_cameras) for number in range(len(seen))]
-        of_views = [
-            [torch.full_like(s.rows, n) for n in pair] + [s.rows] for pair, s in zip(numbers, seen, strict=True)
-        ]
-        ids = dict(zip(ids, map(_concatenated, zip(*of_views, strict=True)), strict=True))
+        batch_ids = [torch.full_like(s.rows, number // n_cameras) for number, s in enumerate(seen)]
+        camera_ids = [torch.full_like(s.rows, number % n_cameras) for number, s in enumerate(seen)]
+        parts = batch_ids, camera_ids, [s.rows for s in seen]
+        ids = dict(zip(ids, map(_concatenated, parts), strict=True))
     return {
         **ids,
         "radii": layout.joined([s.radii for s in seen]),
