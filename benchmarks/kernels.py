@@ -20,7 +20,9 @@ import numpy as np
 import torch
 
 from spaceport_gs import _engine, ops
+from spaceport_gs.exposure import Exposure
 from spaceport_gs.gaussians import Gaussians, Rows
+from spaceport_gs.render import Renderer
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
 from spaceport_gs.types import Camera, Depth, DrawKey, GrowthSettings, Image, RasterSettings, Statistics
 
@@ -90,6 +92,11 @@ def photo_for(cloud: Cloud, device: str) -> torch.Tensor:
     return torch.randint(0, 256, (cloud.height, cloud.width, 3), generator=draw, dtype=torch.uint8).to(device)
 
 
+def target_of(photo: torch.Tensor) -> ops.LossTarget:
+    """With every part that a target may have."""
+    return ops.LossTarget(photo, photo[..., 0].contiguous(), Exposure.identity(1, photo.device).values[0])
+
+
 def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     """The rows to measure on the CPU, and the figures of the scene they run on."""
     gaussians, view, settings = random_cloud(cloud, "cpu"), camera(cloud), RasterSettings()
@@ -100,6 +107,7 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
     n_evaluated, n_blended = _engine.count_pairs(cpu, projected, tiles, view, settings)
     photo = photo_for(cloud, "cpu")
     d_color = ops.loss(image.color, photo, ops.LossSettings()).d_color
+    target = target_of(photo)
     d_image = Image(d_color, torch.zeros_like(image.transmittance))
     d_splats = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
     deep, absolute = replace(settings, depth=Depth.BOTH), replace(settings, absolute_gradients=True)
@@ -222,6 +230,14 @@ def kernels(cloud: Cloud) -> tuple[list[Kernel], dict[str, float]]:
             n_pixels,
             "pixels",
             1180,
+            "loads of the filters' taps",
+        ),
+        Kernel(
+            "loss with a mask and an exposure",
+            lambda: ops.loss(image.color, target, ops.LossSettings()),
+            n_pixels,
+            "pixels",
+            1240,
             "loads of the filters' taps",
         ),
         Kernel(
@@ -361,6 +377,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     moments = ops.AdamMoments(ops.zeros_like(gaussians), ops.zeros_like(gaussians))
     d_gaussians, rates = ops.empty_like(gaussians), ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=1)
     statistics_of = Statistics.empty(cloud.n, "cuda")
+    target, valid = target_of(photo), ops.LossSettings(padding=ops.SsimPadding.VALID)
     views = [camera(cloud, i) for i in range(N_VIEWS)]
     projected = [ops.project(gaussians, view, settings) for view in views]
     tiles = [ops.tile(p, view) for p, view in zip(projected, views, strict=True)]
@@ -386,6 +403,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         t = ops.tile(p, views[i])
         return p, t, ops.blend(p, t, views[i], settings)
 
+    renderer = Renderer(gaussians, settings)
     points, weights = gaussians.sh[:, 1:].reshape(cloud.n, -1).contiguous(), torch.ones(cloud.n, device="cuda")
     centroids = points[:GPU_CENTROIDS].clone()
     labels, _ = ops.cluster_assign(points, centroids)
@@ -393,11 +411,25 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     rows, growth = Rows(gaussians, (moments.first, moments.second)), growth_settings(gaussians)
     scores = torch.rand(cloud.n, generator=torch.Generator().manual_seed(2)).to("cuda")
     order = ops.morton_order(gaussians.means)
-    in_order = ops.select_rows(rows, order)
+    in_order, relocated = ops.select_rows(rows, order), ops.select_rows(rows, order)
+    compact = moments.stored(ops.MomentStorage.COMPACT)
+    compact_rows = Rows(gaussians, (compact.first, compact.second))
+    exposures = Exposure.identity(N_VIEWS, "cuda")
 
-    def steps(rule: UpdateRule, of: Rows = rows, settings: RasterSettings = settings) -> Callable[[int], None]:
+    def steps(
+        rule: UpdateRule,
+        of: Rows = rows,
+        settings: RasterSettings = settings,
+        target: ops.LossTarget | None = None,
+        limits: bool = True,
+    ) -> Callable[[int], None]:
         step_views = [StepView(view, photo, settings, ops.LossSettings()) for view in views]
+        if target is not None:
+            step_views = [
+                replace(view, mask=target.mask, exposure=exposures.of(i)) for i, view in enumerate(step_views)
+            ]
         recorded = TrainingStep(of.values, ops.AdamMoments(*of.companions), statistics_of, rule)
+        recorded.uses_depth_limits = limits
         numbers = itertools.count(1)
         return lambda i: recorded.run(step_views[i], replace(rates, step=next(numbers)))
 
@@ -407,7 +439,10 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "blend": lambda i: ops.blend(projected[i], tiles[i], views[i], settings),
         "blend, with depths": lambda i: ops.blend(projected[i], tiles[i], views[i], deep),
         "forward (project, tile, blend)": forward,
+        "renderer, a batch of views": lambda i: renderer.render(views),
         "loss and gradient": lambda i: ops.loss(images[i].color, photo, ops.LossSettings()),
+        "loss with valid padding": lambda i: ops.loss(images[i].color, photo, valid),
+        "loss with a mask and an exposure": lambda i: ops.loss(images[i].color, target, ops.LossSettings()),
         "blend'": blend_vjp,
         "blend', deterministic": lambda i: ops.blend_vjp(
             projected[i], tiles[i], views[i], ordered, images[i], d_images[i]
@@ -431,13 +466,18 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "growth, at a limit": lambda i: ops.grow(rows, scores, replace(growth, max_rows=cloud.n + cloud.n // 50)),
         "Morton order": lambda i: ops.morton_order(gaussians.means),
         "selection of all rows": lambda i: ops.select_rows(rows, order),
-        "relocation": lambda i: ops.relocate(rows, growth.min_opacity, growth.key),
+        "relocation": lambda i: ops.relocate(relocated, growth.min_opacity, growth.key),
         "cluster, assignment": lambda i: ops.cluster_assign(points, centroids),
         "cluster, means": lambda i: ops.cluster_update(points, labels, weights, centroids),
         "whole step, all rows": steps(UpdateRule.ALL),
+        "whole step, all rows in order": steps(UpdateRule.ALL, in_order),
+        "whole step, with masks and exposures": steps(UpdateRule.ALL, target=target),
+        "whole step, compact moments": steps(UpdateRule.ALL, compact_rows),
+        "whole step, SH deferred": steps(UpdateRule.DEFERRED),
         "whole step": steps(UpdateRule.CONTRIBUTING),
+        "whole step, no depth limits": steps(UpdateRule.CONTRIBUTING, limits=False),
         "whole step, deterministic": steps(UpdateRule.CONTRIBUTING, rows, ordered),
-        "whole step, rows in order": steps(UpdateRule.CONTRIBUTING, in_order),
+        "whole step, in order": steps(UpdateRule.CONTRIBUTING, in_order),
     }
 
 
@@ -478,12 +518,31 @@ def gsplat_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
     return {"gsplat: forward": forward_only, "gsplat: whole step": step}
 
 
-def measure_cuda(cloud: Cloud) -> dict[str, object]:
+def training_memory(cloud: Cloud, storage: ops.MomentStorage) -> float:
+    """GiB that training takes at most, beside the photos: Gaussians, moments, statistics, and all that a step needs."""
+    gaussians, photo = random_cloud(cloud, "cuda"), photo_for(cloud, "cuda")
+    moments = ops.AdamMoments.zeros(gaussians, storage)
+    step = TrainingStep(gaussians, moments, Statistics.empty(cloud.n, "cuda"), UpdateRule.CONTRIBUTING)
+    views = [StepView(camera(cloud, i), photo, RasterSettings(), ops.LossSettings()) for i in range(N_VIEWS)]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for i in range(2 * N_VIEWS):
+        step.run(views[i % N_VIEWS], ops.AdamSettings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, step=i + 1))
+    step.settle()
+    return (torch.cuda.max_memory_allocated() - photo.numel()) / 2**30
+
+
+def measure_cuda(cloud: Cloud, prefixes: list[str]) -> dict[str, object]:
     """Prints the table, and returns its figures."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {machine.commit()}")
-    print(f"{cloud.n:,} Gaussians at {cloud.width}×{cloud.height}\n{'kernel':32}{'median':>10}{'10 %':>10}{'90 %':>10}")
+    print(f"{cloud.n:,} Gaussians at {cloud.width}×{cloud.height}")
+    memory = {storage.value: training_memory(cloud, storage) for storage in ops.MomentStorage}
+    print("peak memory of training: " + ", ".join(f"{gib:.2f} GiB ({name} moments)" for name, gib in memory.items()))
+    print(f"{'kernel':32}{'median':>10}{'10 %':>10}{'90 %':>10}")
     rows = []
     for name, run in (gpu_kernels(cloud) | gsplat_kernels(cloud)).items():
+        if not any(name.startswith(prefix) for prefix in prefixes):
+            continue
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(GPU_WARM_UP + GPU_REPEATS + 1)]
         for i, mark in enumerate(marks):  # one behind the other, as in training: nobody waits in between
             mark.record()
@@ -493,16 +552,18 @@ def measure_cuda(cloud: Cloud) -> dict[str, object]:
         fast, median, slow = np.quantile(times, [0.1, 0.5, 0.9])
         print(f"{name:32}{median:7.3f} ms{fast:7.3f} ms{slow:7.3f} ms")
         rows.append({"kernel": name, "milliseconds": median, "milliseconds_10": fast, "milliseconds_90": slow})
-    return {"gpu": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated(), "rows": rows}
+    return {"gpu": torch.cuda.get_device_name(), "training_gib": memory, "rows": rows}
 
 
 def main() -> None:
     parser = machine.arguments(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cloud", choices=list(CLOUDS), default="250k-half")
+    parser.add_argument("--rows", nargs="+", default=[""], help="on a GPU, only the rows that begin with one of these")
     options = parser.parse_args()
-    measure = measure_cuda if options.device == "cuda" else measure_cpu
-    machine.write_json(options.json, {"cloud": options.cloud, **measure(CLOUDS[options.cloud])})
+    cloud = CLOUDS[options.cloud]
+    measured = measure_cuda(cloud, options.rows) if options.device == "cuda" else measure_cpu(cloud)
+    machine.write_json(options.json, {"cloud": options.cloud, **measured})
 
 
 if __name__ == "__main__":

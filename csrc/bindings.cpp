@@ -8,6 +8,7 @@
 #include "diagnose.h"
 #include "ops.h"
 #include "reader.h"
+#include "render.h"
 #include "step.h"
 
 namespace spaceport {
@@ -145,29 +146,33 @@ void bind_verbs(py::module_& m) {
         [](const Backend& backend, int width, int height) { return loss_scratch(backend, width, height); });
   m.def(
       "loss",
-      [](const Backend& backend, py::object color, py::object photo, float ssim_weight, py::object scratch,
-         py::object means, py::object d_color) {
+      [](const Backend& backend, py::object color, py::object target, py::object settings, py::object scratch,
+         py::object out) {
         const Reader read = reader_of(backend);
         const Array<float> x = read.array<float>(color, "color", {-1, -1, 3});
-        const LossImages images = {x.data, read.array<uint8_t>(photo, "photo", x.shape).data, int(x.shape[1]),
-                                   int(x.shape[0])};
+        const int64_t height = x.shape[0], width = x.shape[1];
+        const LossImages images = {x.data, read.loss_target(target, width, height), int(width), int(height)};
+        const LossSettings s = loss_settings_of(settings, width, height);
         void* memory = read.scratch(scratch, loss_scratch(backend, images.width, images.height));
-        const LossOutput out = {read.array<double>(means, "means", {2}).data,
-                                read.array<float>(d_color, "d_color", x.shape).data};
+        LossOutput output = {read.field<double>(out, "means", {2}).data,
+                             read.field<float>(out, "d_color", x.shape).data, nullptr};
+        if (images.target.exposure != nullptr) {
+          output.d_exposure = read.field<float>(out, "d_exposure", {3, 4}).data;
+        }
         Unlocked unlocked;
-        loss(backend, images, {ssim_weight}, memory, out);
+        loss(backend, images, s, memory, output);
       },
-      "Means of L1 and of SSIM; d_color becomes the gradient of (1 - w) L1 + w (1 - SSIM).");
+      "Fills `out`: means of L1 and of SSIM, and the gradients of (1 - w) L1 + w (1 - SSIM).");
 
   m.def("update", [](const Backend& backend, py::object values, py::object gradient, py::object first,
                      py::object second, py::object settings) {
     const Reader read = reader_of(backend);
     const Gaussians v = read.gaussians(values);
     const Gaussians g = read.gaussians_like(gradient, v);
-    const Gaussians m1 = read.gaussians_like(first, v), m2 = read.gaussians_like(second, v);
+    const AdamMoments moments = read.moments(first, second, v);
     const AdamSettings a = adam_settings_of(settings);
     Unlocked unlocked;
-    update(backend, v, g, m1, m2, a);
+    update(backend, v, g, moments, a);
   });
 
   m.def("project_vjp_update_scratch", [](const Backend& backend, py::object values) {
@@ -181,7 +186,7 @@ void bind_verbs(py::module_& m) {
         const Gaussians v = read.gaussians(values);
         const Projected p = read.projected(projected);
         const float* d = read.array<float>(d_splats, "d_splats", {p.n, kSplatGradientStride}).data;
-        const AdamMoments moments = {read.gaussians_like(first, v), read.gaussians_like(second, v)};
+        const AdamMoments moments = read.moments(first, second, v);
         const AdamSettings a = adam_settings_of(adam);
         check_rows(backend, p, v.n);
         void* memory = read.scratch(scratch, project_vjp_update_scratch(backend, v));
@@ -290,6 +295,15 @@ void bind_growth(py::module_& m) {
 }
 
 #ifdef SPACEPORT_BUILD_CUDA
+// What a recorded sequence is for.
+StepSize checked_size(int64_t n_gaussians, int64_t n_instances, int width, int height) {
+  if (n_gaussians < 1) refuse("gaussians", "at least one", "none");
+  if (width < 1 || height < 1) refuse("width, height", "a positive size", shape_text({width, height}));
+  if (n_instances < 1 || n_instances > kMostInstances)
+    refuse("n_instances", "1 to " + std::to_string(kMostInstances), std::to_string(n_instances));
+  return {n_gaussians, n_instances, width, height};
+}
+
 void bind_step(py::module_& m) {
   m.attr("STEP_PROGRESS_SIZE") = sizeof(StepProgress);
   m.attr("MOST_INSTANCES") = kMostInstances;
@@ -305,54 +319,109 @@ void bind_step(py::module_& m) {
          py::object adam) {
         const Reader read = reader_of(cuda);
         const Gaussians v = read.gaussians(values);
-        const AdamMoments moments = {read.gaussians_like(first, v), read.gaussians_like(second, v)};
+        const AdamMoments moments = read.moments(first, second, v);
         int32_t* rows = read.array<int32_t>(up_to_date, "up_to_date", {v.n}).data;
         const AdamSettings a = adam_settings_of(adam);
         Unlocked unlocked;
         catch_up(cuda, v, moments, rows, a);
       },
       "Makes up for the steps that rows have missed, up to and with adam.step.");
-  py::class_<StepView>(m, "StepView", "A camera and its photo, read once.")
-      .def(py::init([](const Cuda& cuda, py::object camera, py::object photo, py::object depth_limits) {
+  m.def(
+      "sh_log_size", [](const Cuda& cuda, int64_t n) { return sh_log_size(cuda, n); },
+      "Bytes of the log of a step whose SH coefficients are brought up to date later.");
+  m.def(
+      "flush_sh",
+      [](const Cuda& cuda, py::object values, py::object first, py::object second, py::object sh_log) {
         const Reader read = reader_of(cuda);
+        const Gaussians v = read.gaussians(values);
+        const AdamMoments moments = read.moments(first, second, v);
+        uint8_t* log = read.array<uint8_t>(sh_log, "sh_log", {int64_t(sh_log_size(cuda, v.n))}).data;
+        Unlocked unlocked;
+        flush_sh(cuda, v, moments, log);
+      },
+      "Brings the SH coefficients up to date with what is logged.");
+  py::class_<StepView>(m, "StepView", "A camera and what its image is compared with, read once.")
+      .def(py::init([](const Cuda& cuda, py::object camera, py::object photo, py::object mask, py::object exposure,
+                       py::object depth_limits) {
         const Camera c = camera_of(camera);
+        const Reader read = reader_of(cuda);
         const int64_t n_tiles = int64_t(c.tiles_x()) * c.tiles_y();
-        return StepView{c, read.array<uint8_t>(photo, "photo", {c.height, c.width, 3}).data,
-                        reinterpret_cast<uint32_t*>(read.array<int32_t>(depth_limits, "depth_limits", {n_tiles}).data)};
+        StepView view = {
+            c, {read.array<uint8_t>(photo, "photo", {c.height, c.width, 3}).data, nullptr, nullptr}, {}, nullptr};
+        if (!mask.is_none()) view.target.mask = read.array<uint8_t>(mask, "mask", {c.height, c.width}).data;
+        if (!exposure.is_none()) {
+          view.exposure = {
+              read.field<float>(exposure, "values", {3, 4}).data, read.field<float>(exposure, "first", {3, 4}).data,
+              read.field<float>(exposure, "second", {3, 4}).data, read.field<float>(exposure, "n_steps", {}).data};
+          view.target.exposure = view.exposure.values;
+        }
+        if (!depth_limits.is_none()) {
+          view.depth_limits =
+              reinterpret_cast<uint32_t*>(read.array<int32_t>(depth_limits, "depth_limits", {n_tiles}).data);
+        }
+        return view;
       }));
   py::class_<StepGraph>(m, "StepGraph", "A training step for images of one size, recorded.")
       .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object sums,
-                       py::object up_to_date, py::object statistics, py::object scratch, int64_t n_instances, int width,
-                       int height, py::object settings, float ssim_weight, py::object progress,
-                       py::object progress_on_host) {
+                       py::object up_to_date, py::object sh_log, py::object statistics, py::object scratch,
+                       int64_t n_instances, int width, int height, bool has_mask, bool has_exposure,
+                       py::object settings, py::object loss, py::object progress, py::object progress_on_host) {
         const Reader read = reader_of(cuda);
         const Gaussians v = read.gaussians(values);
-        if (v.n < 1) refuse("values", "at least one Gaussian", "none");
-        if (width < 1 || height < 1) refuse("width, height", "a positive size", shape_text({width, height}));
-        if (n_instances < 1 || n_instances > kMostInstances)
-          refuse("n_instances", "1 to " + std::to_string(kMostInstances), std::to_string(n_instances));
-        const StepSize size = {v.n, n_instances, width, height};
+        const StepSize size = checked_size(v.n, n_instances, width, height);
         const RasterSettings raster = raster_settings_of(settings, v.n_coefficients);
         StepBuffers buffers = {v,
-                               {read.gaussians_like(first, v), read.gaussians_like(second, v)},
+                               read.moments(first, second, v),
                                read.array<float>(sums, "sums", {v.n, kSplatGradientStride}).data,
+                               nullptr,
                                nullptr,
                                {read.field<float>(statistics, "gradient_sums", {v.n}).data,
                                 read.field<float>(statistics, "n_visible", {v.n}).data},
                                read.scratch(scratch, step_scratch(cuda, size, raster))};
         if (!up_to_date.is_none()) buffers.up_to_date = read.array<int32_t>(up_to_date, "up_to_date", {v.n}).data;
+        if (!sh_log.is_none()) {
+          if (!up_to_date.is_none()) refuse("sh_log", "None where rows miss steps", "a log");
+          buffers.sh_log = read.array<uint8_t>(sh_log, "sh_log", {int64_t(sh_log_size(cuda, v.n))}).data;
+        }
         const int64_t n_bytes = sizeof(StepProgress);
         const StepBook book = {
             reinterpret_cast<StepProgress*>(read.array<uint8_t>(progress, "progress", {n_bytes}).data),
             reinterpret_cast<StepProgress*>(
                 Reader("cpu").array<uint8_t>(progress_on_host, "progress_on_host", {n_bytes}).data)};
-        return new StepGraph(buffers, size, raster, {ssim_weight}, book);
+        return new StepGraph(buffers, size, {has_mask, has_exposure}, raster, loss_settings_of(loss, width, height),
+                             book);
       }))
       .def("launch", [](const StepGraph& graph, const Cuda& cuda, const StepView& view, py::object adam,
                         bool gathers_statistics) {
         const AdamSettings a = adam_settings_of(adam);
         Unlocked unlocked;
         graph.launch(cuda, {view, a, gathers_statistics});
+      });
+}
+
+void bind_render(py::module_& m) {
+  m.def(
+      "render_scratch",
+      [](const Cuda& cuda, int64_t n, int64_t n_instances, int width, int height) {
+        return render_scratch(cuda, {n, n_instances, width, height});
+      },
+      "Bytes of scratch that a renderer needs.");
+  py::class_<RenderGraph>(m, "RenderGraph", "Images of one size, recorded.")
+      .def(py::init([](const Cuda& cuda, py::object gaussians, py::object scratch, int64_t n_instances, int width,
+                       int height, py::object settings, py::object most, py::object most_on_host) {
+        const Reader read = reader_of(cuda);
+        const Gaussians g = read.gaussians(gaussians);
+        const StepSize size = checked_size(g.n, n_instances, width, height);
+        const RenderBook book = {read.array<int64_t>(most, "most", {1}).data,
+                                 Reader("cpu").array<int64_t>(most_on_host, "most_on_host", {1}).data};
+        return new RenderGraph(g, size, raster_settings_of(settings, g.n_coefficients),
+                               read.scratch(scratch, render_scratch(cuda, size)), book);
+      }))
+      .def("launch", [](const RenderGraph& graph, const Cuda& cuda, py::object camera, py::object out) {
+        const Camera c = camera_of(camera);
+        const Image image = reader_of(cuda).image(out, c);
+        Unlocked unlocked;
+        graph.launch(cuda, c, image);
       });
 }
 #endif
@@ -499,6 +568,7 @@ PYBIND11_MODULE(_engine, m) {
   bind_growth<Cuda>(m);
   bind_cluster<Cuda>(m);
   bind_step(m);
+  bind_render(m);
   m.def("cuda_status", &cuda_status,
         "Empty if a GPU can be used, else why not: no driver, a driver too old for this build, no device.");
 #endif

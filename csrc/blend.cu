@@ -222,7 +222,7 @@ struct PairDepths {
 template <bool kDepth>
 __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* splats, Tiles tiles, Grid grid,
                                                                 RasterSettings settings, DepthLimits depth_limits,
-                                                                Image out) {
+                                                                Late<Image> late_out) {
   __shared__ SplatRows staged[kForwardThreads];
   __shared__ unsigned reached[kGroups][kQuarters];  // which splats of a group can reach a quarter
   __shared__ int n_groups_of[kQuarters];
@@ -235,6 +235,7 @@ __global__ __launch_bounds__(kForwardThreads) void blend_kernel(const Splat* spl
   float red[kPixels] = {}, green[kPixels] = {}, blue[kPixels] = {};
   float left_through[kPixels] = {1.0f, 1.0f};  // T, also of pixels that have stopped
   PairDepths pixel_depths = {};
+  const Image out = late_out.get();
 
   const int64_t begin = tiles.offsets[tile], end = tiles.offsets[tile + 1];
   TileHits hits = TileHits::of(out.hits, tiles.n_instances, grid.n_tiles, tile, begin);
@@ -543,9 +544,10 @@ int64_t hits_size(const Cuda&, int64_t n_instances, const Camera& camera) {
 }
 
 void cuda::queue_blend(cudaStream_t stream, const Projected& projected, const Tiles& tiles, const Camera& camera,
-                       const RasterSettings& settings, const DepthLimits& depth_limits, const Image& out) {
+                       const RasterSettings& settings, const DepthLimits& depth_limits, const Late<Image>& out) {
   const Grid grid = Grid::of(camera);
-  const auto kernel = out.depth != nullptr || out.median_depth != nullptr ? blend_kernel<true> : blend_kernel<false>;
+  const bool has_depth = out.value.depth != nullptr || out.value.median_depth != nullptr;
+  const auto kernel = has_depth ? blend_kernel<true> : blend_kernel<false>;
   kernel<<<unsigned(grid.n_tiles), kForwardThreads, 0, stream>>>(projected.splats, tiles, grid, settings, depth_limits,
                                                                  out);
   check_launch("blend");
@@ -554,7 +556,7 @@ void cuda::queue_blend(cudaStream_t stream, const Projected& projected, const Ti
 void blend(const Cuda& backend, const Projected& projected, const Tiles& tiles, const Camera& camera,
            const RasterSettings& settings, const Image& out) {
   const cuda::DepthLimits none = {cuda::Late<uint32_t*>(nullptr), nullptr};
-  cuda::queue_blend(stream_of(backend), projected, tiles, camera, settings, none, out);
+  cuda::queue_blend(stream_of(backend), projected, tiles, camera, settings, none, cuda::Late<Image>(out));
 }
 
 size_t blend_vjp_scratch(const Cuda&, int64_t n_splats, int64_t n_instances, int n_columns,

@@ -63,7 +63,7 @@ void blend_vjp(const Cpu& cpu, const Projected& projected, const Tiles& tiles, c
 }
 
 size_t loss_scratch(const Cpu&, int width, int height) {
-  return size_t(n_pieces_of(width, kLossBlockWidth) * n_pieces_of(height, kLossBlockHeight)) * 2 * sizeof(double);
+  return size_t(n_pieces_of(width, kLossBlockWidth) * n_pieces_of(height, kLossBlockHeight)) * sizeof(LossSums);
 }
 
 void loss(const Cpu& cpu, const LossImages& images, const LossSettings& settings, void* scratch,
@@ -71,9 +71,9 @@ void loss(const Cpu& cpu, const LossImages& images, const LossSettings& settings
   SPACEPORT_DISPATCH(loss, images, settings, scratch, out);
 }
 
-void update(const Cpu& cpu, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
-            const Gaussians& second_moment, const AdamSettings& settings) {
-  SPACEPORT_DISPATCH(update, values, gradient, first_moment, second_moment, settings);
+void update(const Cpu& cpu, const Gaussians& values, const Gaussians& gradient, const AdamMoments& moments,
+            const AdamSettings& settings) {
+  SPACEPORT_DISPATCH(update, values, gradient, moments.first, moments.second, settings);
 }
 
 size_t project_vjp_update_scratch(const Cpu&, const Gaussians& values) {
@@ -97,7 +97,7 @@ void project_vjp_update(const Cpu& cpu, const Gaussians& values, const Camera& c
   gradient.sh = take(3 * values.n_coefficients);
   const SplatGradient d = {const_cast<float*>(d_splats), kSplatGradientStride};
   project_vjp(cpu, values, camera, settings, projected, d, {gradient, nullptr, nullptr});
-  update(cpu, values, gradient, moments.first, moments.second, adam);
+  update(cpu, values, gradient, moments, adam);
 }
 
 size_t cluster_assign_scratch(const Cpu&, const Points&) {

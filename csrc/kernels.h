@@ -9,6 +9,10 @@ namespace spaceport {
 // What one piece of work takes on.
 constexpr int64_t kProjectRowsPerPiece = 1024;
 constexpr int kLossBlockWidth = 192, kLossBlockHeight = 128;  // pixels: what a block keeps fits the second-level cache
+// Of absolute differences, of SSIM and of the gradient by the exposure, over a block.
+struct LossSums {
+  double l1, ssim, d_exposure[12];
+};
 }  // namespace spaceport
 #endif
 

@@ -1,6 +1,8 @@
 // loss: L1 + D-SSIM and its gradient. Two passes over blocks of the image: the local moments, SSIM and its derivatives;
 // then those derivatives filtered back onto the pixels. Windows are separable; a thread filters eight pixels of a row
 // at once, then six of a column, so that what it loads serves several of them.
+//
+// The kernels are compiled twice: for a plain loss, and for one with a mask, an exposure or no padding.
 #define SPACEPORT_ISA cuda
 
 #include "queued.cuh"
@@ -20,19 +22,31 @@ constexpr int kMoments = 4, kDerivatives = 3;
 constexpr int kRowLength = (kHaloWidth + 3) / 4 * 4;
 using Plane = float[kHaloHeight][kRowLength];
 using FilteredPlane = float[kHaloHeight][kWidth + 1];
+constexpr unsigned kExposureBlocks = 256;
 
-struct LossScratch {
-  float* derivatives;  // [kDerivatives, kChannels, H, W]
-  double2* sums;       // [n_blocks] of |difference| and of SSIM
-
-  static LossScratch of(Arena& arena, int width, int height, int64_t n_blocks) {
-    return {arena.take<float>(int64_t(kDerivatives) * kChannels * width * height), arena.take<double2>(n_blocks)};
-  }
+// Of |difference| and of SSIM.
+struct LossSums {
+  double l1, ssim;
+};
+// What the gradients of L1 and of SSIM are multiplied by at each pixel.
+struct LossFactors {
+  float l1, ssim;
 };
 
-dim3 grid_of(int width, int height) {
-  return dim3(n_blocks_of(width, kWidth), n_blocks_of(height, kHeight));
-}
+struct LossScratch {
+  float* derivatives;    // [kDerivatives, kChannels, H, W]
+  LossSums* sums;        // [n_blocks]
+  LossSums* weights;     // [n_blocks], of the pixels
+  LossFactors* factors;  // of a loss that is not plain
+  float* d_exposure;     // [kExposureSize, kExposureBlocks]
+
+  static LossScratch of(Arena& arena, int width, int height) {
+    const int64_t n_blocks = int64_t(n_blocks_of(width, kWidth)) * n_blocks_of(height, kHeight);
+    return {arena.take<float>(int64_t(kDerivatives) * kChannels * width * height), arena.take<LossSums>(n_blocks),
+            arena.take<LossSums>(n_blocks), arena.take<LossFactors>(1),
+            arena.take<float>(int64_t(kExposureSize) * kExposureBlocks)};
+  }
+};
 
 // Sum over the block's threads, in thread 0.
 __device__ double block_sum(double value) {
@@ -135,22 +149,47 @@ __device__ float shade_of(uint8_t level) {
   return float(level) * (1.0f / 255.0f);
 }
 
-__global__ __launch_bounds__(kThreads, 5) void moments_kernel(LossImages images, Late<const uint8_t*> late_photo,
-                                                              LossScratch scratch) {
+// A pixel's colour and that of the photo, in one channel, as they are compared.
+struct Pair {
+  float x, y;
+};
+// How the pixels of an image are compared. A plain comparison knows no mask and no exposure.
+template <bool kIsPlain>
+struct Comparison {
+  const float* color;
+  LossTarget target;
+
+  // Of the pixel `at`; all its numbers fit an int.
+  __device__ float weight(int at) const {
+    return kIsPlain || target.mask == nullptr ? 1.0f : shade_of(target.mask[at]);
+  }
+  __device__ Pair pair(int at, int channel) const {
+    const float y = shade_of(target.photo[kChannels * at + channel]);
+    if (kIsPlain) return {color[kChannels * at + channel], y};
+    const float x = target.exposure == nullptr ? color[kChannels * at + channel]
+                                               : exposed(target.exposure, color + kChannels * at, channel);
+    return {weight(at) * x, weight(at) * y};
+  }
+};
+
+template <bool kIsPlain>
+__global__ __launch_bounds__(kThreads, kIsPlain ? 5 : 3) void moments_kernel(LossImages images, Late<LossTarget> target,
+                                                                             int margin, LossScratch scratch) {
   __shared__ __align__(16) Plane planes[2];
   Plane &x = planes[0], &y = planes[1];
   __shared__ FilteredPlane across[kMoments];
-  const uint8_t* photo = late_photo.get();
+  const Comparison<kIsPlain> comparison = {images.color, target.get()};
   const int column = int(blockIdx.x) * kWidth + column_of(), top = int(blockIdx.y) * kHeight;
   const int64_t n_pixels = int64_t(images.width) * images.height;
-  float l1 = 0.0f, ssim = 0.0f;
+  float l1 = 0.0f, ssim = 0.0f, l1_weight = 0.0f, ssim_weight = 0.0f;
   for (int channel = 0; channel < kChannels; ++channel) {
     __syncthreads();
     load_with_halo<2>(
         images.width, images.height,
         [&](int at, float* values) {
-          values[0] = images.color[kChannels * at + channel];
-          values[1] = shade_of(photo[kChannels * at + channel]);
+          const Pair pair = comparison.pair(at, channel);
+          values[0] = pair.x;
+          values[1] = pair.y;
         },
         planes);
     __syncthreads();
@@ -171,7 +210,16 @@ __global__ __launch_bounds__(kThreads, 5) void moments_kernel(LossImages images,
       const int row = top + row_of(i);
       if (column >= images.width || row >= images.height) continue;
       const float own[5] = {moments[0][i], moments[1][i], moments[2][i], 0.0f, moments[3][i]};
-      const SsimDerivatives<float> d = ssim_of(own);
+      SsimDerivatives<float> d = ssim_of(own);
+      if (!kIsPlain) {
+        const float weight = comparison.weight(row * images.width + column);
+        const bool is_inner =
+            column >= margin && column < images.width - margin && row >= margin && row < images.height - margin;
+        const float inner_weight = is_inner ? weight : 0.0f;
+        d = {inner_weight * d.ssim, inner_weight * d.by_mean, inner_weight * d.by_square, inner_weight * d.by_product};
+        l1_weight += weight;
+        ssim_weight += inner_weight;
+      }
       ssim += d.ssim;
       l1 += fabsf(x[row_of(i) + kRadius][column_of() + kRadius] - y[row_of(i) + kRadius][column_of() + kRadius]);
       float* to = scratch.derivatives + channel * n_pixels + int64_t(row) * images.width + column;
@@ -180,33 +228,52 @@ __global__ __launch_bounds__(kThreads, 5) void moments_kernel(LossImages images,
       to[2 * kChannels * n_pixels] = d.by_product;
     }
   }
+  const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
   const double l1_sum = block_sum(double(l1)), ssim_sum = block_sum(double(ssim));
-  if (threadIdx.x == 0) {
-    scratch.sums[int64_t(blockIdx.y) * gridDim.x + blockIdx.x] = make_double2(l1_sum, ssim_sum);
+  if (threadIdx.x == 0) scratch.sums[block] = {l1_sum, ssim_sum};
+  if (!kIsPlain) {
+    const double l1_total = block_sum(double(l1_weight)), ssim_total = block_sum(double(ssim_weight));
+    if (threadIdx.x == 0) scratch.weights[block] = {l1_total, ssim_total};
   }
 }
 
-// The blocks' sums, always in the same order; called by a whole block.
-__device__ void write_means(const LossScratch& scratch, int64_t n_sums, double n_values, double* means) {
+// The sum of the blocks' sums, always in the same order; called by a whole block, for its first thread.
+__device__ LossSums total_of(const LossSums* sums, int64_t n_sums) {
   double l1 = 0.0, ssim = 0.0;
   for (int64_t i = threadIdx.x; i < n_sums; i += kThreads) {
-    l1 += scratch.sums[i].x;
-    ssim += scratch.sums[i].y;
+    l1 += sums[i].l1;
+    ssim += sums[i].ssim;
   }
   const double l1_sum = block_sum(l1), ssim_sum = block_sum(ssim);
-  if (threadIdx.x == 0) {
-    means[0] = l1_sum / n_values;
-    means[1] = ssim_sum / n_values;
-  }
+  return {l1_sum, ssim_sum};
 }
 
-__global__ __launch_bounds__(kThreads, 4) void gradient_kernel(LossImages images, Late<const uint8_t*> late_photo,
-                                                               LossScratch scratch, float l1_factor, float ssim_factor,
-                                                               LossOutput out) {
-  if (blockIdx.x == 0 && blockIdx.y == 0) {
-    write_means(scratch, int64_t(gridDim.x) * gridDim.y, double(images.width) * images.height * kChannels, out.means);
+// The means and factors of a loss whose weights are only known now: one block. `shares` of L1 and of SSIM in the loss.
+__global__ __launch_bounds__(kThreads) void weigh_kernel(LossScratch scratch, int64_t n_sums, LossSums shares,
+                                                         double* means) {
+  const LossSums sums = total_of(scratch.sums, n_sums), weights = total_of(scratch.weights, n_sums);
+  if (threadIdx.x != 0) return;
+  means[0] = weights.l1 > 0.0 ? sums.l1 / weights.l1 : 0.0;
+  means[1] = weights.ssim > 0.0 ? sums.ssim / weights.ssim : 1.0;
+  *scratch.factors = {weights.l1 > 0.0 ? float(shares.l1 / weights.l1) : 0.0f,
+                      weights.ssim > 0.0 ? float(shares.ssim / weights.ssim) : 0.0f};
+}
+
+template <bool kIsPlain>
+__global__ __launch_bounds__(kThreads, kIsPlain ? 4 : 2) void gradient_kernel(LossImages images,
+                                                                              Late<LossTarget> target,
+                                                                              LossScratch scratch, LossFactors factors,
+                                                                              LossOutput out) {
+  if (kIsPlain && blockIdx.x == 0 && blockIdx.y == 0) {
+    const LossSums sums = total_of(scratch.sums, int64_t(gridDim.x) * gridDim.y);
+    const double n_values = double(images.width) * images.height * kChannels;
+    if (threadIdx.x == 0) {
+      out.means[0] = sums.l1 / n_values;
+      out.means[1] = sums.ssim / n_values;
+    }
   }
-  const uint8_t* photo = late_photo.get();
+  if (!kIsPlain) factors = *scratch.factors;
+  const Comparison<kIsPlain> comparison = {images.color, target.get()};
   __shared__ __align__(16) Plane maps[kDerivatives];
   __shared__ FilteredPlane across[kDerivatives];
   const int column = int(blockIdx.x) * kWidth + column_of(), top = int(blockIdx.y) * kHeight;
@@ -236,44 +303,90 @@ __global__ __launch_bounds__(kThreads, 4) void gradient_kernel(LossImages images
     for (int i = 0; i < kDown; ++i) {
       const int row = top + row_of(i);
       if (column >= images.width || row >= images.height) continue;
-      const int64_t at = kChannels * (int64_t(row) * images.width + column) + channel;
-      const float x = images.color[at], y = shade_of(photo[at]);
-      const float sign = x > y ? l1_factor : x < y ? -l1_factor : 0.0f;
-      out.d_color[at] = fmaf(ssim_factor, d[0][i] + 2.0f * x * d[1][i] + y * d[2][i], sign);
+      const int at = row * images.width + column;
+      const auto [x, y] = comparison.pair(at, channel);
+      const float sign = x > y ? factors.l1 : x < y ? -factors.l1 : 0.0f;
+      out.d_color[kChannels * at + channel] =
+          comparison.weight(at) * fmaf(factors.ssim, d[0][i] + 2.0f * x * d[1][i] + y * d[2][i], sign);
     }
   }
 }
 
+// d_color, which is by the colours behind the exposure, becomes that by those before it; each block's part of the
+// gradient by the exposure.
+__global__ __launch_bounds__(kThreads) void expose_vjp_kernel(const float* color, Late<LossTarget> target,
+                                                              int64_t n_pixels, float* d_color, float* d_exposure) {
+  __shared__ float exposure[kExposureSize];
+  if (threadIdx.x < kExposureSize) exposure[threadIdx.x] = target.place_or_value()->exposure[threadIdx.x];
+  __syncthreads();
+  float sums[kExposureSize] = {};
+  for (int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x; at < n_pixels; at += int64_t(gridDim.x) * kThreads) {
+    const float* x = color + kChannels * at;
+    float* out = d_color + kChannels * at;
+    const float d[kChannels] = {out[0], out[1], out[2]};
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) sums[c * (kChannels + 1) + k] += d[c] * x[k];
+      sums[c * (kChannels + 1) + kChannels] += d[c];
+      out[c] = exposed_vjp(exposure, d, c);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kExposureSize; ++i) {
+    const double sum = block_sum(double(sums[i]));
+    if (threadIdx.x == 0) d_exposure[i * kExposureBlocks + blockIdx.x] = float(sum);
+  }
+}
+
+// The blocks' parts together, always in the same order: a warp for each number.
+__global__ __launch_bounds__(32) void exposure_gradient_kernel(const float* parts, float* d_exposure) {
+  double sum = 0.0;
+  for (unsigned i = threadIdx.x; i < kExposureBlocks; i += 32) sum += double(parts[blockIdx.x * kExposureBlocks + i]);
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(0xffffffffu, sum, unsigned(step));
+  if (threadIdx.x == 0) d_exposure[blockIdx.x] = float(sum);
+}
+
 }  // namespace
 
-void queue_loss(cudaStream_t stream, const LossImages& images, const Late<const uint8_t*>& photo,
-                const LossSettings& settings, void* memory, const LossOutput& out) {
-  if (int64_t(images.width) * images.height * kChannels > INT32_MAX) {
-    throw std::invalid_argument("color: too many pixels for one loss");
-  }
-  const dim3 grid = grid_of(images.width, images.height);
+void queue_loss(cudaStream_t stream, const LossImages& images, const LateTarget& target, const LossSettings& settings,
+                void* memory, const LossOutput& out) {
+  const int64_t n_pixels = int64_t(images.width) * images.height;
+  if (n_pixels * kChannels > INT32_MAX) throw std::invalid_argument("color: too many pixels for one loss");
+  const dim3 grid(n_blocks_of(images.width, kWidth), n_blocks_of(images.height, kHeight));
+  const int64_t n_blocks = int64_t(grid.x) * grid.y;
   Arena arena(memory);
-  const LossScratch scratch = LossScratch::of(arena, images.width, images.height, int64_t(grid.x) * grid.y);
-  const double n_values = double(images.width) * double(images.height) * kChannels;
-  moments_kernel<<<grid, kThreads, 0, stream>>>(images, photo, scratch);
-  gradient_kernel<<<grid, kThreads, 0, stream>>>(images, photo, scratch,
-                                                 float((1.0 - double(settings.ssim_weight)) / n_values),
-                                                 float(-double(settings.ssim_weight) / n_values), out);
+  const LossScratch scratch = LossScratch::of(arena, images.width, images.height);
+  const LossSums shares = {1.0 - double(settings.ssim_weight), -double(settings.ssim_weight)};
+  if (!target.has_mask && !target.has_exposure && settings.padding == SsimPadding::kZero) {
+    moments_kernel<true><<<grid, kThreads, 0, stream>>>(images, target.late, 0, scratch);
+    const double n_values = double(n_pixels * kChannels);
+    const LossFactors factors = {float(shares.l1 / n_values), float(shares.ssim / n_values)};
+    gradient_kernel<true><<<grid, kThreads, 0, stream>>>(images, target.late, scratch, factors, out);
+  } else {
+    moments_kernel<false><<<grid, kThreads, 0, stream>>>(images, target.late, margin_of(settings.padding), scratch);
+    weigh_kernel<<<1, kThreads, 0, stream>>>(scratch, n_blocks, shares, out.means);
+    gradient_kernel<false><<<grid, kThreads, 0, stream>>>(images, target.late, scratch, {}, out);
+  }
+  if (target.has_exposure) {
+    expose_vjp_kernel<<<kExposureBlocks, kThreads, 0, stream>>>(images.color, target.late, n_pixels, out.d_color,
+                                                                scratch.d_exposure);
+    exposure_gradient_kernel<<<kExposureSize, 32, 0, stream>>>(scratch.d_exposure, out.d_exposure);
+  }
   check_launch("loss");
 }
 
 }  // namespace cuda
 
 size_t loss_scratch(const Cuda&, int width, int height) {
-  const dim3 grid = cuda::grid_of(width, height);
   Arena arena(nullptr);
-  cuda::LossScratch::of(arena, width, height, int64_t(grid.x) * grid.y);
+  cuda::LossScratch::of(arena, width, height);
   return arena.used();
 }
 
 void loss(const Cuda& backend, const LossImages& images, const LossSettings& settings, void* memory,
           const LossOutput& out) {
-  cuda::queue_loss(stream_of(backend), images, cuda::Late<const uint8_t*>(images.photo), settings, memory, out);
+  cuda::queue_loss(stream_of(backend), images, cuda::LateTarget::of(images.target), settings, memory, out);
 }
 
 }  // namespace spaceport

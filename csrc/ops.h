@@ -79,17 +79,30 @@ void blend_vjp(const Cuda&, const Projected&, const Tiles&, const Camera&, const
                const Image& d_image, void* scratch, const SplatGradient& d_splats);
 
 // (1 - weight) * L1 + weight * (1 - SSIM) against an 8-bit photo, and its gradient by the colour.
-// SSIM as in Wang et al. (2004): 11x11 Gaussian window, sigma 1.5, zero padding, mean over pixels and channels.
+// SSIM as in Wang et al. (2004): 11x11 Gaussian window, sigma 1.5, mean over pixels and channels.
+enum class SsimPadding {
+  kZero,   // what lies outside the image is zero
+  kValid,  // the mean is over those pixels alone whose window lies inside the image, which is not smaller than one
+};
 struct LossSettings {
   float ssim_weight;
+  SsimPadding padding;
+};
+// What an image is compared with, and how. A mask multiplies both colours before they are compared, and weighs each
+// pixel in both means: what it hides has no influence at all. Where it hides everything, the loss is zero.
+struct LossTarget {
+  const uint8_t* photo;   // [H, W, 3]
+  const uint8_t* mask;    // [H, W] in units of 1/255; null: every pixel counts
+  const float* exposure;  // [3, 4] matrix | offset, which the image's colours go through first; null: they do not
 };
 struct LossOutput {
-  double* means;   // [2] L1 and SSIM over pixels and channels
-  float* d_color;  // [H, W, 3]
+  double* means;      // [2] L1 and SSIM over pixels and channels
+  float* d_color;     // [H, W, 3]
+  float* d_exposure;  // [3, 4]; null without an exposure
 };
 struct LossImages {
-  const float* color;    // [H, W, 3]
-  const uint8_t* photo;  // [H, W, 3]
+  const float* color;  // [H, W, 3]
+  LossTarget target;
   int width, height;
 };
 size_t loss_scratch(const Cpu&, int width, int height);
@@ -101,18 +114,25 @@ void loss(const Cuda&, const LossImages&, const LossSettings&, void* scratch, co
 struct AdamSettings {
   float means, log_scales, quaternions, opacities, sh_dc, sh_rest;  // learning rates
   float beta1, beta2, epsilon;
-  int64_t step;  // 1 for the first
+  int64_t step;    // 1 for the first
+  float exposure;  // learning rate of the view's exposure
 };
-void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
-            const Gaussians& second_moment, const AdamSettings&);
-void update(const Cuda&, const Gaussians& values, const Gaussians& gradient, const Gaussians& first_moment,
-            const Gaussians& second_moment, const AdamSettings&);
+// How the moments of SH coefficients lie in memory; those of all else are floats.
+enum class MomentStorage {
+  kFull,     // as the coefficients do
+  kCompact,  // on a GPU: first.sh is [N, K, 3] words, each two bfloat16, of the first moment (the upper half) and of
+             // the second. But the constant coefficient keeps floats: its words are the first moment, second.sh is [N,
+             // 1, 3]
+};
+struct AdamMoments {
+  Gaussians first, second;
+  MomentStorage storage;
+};
+void update(const Cpu&, const Gaussians& values, const Gaussians& gradient, const AdamMoments&, const AdamSettings&);
+void update(const Cuda&, const Gaussians& values, const Gaussians& gradient, const AdamMoments&, const AdamSettings&);
 
 // project_vjp and update in one, without the gradient in between where the backend can do so. The moments' and values'
 // rows that are not visible take their step with a gradient of zero.
-struct AdamMoments {
-  Gaussians first, second;
-};
 size_t project_vjp_update_scratch(const Cpu&, const Gaussians&);
 size_t project_vjp_update_scratch(const Cuda&, const Gaussians&);
 void project_vjp_update(const Cpu&, const Gaussians& values, const Camera&, const RasterSettings&, const Projected&,

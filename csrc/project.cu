@@ -32,25 +32,24 @@ struct Grid {
 struct Touched {
   TileSet tiles;
   bool is_seen;  // by some tile, were it not for the limits
+  bool is_far;   // reaches further than a TileSet's box: its tiles are yet to be counted
 };
 __device__ Touched tiles_of(const Splat& splat, const Grid& grid, const NearSide& near_side) {
   const TileRows tiles(splat, grid.tiles_x, grid.tiles_y);
   const TileSpan box = tile_span(splat.x - splat.extent_x, splat.x + splat.extent_x, grid.tiles_x);
-  const bool is_in_box = box.end - box.begin <= kTileBoxSide && tiles.rows.end - tiles.rows.begin <= kTileBoxSide;
-  TileSet set = {uint16_t(box.begin), uint16_t(tiles.rows.begin), 0, 0};
-  bool is_seen = false;
+  Touched touched = {{uint16_t(box.begin), uint16_t(tiles.rows.begin), 0, 0}, false, false};
+  touched.is_far = box.end - box.begin > kTileBoxSide || tiles.rows.end - tiles.rows.begin > kTileBoxSide;
+  if (touched.is_far) return touched;
   for (int row = tiles.rows.begin; row < tiles.rows.end; ++row) {
     const TileSpan columns = tiles.columns(row);
-    is_seen |= columns.begin < columns.end;
     for (int column = columns.begin; column < columns.end; ++column) {
+      touched.is_seen = true;
       if (!near_side.holds(row * grid.tiles_x + column)) continue;
-      ++set.n;
-      if (is_in_box) {
-        set.bits |= uint64_t(1) << ((row - tiles.rows.begin) * kTileBoxSide + column - box.begin);
-      }
+      ++touched.tiles.n;
+      touched.tiles.bits |= uint64_t(1) << ((row - tiles.rows.begin) * kTileBoxSide + column - box.begin);
     }
   }
-  return {set, is_seen};
+  return touched;
 }
 
 // A row on its way to be a splat: all but its colour.
@@ -58,6 +57,7 @@ struct Candidate {
   Splat splat;
   TileSet touched;     // none where it is not listed
   uint32_t depth_key;  // or why it is not
+  bool is_far;         // see Touched
   Vec3<float> offset;  // from the camera
 };
 __device__ Candidate candidate_of(const Gaussians& g, int64_t row, const View<float>& view,
@@ -89,8 +89,34 @@ __device__ Candidate candidate_of(const Gaussians& g, int64_t row, const View<fl
   c.offset = raw.mean - view.center;
   const Touched touched = tiles_of(c.splat, grid, near_side);
   c.touched = touched.tiles;
-  c.depth_key = c.touched.n > 0 ? near_side.depth_key : touched.is_seen ? kHidden : kNoDepth;
+  c.is_far = touched.is_far;
+  c.depth_key = c.touched.n > 0 || c.is_far ? near_side.depth_key : touched.is_seen ? kHidden : kNoDepth;
   return c;
+}
+
+// Counts the tiles of a warp's candidates that reach far, all lanes on one of them: in a thread of its own each would
+// hold up the others. Depth limits are not for these.
+__device__ void count_far_tiles(Candidate& c, const Grid& grid) {
+  const int lane = int(threadIdx.x % 32);
+  for (unsigned far = __ballot_sync(kAllLanes, c.is_far); far != 0; far &= far - 1) {
+    const int owner = __ffs(int(far)) - 1;
+    const auto shared = [&](float own) { return __shfl_sync(kAllLanes, own, owner); };
+    const Splat& s = c.splat;
+    Splat splat = {shared(s.x), shared(s.y), shared(s.a), shared(s.b), shared(s.c), shared(s.opacity)};
+    splat.extent_x = shared(s.extent_x);
+    splat.extent_y = shared(s.extent_y);
+    const TileRows tiles(splat, grid.tiles_x, grid.tiles_y);
+    unsigned n = 0;
+    for (int row = tiles.rows.begin + lane; row < tiles.rows.end; row += 32) {
+      const TileSpan columns = tiles.columns(row);
+      if (columns.begin < columns.end) n += unsigned(columns.end - columns.begin);
+    }
+    for (int step = 16; step > 0; step /= 2) n += __shfl_xor_sync(kAllLanes, n, step);
+    if (lane == owner) {
+      c.touched.n = n;
+      if (n == 0) c.depth_key = kNoDepth;
+    }
+  }
 }
 
 // Colours the candidates of a warp; those whose colour is not finite touch no tile.
@@ -199,6 +225,7 @@ __global__ __launch_bounds__(kThreads, 3) void project_kernel(Gaussians g, Late<
   const View<float> view = late_view.get();
   Candidate candidate = {};
   if (row < g.n) candidate = candidate_of(g, row, view, settings, grid, depth_limits.get());
+  count_far_tiles(candidate, grid);
   extern __shared__ float4 staged[];
   color<kDegree>(g, row - threadIdx.x % 32, candidate,
                  staged + threadIdx.x / 32 * 32 * StagedRows<3 * n_coefficients_of(kDegree)>::kStride);

@@ -8,6 +8,7 @@
 #include "look_back.cuh"
 #include "queued.cuh"
 #include "rows.cuh"
+#include "sh_moments.cuh"
 
 namespace spaceport {
 namespace cuda {
@@ -48,21 +49,6 @@ __device__ void adam(float& value, float gradient, float& first, float& second, 
   if (lag.drift != 0.0f) catch_up(value, first, second, rate, r, lag);
   adam(value, gradient, first, second, rate, r);
 }
-
-template <class T>
-struct Parameter {
-  T value, first, second;
-
-  __device__ static Parameter load(const float* values, const float* firsts, const float* seconds, int64_t at) {
-    return {reinterpret_cast<const T*>(values)[at], reinterpret_cast<const T*>(firsts)[at],
-            reinterpret_cast<const T*>(seconds)[at]};
-  }
-  __device__ void store(float* values, float* firsts, float* seconds, int64_t at) const {
-    reinterpret_cast<T*>(values)[at] = value;
-    reinterpret_cast<T*>(firsts)[at] = first;
-    reinterpret_cast<T*>(seconds)[at] = second;
-  }
-};
 
 __device__ void step(Parameter<float>& p, float gradient, float rate, const AdamRates& rates, const Lag& lag) {
   adam(p.value, gradient, p.first, p.second, rate, rates, lag);
@@ -245,12 +231,29 @@ struct ListedRows {
   }
 };
 
+// Where a row's part in the update of SH coefficients goes: to the kernel behind, or to the log. Called by whole warps.
+struct ToRecords {
+  ShRecord* records;
+
+  __device__ void write(const WarpRows&, int64_t i, const Item& item, const RowGradient& gradient,
+                        const Lag& lag) const {
+    if (item.row >= 0) records[i] = {gradient.direction, gradient.color, lag, int32_t(item.row)};
+  }
+};
+struct ToLog {
+  ShLog log;
+
+  __device__ void write(const WarpRows& rows, int64_t, const Item&, const RowGradient& gradient, const Lag&) const {
+    rows.store(log.colors + (*log.n - 1) * 3 * log.n_rows, gradient.color);
+  }
+};
+
 constexpr int kRows = 128;  // of a block
 
 // The gradients of rows, and Adam on all but their SH coefficients: one thread a row.
-template <int kDegree, class Rows>
+template <int kDegree, class Rows, class To>
 __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, Rows rows,
-                                                                Late<UpdateInputs> late_inputs, ShRecord* records) {
+                                                                Late<UpdateInputs> late_inputs, To sh) {
   constexpr int kColumns = 3 * n_coefficients_of(kDegree);
   __shared__ float4 staged_fours[kRows * StagedRows<kColumns>::kStride];
   __shared__ float exchange[kRows / 32][WarpRows::kFloats];
@@ -282,21 +285,21 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
 #pragma unroll
       for (int k = 0; k < kSplatGradientStride; ++k) from[k] = 0.0f;
     }
-    gradient =
-        gradient_of_row<kDegree>(value.raw, value.logit, u.view, job.low_pass, job.gradients.kind, d, [&](float* sh) {
-          if (StagedRows<kColumns>::fit(stride)) {
-            staged.get(int(threadIdx.x % 32), sh);
-          } else {
-            load_row<kColumns>(job.values.sh + item.row * stride, stride, sh);
-          }
-        });
+    gradient = gradient_of_row<kDegree>(value.raw, value.logit, u.view, job.low_pass, job.gradients.kind, d,
+                                        [&](float* columns) {
+                                          if (StagedRows<kColumns>::fit(stride)) {
+                                            staged.get(int(threadIdx.x % 32), columns);
+                                          } else {
+                                            load_row<kColumns>(job.values.sh + item.row * stride, stride, columns);
+                                          }
+                                        });
     if (u.statistics.gradient_sums != nullptr && !changes_nothing) job.add_statistics(u.statistics, item.row, d);
   }
   if (changes_nothing) return;
   if (Rows::kSeesAll && item.is_visible && u.statistics.n_visible != nullptr) u.statistics.n_visible[item.row] += 1.0f;
   const Lag lag = item.row >= 0 ? rows.lag(item, u) : Lag::none();
   update_shapes(job.values, job.moments, warp_rows, int32_t(item.row), value, gradient, u, lag);
-  if (item.row >= 0) records[i] = {gradient.direction, gradient.color, lag, int32_t(item.row)};
+  sh.write(warp_rows, i, item, gradient, lag);
 }
 
 constexpr int kShRows = 64, kShThreads = 256;  // of a block
@@ -304,9 +307,10 @@ constexpr unsigned kMostShBlocks = 2640;       // several times what a large GPU
 
 // Adam on the SH coefficients of the rows that have a record: neighbouring threads take neighbouring coefficients, four
 // at a time where the rows' length allows it.
-template <int kDegree, class Rows>
-__global__ __launch_bounds__(kShThreads) void update_sh_kernel(UpdateJob job, Rows rows, Late<UpdateInputs> late_inputs,
-                                                               const ShRecord* records) {
+template <int kDegree, class Rows, class Sh>
+__global__ __launch_bounds__(kShThreads, 3) void update_sh_kernel(UpdateJob job, Rows rows,
+                                                                  Late<UpdateInputs> late_inputs,
+                                                                  const ShRecord* records, Sh sh) {
   constexpr int kCoefficients = n_coefficients_of(kDegree);
   __shared__ float bases[kCoefficients][kShRows + 1];
   __shared__ float colors[3][kShRows + 1];
@@ -314,15 +318,16 @@ __global__ __launch_bounds__(kShThreads) void update_sh_kernel(UpdateJob job, Ro
   __shared__ Lag lag_of[kShRows];
   __shared__ AdamRates rates;
   __shared__ float dc, rest;
+  __shared__ Rounding rounding;
   if (job.changes_nothing()) return;
   const int64_t n_rows = rows.n(job);
   const int thread = int(threadIdx.x), stride = 3 * job.values.n_coefficients;
-  float *values = job.values.sh, *firsts = job.moments.first.sh, *seconds = job.moments.second.sh;
   if (thread == 0) {
     const UpdateInputs& u = *late_inputs.place_or_value();
     rates = u.rates;
     dc = u.settings.sh_dc;
     rest = u.settings.sh_rest;
+    rounding = {uint32_t(u.settings.step)};
   }
   const auto gradient_of = [&](int slot, int column) {
     const int k = column / 3;
@@ -348,13 +353,12 @@ __global__ __launch_bounds__(kShThreads) void update_sh_kernel(UpdateJob job, Ro
       constexpr int kAtOnce = 3;  // read before any is written: the compiler cannot know that they lie apart
       const int n_fours = stride / 4;
       for (int begin = thread; begin < n * n_fours; begin += kAtOnce * kShThreads) {
-        Parameter<float4> p[kAtOnce];
+        typename Sh::Fetched fetched[kAtOnce];
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
           const int i = begin + j * kShThreads, slot = i / n_fours;
           if (i < n * n_fours) {
-            p[j] =
-                Parameter<float4>::load(values, firsts, seconds, int64_t(row_of[slot]) * n_fours + i - slot * n_fours);
+            fetched[j] = sh.fetch(row_of[slot], n_fours, i - slot * n_fours);
           }
         }
 #pragma unroll
@@ -363,18 +367,18 @@ __global__ __launch_bounds__(kShThreads) void update_sh_kernel(UpdateJob job, Ro
           if (i >= n * n_fours) continue;
           const float4 gradient = make_float4(gradient_of(slot, column), gradient_of(slot, column + 1),
                                               gradient_of(slot, column + 2), gradient_of(slot, column + 3));
-          step(p[j], gradient, column == 0 ? make_float4(dc, dc, dc, rest) : make_float4(rest, rest, rest, rest), rates,
+          Parameter<float4> p = Sh::unpack(fetched[j], four);
+          step(p, gradient, column == 0 ? make_float4(dc, dc, dc, rest) : make_float4(rest, rest, rest, rest), rates,
                lag_of[slot]);
-          p[j].store(values, firsts, seconds, int64_t(row_of[slot]) * n_fours + four);
+          sh.store(p, row_of[slot], n_fours, four, rounding);
         }
       }
     } else {
       for (int i = thread; i < n * stride; i += kShThreads) {
         const int slot = i / stride, column = i - slot * stride;
-        const int64_t at = int64_t(row_of[slot]) * stride + column;
-        auto p = Parameter<float>::load(values, firsts, seconds, at);
+        Parameter<float> p = sh.load_one(row_of[slot], stride, column);
         step(p, gradient_of(slot, column), column < 3 ? dc : rest, rates, lag_of[slot]);
-        p.store(values, firsts, seconds, at);
+        sh.store_one(p, row_of[slot], stride, column, rounding);
       }
     }
   }
@@ -427,26 +431,27 @@ __global__ __launch_bounds__(kThreads) void list_contributing_kernel(UpdateJob j
   }
 }
 
-// One table of parameters with its moments, each [N, n_columns]; the first columns may have a rate of their own.
+// One table of parameters with its moments, each [N, n_columns].
 struct Table {
   float *values, *first, *second;
-  int n_columns, n_leading;
-  float leading_rate, rate;
+  int n_columns;
+  float rate;
 };
 struct Tables {
-  Table tables[5];
+  Table tables[4];
 };
 
 // All rows that have missed steps make up for them.
-__global__ __launch_bounds__(kRows) void catch_up_kernel(Tables all, int64_t n, int64_t step, AdamRates rates,
-                                                         int32_t* up_to_date) {
+template <class Sh>
+__global__ __launch_bounds__(kRows) void catch_up_kernel(Tables all, Sh sh, int n_sh_columns, int64_t n, AdamSettings a,
+                                                         AdamRates rates, int32_t* up_to_date) {
   __shared__ Lag lags[kRows];
   const int64_t first_row = int64_t(blockIdx.x) * kRows;
   const int n_rows = int(n - first_row < kRows ? n - first_row : kRows);
   if (int(threadIdx.x) < n_rows) {
     const int64_t row = first_row + threadIdx.x;
-    lags[threadIdx.x] = Lag::between(up_to_date[row], step + 1, rates);
-    up_to_date[row] = int32_t(step);
+    lags[threadIdx.x] = Lag::between(up_to_date[row], a.step + 1, rates);
+    up_to_date[row] = int32_t(a.step);
   }
   __syncthreads();
   for (const Table& table : all.tables) {
@@ -454,9 +459,15 @@ __global__ __launch_bounds__(kRows) void catch_up_kernel(Tables all, int64_t n, 
       const int row = i / table.n_columns;
       if (lags[row].drift == 0.0f) continue;
       const int64_t at = first_row * table.n_columns + i;
-      const float rate = i - row * table.n_columns < table.n_leading ? table.leading_rate : table.rate;
-      catch_up(table.values[at], table.first[at], table.second[at], rate, rates, lags[row]);
+      catch_up(table.values[at], table.first[at], table.second[at], table.rate, rates, lags[row]);
     }
+  }
+  for (int i = int(threadIdx.x); i < n_rows * n_sh_columns; i += kRows) {
+    const int row = i / n_sh_columns, column = i - row * n_sh_columns;
+    if (lags[row].drift == 0.0f) continue;
+    Parameter<float> p = sh.load_one(first_row + row, n_sh_columns, column);
+    catch_up(p.value, p.first, p.second, column < 3 ? a.sh_dc : a.sh_rest, rates, lags[row]);
+    sh.store_one(p, first_row + row, n_sh_columns, column, {uint32_t(a.step)});
   }
 }
 
@@ -476,9 +487,23 @@ void launch_update(cudaStream_t stream, const UpdateJob& job, int sh_degree, con
   const int64_t n = job.values.n;
   const unsigned n_sh_blocks = std::min(n_blocks_of(n, kShRows), kMostShBlocks);
   for_degree(sh_degree, [&](auto degree) {
-    update_shape_kernel<degree><<<n_blocks_of(n, kRows), kRows, 0, stream>>>(job, rows, inputs, records);
-    update_sh_kernel<degree><<<n_sh_blocks, kShThreads, 0, stream>>>(job, rows, inputs, records);
+    update_shape_kernel<degree><<<n_blocks_of(n, kRows), kRows, 0, stream>>>(job, rows, inputs, ToRecords{records});
+    for_storage(job.values, job.moments, [&](const auto& sh) {
+      update_sh_kernel<degree><<<n_sh_blocks, kShThreads, 0, stream>>>(job, rows, inputs, records, sh);
+    });
   });
+}
+
+void launch_logged_update(cudaStream_t stream, const UpdateJob& job, int sh_degree, const Late<UpdateInputs>& inputs,
+                          const ShLog& log) {
+  const int n_coefficients = (sh_degree + 1) * (sh_degree + 1);
+  queue_open_slot(stream, log, inputs, n_coefficients, job.is_halted);
+  for_degree(sh_degree, [&](auto degree) {
+    update_shape_kernel<degree>
+        <<<n_blocks_of(job.values.n, kRows), kRows, 0, stream>>>(job, AllRows{}, inputs, ToLog{log});
+  });
+  queue_constant_update(stream, job.values, job.moments, log, inputs, job.is_halted);
+  queue_flush(stream, job.values, job.moments, log, kShSlots);
 }
 
 }  // namespace
@@ -503,7 +528,9 @@ void queue_project_vjp_update(cudaStream_t stream, const Gaussians& values, cons
                    settings.low_pass,
                    0.5f * float(camera.width),
                    0.5f * float(camera.height)};
-  if (rule.up_to_date == nullptr) {
+  if (rule.log.colors != nullptr) {
+    launch_logged_update(stream, job, settings.sh_degree, inputs, rule.log);
+  } else if (rule.up_to_date == nullptr) {
     launch_update(stream, job, settings.sh_degree, AllRows{}, inputs, s.records);
   } else {
     list_contributing_kernel<<<n_blocks_of(values.n, kThreads), kThreads, 0, stream>>>(job, inputs, s.contributing);
@@ -534,13 +561,15 @@ void catch_up(const Cuda& backend, const Gaussians& values, const AdamMoments& m
               const AdamSettings& a) {
   if (values.n == 0) return;
   const Gaussians &m = moments.first, &v = moments.second;
-  const cuda::Tables tables = {{{values.means, m.means, v.means, 3, 0, 0.0f, a.means},
-                                {values.log_scales, m.log_scales, v.log_scales, 3, 0, 0.0f, a.log_scales},
-                                {values.quaternions, m.quaternions, v.quaternions, 4, 0, 0.0f, a.quaternions},
-                                {values.opacities, m.opacities, v.opacities, 1, 0, 0.0f, a.opacities},
-                                {values.sh, m.sh, v.sh, 3 * values.n_coefficients, 3, a.sh_dc, a.sh_rest}}};
-  cuda::catch_up_kernel<<<n_blocks_of(values.n, cuda::kRows), cuda::kRows, 0, stream_of(backend)>>>(
-      tables, values.n, a.step, cuda::AdamRates::of(a), up_to_date);
+  const cuda::Tables tables = {{{values.means, m.means, v.means, 3, a.means},
+                                {values.log_scales, m.log_scales, v.log_scales, 3, a.log_scales},
+                                {values.quaternions, m.quaternions, v.quaternions, 4, a.quaternions},
+                                {values.opacities, m.opacities, v.opacities, 1, a.opacities}}};
+  const unsigned n_blocks = n_blocks_of(values.n, cuda::kRows);
+  cuda::for_storage(values, moments, [&](const auto& sh) {
+    cuda::catch_up_kernel<<<n_blocks, cuda::kRows, 0, stream_of(backend)>>>(
+        tables, sh, 3 * values.n_coefficients, values.n, a, cuda::AdamRates::of(a), up_to_date);
+  });
   check_launch("catch up");
 }
 

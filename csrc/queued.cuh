@@ -8,6 +8,7 @@
 #include "radix_sort.cuh"
 #include "scalar.h"
 #include "splat_math.h"
+#include "step.h"
 
 namespace spaceport {
 namespace cuda {
@@ -38,6 +39,14 @@ struct Late {
     }
   }
 };
+
+// A camera of which only the size is known yet.
+inline Camera camera_of(const StepSize& size) {
+  Camera camera = {};
+  camera.width = size.width;
+  camera.height = size.height;
+  return camera;
+}
 
 // The gradient by a splat's first six columns, from the sums that blend' makes of d, the gradient by the exponent of e,
 // and of its products with dx, dy, dx^2, dx dy and dy^2: in place.
@@ -85,11 +94,10 @@ struct TileState {
 };
 
 // `projected.n` and `out.n_instances` are capacities: `counts` says how many splats have a depth, and touch how many
-// tiles. Instances that do not fit are left out. The limits are those of project.
+// tiles. Instances that do not fit are left out.
 size_t queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& size);
-void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& counts,
-                const Late<uint32_t*>& depth_limits, const Camera& size, const TileState&, void* scratch,
-                const Tiles& out);
+void queue_tile(cudaStream_t, const Projected&, const Late<ProjectedCounts>& counts, const Camera& size,
+                const TileState&, void* scratch, const Tiles& out);
 
 // Sets the limits for the next visit. Where a tile had one and was seen through to its end, something may be missing:
 // it has none from then on, and *is_undone is set.
@@ -98,16 +106,25 @@ struct DepthLimits {
   uint32_t* is_undone;
 };
 void queue_blend(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
-                 const DepthLimits&, const Image& out);
+                 const DepthLimits&, const Late<Image>& out);
 
 // The sums that give a splat's gradient, with the columns of blend_vjp; they must be zero at the start.
 // `d_image.transmittance` may be null. Scratch: that of blend_vjp.
 void queue_blend_vjp(cudaStream_t, const Projected&, const Tiles&, const Camera& size, const RasterSettings&,
                      const Image&, const Image& d_image, void* scratch, const SplatGradient& moments);
 
-// `images.photo` is not read.
-void queue_loss(cudaStream_t, const LossImages& images, const Late<const uint8_t*>& photo, const LossSettings&,
-                void* scratch, const LossOutput& out);
+// A target whose pointers may come late; which of them are null is known from the start.
+struct LateTarget {
+  Late<LossTarget> late;
+  bool has_mask, has_exposure;
+
+  static LateTarget of(const LossTarget& target) {
+    return {Late<LossTarget>(target), target.mask != nullptr, target.exposure != nullptr};
+  }
+};
+// `images.target` is not read.
+void queue_loss(cudaStream_t, const LossImages& images, const LateTarget&, const LossSettings&, void* scratch,
+                const LossOutput& out);
 
 // What project' and Adam in one take from step to step.
 struct UpdateInputs {
@@ -123,11 +140,40 @@ struct SplatGradients {
   SplatRows kind;
   float* rows;  // [M, 9]
 };
-// Which rows the update takes.
+// The gradients by the rows' colours in the last steps, from which their SH coefficients are brought up to date.
+constexpr int kShSlots = 16;
+struct ShSlot {
+  Vec3<float> center;  // of the camera
+  AdamRates rates;
+  float rate;  // learning rate
+  uint32_t step;
+  int n_coefficients;  // that the image was made of
+};
+struct ShLog {
+  float* colors;  // [kShSlots, N, 3]; null: coefficients make every step in time
+  ShSlot* slots;  // [kShSlots]
+  int* n;         // slots in use
+  int64_t n_rows;
+
+  static ShLog of(Arena& arena, int64_t n_gaussians) {
+    return {arena.take<float>(kShSlots * n_gaussians * 3), arena.take<ShSlot>(kShSlots), arena.take<int>(1),
+            n_gaussians};
+  }
+};
+// Takes a slot for the step, unless it is not made.
+void queue_open_slot(cudaStream_t, const ShLog&, const Late<UpdateInputs>&, int n_coefficients,
+                     const uint32_t* is_halted);
+void queue_constant_update(cudaStream_t, const Gaussians& values, const AdamMoments&, const ShLog&,
+                           const Late<UpdateInputs>&, const uint32_t* is_halted);
+// Makes the steps of all slots, and frees them, if `least` are in use.
+void queue_flush(cudaStream_t, const Gaussians& values, const AdamMoments&, const ShLog&, int least);
+
+// Which rows the update takes, and when.
 struct UpdateRule {
   const uint32_t* is_halted;  // on the device: set, nothing changes (but sums become zero); null: never
   int32_t* up_to_date;        // [N] the step that a row has last made, for the rows that contributed; null: all rows
   int* n_contributing;        // zero; unless all rows are taken. Splats must lie at the rows of their Gaussians then
+  ShLog log;                  // of SH coefficients that are brought up to date later; only if all rows are taken
 };
 size_t queued_update_scratch(int64_t n_gaussians);
 void queue_project_vjp_update(cudaStream_t, const Gaussians& values, const Late<UpdateInputs>&, const Camera& size,

@@ -112,20 +112,7 @@ class Reader {
     return bytes.data;
   }
 
-  Gaussians gaussians(py::handle object) const {
-    const Array<float> means = field<float>(object, "means", {-1, 3});
-    const int64_t n = means.shape[0];
-    const Array<float> sh = field<float>(object, "sh", {n, -1, 3});
-    const int64_t k = sh.shape[1];
-    if (k != 1 && k != 4 && k != 9 && k != 16) refuse("sh", "1, 4, 9 or 16 coefficients", std::to_string(k));
-    return {means.data,
-            field<float>(object, "log_scales", {n, 3}).data,
-            aligned(field<float>(object, "quaternions", {n, 4}), "quaternions").data,
-            field<float>(object, "opacities", {n}).data,
-            aligned(sh, "sh").data,
-            n,
-            int(k)};
-  }
+  Gaussians gaussians(py::handle object) const { return gaussians(object, field<float>(object, "sh", {-1, -1, 3})); }
 
   // The same Gaussians in another role: all sizes must agree with `like`.
   Gaussians gaussians_like(py::handle object, const Gaussians& like) const {
@@ -137,14 +124,23 @@ class Reader {
     return g;
   }
 
+  // Adam's moments of these values, in either storage.
+  AdamMoments moments(py::handle first, py::handle second, const Gaussians& values) const {
+    const AdamMoments moments = {companion(first, values.n), companion(second, values.n),
+                                 is_compact(first) ? MomentStorage::kCompact : MomentStorage::kFull};
+    if (moments.storage == MomentStorage::kCompact && !is_gpu()) refuse("sh", "float32", "int32: compact moments");
+    check_coefficients(moments.first, values.n_coefficients);
+    check_coefficients(moments.second, moments.storage == MomentStorage::kCompact ? 1 : values.n_coefficients);
+    return moments;
+  }
+
   Rows rows(py::handle object) const {
     const py::sequence companions = object.attr("companions");
     if (companions.size() > kMaxCompanions)
       refuse("companions", "at most " + std::to_string(kMaxCompanions), std::to_string(companions.size()));
     Rows rows = {gaussians(object.attr("values")), {}, int(companions.size())};
     for (int c = 0; c < rows.n_companions; ++c) {
-      const py::object companion = companions[size_t(c)];
-      rows.companions[c] = gaussians_like(companion, rows.values);
+      rows.companions[c] = companion(companions[size_t(c)], rows.values.n);
     }
     return rows;
   }
@@ -155,6 +151,7 @@ class Reader {
     if (r.values.n != n || r.values.n_coefficients != like.values.n_coefficients || r.n_companions != like.n_companions)
       refuse("out", shape_text({n, like.values.n_coefficients, like.n_companions}) + " rows, coefficients, companions",
              shape_text({r.values.n, r.values.n_coefficients, r.n_companions}));
+    for (int c = 0; c < r.n_companions; ++c) check_coefficients(r.companions[c], like.companions[c].n_coefficients);
     return r;
   }
 
@@ -209,12 +206,57 @@ class Reader {
     return i;
   }
 
+  // What an image of this size is compared with: its attributes photo, mask and exposure, the last two maybe None.
+  LossTarget loss_target(py::handle object, int64_t width, int64_t height) const {
+    LossTarget target = {field<uint8_t>(object, "photo", {height, width, 3}).data, nullptr, nullptr};
+    if (!object.attr("mask").is_none()) target.mask = field<uint8_t>(object, "mask", {height, width}).data;
+    if (!object.attr("exposure").is_none())
+      target.exposure = array<float>(object.attr("exposure"), "exposure", {3, 4}).data;
+    return target;
+  }
+
   Points points(py::handle object, const char* name, int64_t n_dimensions) const {
     const Array<float> values = array<float>(object, name, {-1, n_dimensions});
     return {values.data, values.shape[0], values.shape[1]};
   }
 
  private:
+  // With these SH coefficients, or what has their place.
+  Gaussians gaussians(py::handle object, const Array<float>& sh) const {
+    const Array<float> means = field<float>(object, "means", {-1, 3});
+    const int64_t n = means.shape[0], k = sh.shape[1];
+    if (sh.shape[0] != n) refuse("sh", shape_text({n, -1, 3}) + " (-1: any)", shape_text(sh.shape));
+    if (k != 1 && k != 4 && k != 9 && k != 16) refuse("sh", "1, 4, 9 or 16 coefficients", std::to_string(k));
+    return {means.data,
+            field<float>(object, "log_scales", {n, 3}).data,
+            aligned(field<float>(object, "quaternions", {n, 4}), "quaternions").data,
+            field<float>(object, "opacities", {n}).data,
+            aligned(sh, "sh").data,
+            n,
+            int(k)};
+  }
+
+  // What has a row for each of n others: moments in either storage (see MomentStorage).
+  Gaussians companion(py::handle object, int64_t n) const {
+    Gaussians g = {};
+    if (is_compact(object)) {
+      const Array<int32_t> words = field<int32_t>(object, "sh", {-1, -1, 3});
+      g = gaussians(object, Array<float>{reinterpret_cast<float*>(words.data), words.shape});
+    } else {
+      g = gaussians(object);
+    }
+    if (g.n != n) refuse("companions", std::to_string(n) + " rows", std::to_string(g.n));
+    return g;
+  }
+  static bool is_compact(py::handle companion) {
+    const std::string format = py::str(companion.attr("sh").attr("dtype"));
+    return format == "torch.int32" || format == "int32";
+  }
+  static void check_coefficients(const Gaussians& g, int expected) {
+    if (g.n_coefficients != expected)
+      refuse("sh", std::to_string(expected) + " coefficients", std::to_string(g.n_coefficients));
+  }
+
   bool is_gpu() const { return index_ >= 0; }
 
   // Kernels read and write these rows sixteen bytes at a time.
@@ -290,6 +332,22 @@ RasterSettings raster_settings_of(py::handle object, int n_coefficients) {
   return s;
 }
 
+// For images of this size.
+LossSettings loss_settings_of(py::handle object, int64_t width, int64_t height) {
+  LossSettings s = {object.attr("ssim_weight").cast<float>(), SsimPadding::kZero};
+  const std::string padding = object.attr("padding").attr("value").cast<std::string>();
+  if (padding == "valid") {
+    s.padding = SsimPadding::kValid;
+    if (width < kSsimWindow || height < kSsimWindow) {
+      refuse("color", "at least 11x11 pixels, a whole window of SSIM, for the padding `valid`",
+             shape_text({height, width}));
+    }
+  } else if (padding != "zero") {
+    refuse("padding", "zero or valid", padding);
+  }
+  return s;
+}
+
 Cpu make_cpu(int n_threads, const std::string& simd) {
   if (n_threads < 0) refuse("n_threads", "0 (all cores) or more", std::to_string(n_threads));
   Simd chosen = has_avx2() ? Simd::kAvx2 : Simd::kPortable;
@@ -309,7 +367,8 @@ AdamSettings adam_settings_of(py::handle object) {
                           number("quaternions"), number("opacities"),
                           number("sh_dc"),       number("sh_rest"),
                           number("beta1"),       number("beta2"),
-                          number("epsilon"),     object.attr("step").cast<int64_t>()};
+                          number("epsilon"),     object.attr("step").cast<int64_t>(),
+                          number("exposure")};
   if (a.step < 1) refuse("step", "1 or more", std::to_string(a.step));
   return a;
 }

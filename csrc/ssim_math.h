@@ -2,13 +2,14 @@
 #pragma once
 
 #include "device.h"
-#include "types.h"
+#include "ops.h"
 
 namespace spaceport::SPACEPORT_ISA {
 
-constexpr int kTaps = 11;
+constexpr int kTaps = kSsimWindow;
 constexpr int kRadius = kTaps / 2;
 constexpr int kChannels = 3;
+constexpr int kExposureSize = kChannels * (kChannels + 1);
 // exp(-x^2 / (2 1.5^2)), normalised
 CONSTANT_TABLE float kWindow[kTaps] = {0.00102838f, 0.00759876f, 0.03600077f, 0.10936069f, 0.21300554f, 0.26601172f,
                                        0.21300554f, 0.10936069f, 0.03600077f, 0.00759876f, 0.00102838f};
@@ -31,6 +32,22 @@ HOST_DEVICE SsimDerivatives<T> ssim_of(const T moments[5]) {
   const T ssim = a1 * a2 * inverse;
   return {ssim, two * (y * (a2 - a1) * inverse - x * ssim * (inverse_b1 - inverse_b2)), zero - ssim * inverse_b2,
           two * a1 * inverse};
+}
+
+// How many pixels at each side of an image have no say in the mean of SSIM.
+HOST_DEVICE int margin_of(SsimPadding padding) {
+  return padding == SsimPadding::kValid ? kRadius : 0;
+}
+
+// A channel of a pixel's colour [3] behind an exposure [3, 4].
+HOST_DEVICE float exposed(const float* exposure, const float* color, int channel) {
+  const float* row = exposure + channel * (kChannels + 1);
+  return row[0] * color[0] + row[1] * color[1] + row[2] * color[2] + row[3];
+}
+// A channel of the gradient by that colour; `d` [3] is by the colour behind the exposure.
+HOST_DEVICE float exposed_vjp(const float* exposure, const float* d, int channel) {
+  const float* column = exposure + channel;
+  return column[0] * d[0] + column[kChannels + 1] * d[1] + column[2 * (kChannels + 1)] * d[2];
 }
 
 }  // namespace spaceport::SPACEPORT_ISA

@@ -6,6 +6,7 @@
 
 #include "graph.cuh"
 #include "queued.cuh"
+#include "ssim_math.h"
 
 namespace spaceport {
 namespace cuda {
@@ -15,7 +16,8 @@ namespace {
 // What the recorded kernels find on the device: written anew before every replay.
 struct DeviceInputs {
   UpdateInputs update;
-  const uint8_t* photo;
+  LossTarget target;
+  StepExposure exposure;
   uint32_t* depth_limits;
 };
 
@@ -40,11 +42,18 @@ __global__ void book_kernel(const double* means, const ProjectedCounts* counts, 
   *book.host = progress;
 }
 
-Camera camera_of(const StepSize& size) {
-  Camera camera = {};
-  camera.width = size.width;
-  camera.height = size.height;
-  return camera;
+// Adam on the exposure of the view, unless the step is not made: a thread for each number.
+__global__ void update_exposure_kernel(const float* gradient, const DeviceInputs* inputs, const uint32_t* is_halted) {
+  if (*is_halted != 0) return;
+  const StepExposure& exposure = inputs->exposure;
+  const float step = *exposure.n_steps + 1.0f;
+  __syncthreads();
+  if (threadIdx.x == 0) *exposure.n_steps = step;
+  AdamRates rates = inputs->update.rates;
+  rates.first_correction = -1.0f / expm1f(step * logf(rates.beta1));
+  rates.second_correction = -1.0f / expm1f(step * logf(rates.beta2));
+  const int i = int(threadIdx.x);
+  adam(exposure.values[i], gradient[i], exposure.first[i], exposure.second[i], inputs->update.settings.exposure, rates);
 }
 
 struct StepScratch {
@@ -60,6 +69,7 @@ struct StepScratch {
   Tiles tiles;
   Image image, d_image;
   double* means;
+  float* d_exposure;
 
   static StepScratch of(Arena& arena, const StepSize& size, const RasterSettings& raster) {
     const Camera camera = camera_of(size);
@@ -84,32 +94,52 @@ struct StepScratch {
                arena.take<int32_t>(hits_size(any, size.n_instances, camera))};
     s.d_image = {arena.take<float>(3 * n_pixels), nullptr, nullptr};
     s.means = arena.take<double>(2);
+    s.d_exposure = arena.take<float>(kExposureSize);
     return s;
   }
 };
 
-void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScratch& s, const Camera& camera,
-                const RasterSettings& raster, const LossSettings& loss_settings, const StepBook& book) {
+ShLog log_of(const StepBuffers& buffers) {
+  if (buffers.sh_log == nullptr) return {};
+  Arena arena(buffers.sh_log);
+  return ShLog::of(arena, buffers.values.n);
+}
+
+// What a step is recorded for.
+struct StepRecipe {
+  Camera camera;  // its size
+  StepParts parts;
+  RasterSettings raster;
+  LossSettings loss;
+};
+
+void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScratch& s, const StepRecipe& recipe,
+                const StepBook& book) {
+  const Camera& camera = recipe.camera;
+  const RasterSettings& raster = recipe.raster;
   const auto queue_image = [&](cudaStream_t stream) {
     // Without conditions nothing would make up for limits that prove wrong.
     const auto limits = has_conditions() ? Late<uint32_t*>::at(&s.inputs->depth_limits) : Late<uint32_t*>(nullptr);
     check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
     queue_project(stream, buffers.values, Late<View<float>>::at(&s.inputs->update.view), limits, camera, raster,
                   s.projected, s.counts);
-    queue_tile(stream, s.projected, Late<ProjectedCounts>::at(s.counts), limits, camera, s.tile, s.work, s.tiles);
-    queue_blend(stream, s.projected, s.tiles, camera, raster, {limits, s.is_undone}, s.image);
+    queue_tile(stream, s.projected, Late<ProjectedCounts>::at(s.counts), camera, s.tile, s.work, s.tiles);
+    queue_blend(stream, s.projected, s.tiles, camera, raster, {limits, s.is_undone}, Late<Image>(s.image));
   };
   queue_image(stream);
   if (has_conditions()) record_if(stream, s.is_undone, &book.device->n_rendered_again, queue_image);
-  const LossImages images = {s.image.color, nullptr, camera.width, camera.height};
-  queue_loss(stream, images, Late<const uint8_t*>::at(&s.inputs->photo), loss_settings, s.work,
-             {s.means, s.d_image.color});
-  book_kernel<<<1, 1, 0, stream>>>(s.means, s.counts, s.tiles.n_instances, double(loss_settings.ssim_weight), book);
+  const LossImages images = {s.image.color, {}, camera.width, camera.height};
+  const LateTarget target = {Late<LossTarget>::at(&s.inputs->target), recipe.parts.has_mask, recipe.parts.has_exposure};
+  queue_loss(stream, images, target, recipe.loss, s.work, {s.means, s.d_image.color, s.d_exposure});
+  book_kernel<<<1, 1, 0, stream>>>(s.means, s.counts, s.tiles.n_instances, double(recipe.loss.ssim_weight), book);
+  if (recipe.parts.has_exposure) {
+    update_exposure_kernel<<<1, kExposureSize, 0, stream>>>(s.d_exposure, s.inputs, &book.device->is_halted);
+  }
   queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, s.work,
                   {buffers.sums, kSplatGradientStride});
   queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
                            s.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
-                           {&book.device->is_halted, buffers.up_to_date, s.n_contributing}, s.work);
+                           {&book.device->is_halted, buffers.up_to_date, s.n_contributing, log_of(buffers)}, s.work);
   check_launch("step");
 }
 
@@ -127,16 +157,17 @@ struct StepGraph::Recorded {
   cuda::DeviceInputs* inputs;
   DensityStatistics statistics;
   int width, height;
+  StepParts parts;
 };
 
-StepGraph::StepGraph(const StepBuffers& buffers, const StepSize& size, const RasterSettings& raster,
-                     const LossSettings& loss, const StepBook& book) {
+StepGraph::StepGraph(const StepBuffers& buffers, const StepSize& size, const StepParts& parts,
+                     const RasterSettings& raster, const LossSettings& loss, const StepBook& book) {
   const Camera camera = cuda::camera_of(size);
   Arena arena(buffers.scratch);
   const cuda::StepScratch scratch = cuda::StepScratch::of(arena, size, raster);
   const cudaGraphExec_t graph = cuda::recorded(
-      [&](cudaStream_t stream) { cuda::queue_step(stream, buffers, scratch, camera, raster, loss, book); });
-  recorded_ = new Recorded{graph, scratch.inputs, buffers.statistics, size.width, size.height};
+      [&](cudaStream_t stream) { cuda::queue_step(stream, buffers, scratch, {camera, parts, raster, loss}, book); });
+  recorded_ = new Recorded{graph, scratch.inputs, buffers.statistics, size.width, size.height, parts};
 }
 
 StepGraph::~StepGraph() {
@@ -148,11 +179,17 @@ void StepGraph::launch(const Cuda& backend, const StepInputs& inputs) const {
   if (inputs.view.camera.width != recorded_->width || inputs.view.camera.height != recorded_->height) {
     throw std::invalid_argument("camera: the step was recorded for images of another size");
   }
+  const StepParts& parts = recorded_->parts;
+  const LossTarget& target = inputs.view.target;
+  if ((target.mask != nullptr) != parts.has_mask || (target.exposure != nullptr) != parts.has_exposure) {
+    throw std::invalid_argument("view: the step was recorded for views with another mask or exposure");
+  }
   const cudaStream_t stream = stream_of(backend);
   const cuda::DeviceInputs on_device = {
       {cuda::view_of<float>(inputs.view.camera), inputs.adam, cuda::AdamRates::of(inputs.adam),
        inputs.gathers_statistics ? recorded_->statistics : DensityStatistics{}},
-      inputs.view.photo,
+      target,
+      inputs.view.exposure,
       inputs.view.depth_limits};
   cuda::set_inputs_kernel<<<1, 1, 0, stream>>>(on_device, recorded_->inputs);
   check_launch("step");

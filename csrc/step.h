@@ -14,6 +14,7 @@ struct StepBuffers {
   AdamMoments moments;
   float* sums;                   // [N, 9], zero before the first step
   int32_t* up_to_date;           // [N] the step that each row has last made; null: every row makes every step
+  void* sh_log;                  // sh_log_size bytes, zero before the first step; null: no log. See flush_sh
   DensityStatistics statistics;  // where a step adds what it saw, if it is told to
   void* scratch;                 // step_scratch bytes
 };
@@ -27,6 +28,11 @@ size_t step_scratch(const Cuda&, const StepSize&, const RasterSettings&);
 // Rows that did not contribute to the image miss the steps of Adam until they do again; this makes up for them in all
 // rows, up to and with settings.step.
 void catch_up(const Cuda&, const Gaussians& values, const AdamMoments&, int32_t* up_to_date, const AdamSettings&);
+
+// A step may log what moves the SH coefficients beyond the constant one, and bring them up to date after sixteen steps
+// at once, if every row makes every step. This does so at once with what is logged.
+size_t sh_log_size(const Cuda&, int64_t n_gaussians);
+void flush_sh(const Cuda&, const Gaussians& values, const AdamMoments&, void* sh_log);
 
 // How far the steps have come: kept on the device, and copied to the host behind every step.
 struct StepProgress {
@@ -42,11 +48,22 @@ struct StepBook {
   StepProgress* host;  // pinned
 };
 
+// A view's exposure, its moments and the number of its steps, each its own: Adam moves it in every step on the view.
+struct StepExposure {
+  float *values, *first, *second;  // [3, 4]
+  float* n_steps;                  // [1]
+};
 // What changes from step to step.
 struct StepView {
   Camera camera;
-  const uint8_t* photo;    // [H, W, 3]
-  uint32_t* depth_limits;  // [n_tiles] what the view's last visit knows for the next: all bits set before the first
+  LossTarget target;
+  StepExposure exposure;  // that of the target; null without one
+  // [n_tiles] what the view's last visit knows for the next, all bits set before the first; or null.
+  uint32_t* depth_limits;
+};
+// Whether the views of a recorded step have a mask, and an exposure.
+struct StepParts {
+  bool has_mask, has_exposure;
 };
 struct StepInputs {
   StepView view;
@@ -57,12 +74,13 @@ struct StepInputs {
 class StepGraph {
  public:
   // Records the sequence for images of one size.
-  StepGraph(const StepBuffers&, const StepSize&, const RasterSettings&, const LossSettings&, const StepBook&);
+  StepGraph(const StepBuffers&, const StepSize&, const StepParts&, const RasterSettings&, const LossSettings&,
+            const StepBook&);
   ~StepGraph();
   StepGraph(const StepGraph&) = delete;
   StepGraph& operator=(const StepGraph&) = delete;
 
-  // The camera has the size that was recorded.
+  // The view has the size and the parts that were recorded.
   void launch(const Cuda&, const StepInputs&) const;
 
  private:

@@ -57,11 +57,11 @@ struct List {
   }
 };
 
-// All lanes list the instances of one splat that reaches far, a row of tiles each: at most `n` from `first` on. Returns
-// how many there are.
+// All lanes list the instances of one splat that reaches far: at most `n` from `first` on. Returns how many there are.
+// They find the tiles of 32 rows, a row each, then write them one after the other to neighbouring places.
 template <class Key>
-__device__ unsigned list_far_splat(const Splat& splat, int32_t number, const Grid& grid, const NearSide& near_side,
-                                   int64_t first, unsigned n, const List<Key>& list) {
+__device__ unsigned list_far_splat(const Splat& splat, int32_t number, const Grid& grid, int64_t first, unsigned n,
+                                   const List<Key>& list) {
   const TileRows tiles(splat, grid.tiles_x, grid.tiles_y);
   const int lane = int(threadIdx.x % 32);
   unsigned listed = 0;
@@ -69,36 +69,48 @@ __device__ unsigned list_far_splat(const Splat& splat, int32_t number, const Gri
     const int row = begin + lane;
     TileSpan columns = {0, 0};
     if (row < tiles.rows.end) columns = tiles.columns(row);
-    unsigned own = 0;
-    for (int column = columns.begin; column < columns.end; ++column) {
-      if (near_side.holds(row * grid.tiles_x + column)) ++own;
-    }
-    unsigned sum = own;
+    const unsigned own = columns.begin < columns.end ? unsigned(columns.end - columns.begin) : 0;
+    unsigned sum = own;  // of the rows up to this one
     for (int step = 1; step < 32; step *= 2) {
       const unsigned below = __shfl_up_sync(kAllLanes, sum, step);
       if (lane >= step) sum += below;
     }
-    unsigned at = listed + sum - own;
-    for (int column = columns.begin; column < columns.end && at < n; ++column) {
-      const int tile = row * grid.tiles_x + column;
-      if (near_side.holds(tile)) list.put(first + at++, tile, number);
+    const unsigned total = __shfl_sync(kAllLanes, sum, 31);
+    const int first_tile = row * grid.tiles_x + columns.begin - int(sum - own);  // less the place of its first
+    for (unsigned at = unsigned(lane); at - unsigned(lane) < total; at += 32) {
+      int of = 0;  // the row in which the place `at` is: the first whose sum is larger
+      for (int step = 16; step > 0; step /= 2) {
+        if (__shfl_sync(kAllLanes, sum, of + step - 1) <= at) of += step;
+      }
+      const int tile = __shfl_sync(kAllLanes, first_tile, of) + int(at);
+      if (at < total && listed + at < n) list.put(first + listed + at, tile, number);
     }
-    listed += __shfl_sync(kAllLanes, sum, 31);
+    listed += total;
   }
   return listed;
 }
+
+// A splat of a block that reaches far, and how many instances before it the block has.
+struct FarSplat {
+  int32_t number;
+  unsigned n, first;
+};
 
 // A block lists the instances of its splats, which follow each other in the order of depth. What is projected with
 // another camera than `grid` stands for lists no more than its share, and fills what is left of it with no tile.
 template <class Key>
 __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected, Late<ProjectedCounts> late_counts,
-                                                            Late<uint32_t*> late_limits, const int32_t* by_depth,
-                                                            LookBack look_back, Grid grid, List<Key> list) {
+                                                            const int32_t* by_depth, LookBack look_back, Grid grid,
+                                                            List<Key> list) {
   __shared__ Key staged_tiles[kStaged];
   __shared__ int32_t staged_splats[kStaged];
+  __shared__ int n_far;
   __shared__ unsigned block;
   __shared__ int64_t first_of_block;
-  if (threadIdx.x == 0) block = atomicAdd(look_back.ticket, 1u);
+  if (threadIdx.x == 0) {
+    block = atomicAdd(look_back.ticket, 1u);
+    n_far = 0;
+  }
   __syncthreads();
   const ProjectedCounts counts = late_counts.get();
   if (int64_t(block) * kListThreads >= counts.n_splats) return;
@@ -137,14 +149,18 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
     }
     __syncthreads();  // far splats' places above hold nothing yet
   }
-  for (unsigned far = __ballot_sync(kAllLanes, is_far); far != 0; far &= far - 1) {
-    const int lane = __ffs(int(far)) - 1;
-    const int32_t number = __shfl_sync(kAllLanes, splat, lane);
-    const unsigned n = __shfl_sync(kAllLanes, touched.n, lane);
-    const int64_t first = first_of_block + __shfl_sync(kAllLanes, sums.before.instances, lane);
-    const NearSide near_side = {late_limits.get(), projected.depth_keys[number]};
-    unsigned listed = list_far_splat(projected.splats[number], number, grid, near_side, first, n, list);
-    for (listed += threadIdx.x % 32; listed < n; listed += 32) list.put(first + listed, int(grid.n_tiles()), number);
+  // Splats that reach far come together, where the background begins: the warps of a block share them.
+  static_assert(sizeof(FarSplat) * kListThreads <= sizeof(staged_splats), "written out by now");
+  FarSplat* far_splats = reinterpret_cast<FarSplat*>(staged_splats);
+  if (is_far) far_splats[atomicAdd(&n_far, 1)] = FarSplat{splat, touched.n, sums.before.instances};
+  __syncthreads();
+  for (int i = int(threadIdx.x) / 32; i < n_far; i += kListThreads / 32) {
+    const FarSplat far = far_splats[i];
+    const int64_t first = first_of_block + far.first;
+    unsigned listed = list_far_splat(projected.splats[far.number], far.number, grid, first, far.n, list);
+    for (listed += threadIdx.x % 32; listed < far.n; listed += 32) {
+      list.put(first + listed, int(grid.n_tiles()), far.number);
+    }
   }
 }
 
@@ -198,8 +214,7 @@ size_t queued_tile_scratch(int64_t n_splats, int64_t n_instances, const Camera& 
 }
 
 void queue_tile(cudaStream_t stream, const Projected& projected, const Late<ProjectedCounts>& counts,
-                const Late<uint32_t*>& depth_limits, const Camera& camera, const TileState& state, void* memory,
-                const Tiles& out) {
+                const Camera& camera, const TileState& state, void* memory, const Tiles& out) {
   with_narrowest_key(camera, [&](auto key, const Grid& grid, int) {
     using Key = decltype(key);
     const int64_t n = projected.n;
@@ -212,7 +227,7 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
     by_depth.out = {nullptr, s.by_depth[0].values};
     queue_sort(stream, state.by_depth, by_depth, {n}, n_splats);
     list_kernel<Key><<<n_blocks_of(n, kListThreads), kListThreads, 0, stream>>>(
-        projected, counts, depth_limits, by_depth.out.values, state.look_back, grid,
+        projected, counts, by_depth.out.values, state.look_back, grid,
         List<Key>{s.by_tile[0].keys, s.by_tile[0].values, out.n_instances});
     SortJob<Key> by_tile = {{s.by_tile[0].keys, s.by_tile[0].values}, s.by_tile[1], s.by_tile[0], {}};
     by_tile.out = {s.by_tile[state.by_tile.digits.n_passes % 2].keys, out.splat_from_instance};
@@ -259,8 +274,7 @@ void tile(const Cuda& backend, const Projected& projected, const Camera& camera,
   const cuda::VerbScratch s = cuda::VerbScratch::of(arena, n, out.n_instances, camera);
   check(cudaMemsetAsync(memory, 0, s.n_zeros, stream), "tile");
   const ProjectedCounts counts = {n, out.n_instances};
-  cuda::queue_tile(stream, projected, cuda::Late<ProjectedCounts>(counts), cuda::Late<uint32_t*>(nullptr), camera,
-                   s.state, s.rest, out);
+  cuda::queue_tile(stream, projected, cuda::Late<ProjectedCounts>(counts), camera, s.state, s.rest, out);
 }
 
 }  // namespace spaceport

@@ -18,6 +18,7 @@ constexpr float kTransmittanceStop = 1e-4f;         // a pixel stops before it f
 constexpr float kJacobianMargin = 0.3f;             // x/z in the Jacobian may leave the image by this times tan fov
 constexpr float kMinQuaternionNormSquared = 1e-8f;  // a shorter quaternion has no direction
 constexpr int kMaxShCoefficients = 16;              // degree 3
+constexpr int kSsimWindow = 11;                     // pixels along each side of the window
 constexpr int kSplatStride = 12;                    // floats of a row of Projected::splats
 constexpr int kSplatGradientStride = 9;             // of these, the first nine carry gradients
 constexpr int64_t kMostInstances = (int64_t(1) << 30) - 1;  // of one image, on a GPU

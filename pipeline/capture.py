@@ -72,6 +72,8 @@ class Capture:
     """Folder of a COLMAP model that came with the photos, or of one made from transforms.json (which has no points)."""
     folder: Path
     """`work/photos`."""
+    masks: Path | None = None
+    """Folder of masks that came with a COLMAP project: see spaceport_gs.scene.mask_of."""
 
 
 def open_capture(path: Path, work: Path, listen: Listener = ignore) -> Capture:
@@ -98,7 +100,8 @@ def open_capture(path: Path, work: Path, listen: Listener = ignore) -> Capture:
     if len(photos) < MIN_PHOTOS:
         unreadable = f" ({len(skipped)} could not be read: {skipped[0].name})" if skipped else ""
         raise InputError(f"{path}: {len(photos)} usable photos{unreadable}; at least {MIN_PHOTOS} are needed")
-    return Capture(tuple(photos), tuple(skipped), reconstruction, work / "photos")
+    masks = images.parent / "masks" if images != root and (images.parent / "masks").is_dir() else None
+    return Capture(tuple(photos), tuple(skipped), reconstruction, work / "photos", masks)
 
 
 def list_photos(path: Path) -> list[Path]:
@@ -117,6 +120,8 @@ def stamp_of(path: Path) -> dict[str, Any]:
         root = _single_folder(path)
         model = _model_in(root) or root
         files += sorted(p for p in model.iterdir() if p.suffix in MODEL_SUFFIXES and p.is_file())
+        if model != root:
+            files += sorted((root / "masks").rglob("*.png"))
     digest = hashlib.sha256()
     for file in files:
         about = file.stat(follow_symlinks=False)

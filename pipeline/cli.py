@@ -47,7 +47,16 @@ EvalEvery = Annotated[
     typer.Option("--eval-every", min=0, help="Hold out every so-many-th photo for evaluation; 0: none."),
 ]
 CheckpointEvery = Annotated[
-    int, typer.Option("--checkpoint-every", min=1, help="Steps of training between two checkpoints.")
+    int,
+    typer.Option("--checkpoint-every", min=0, help="Steps of training between two checkpoints; 0: half a minute."),
+]
+ExposureRate = Annotated[
+    float,
+    typer.Option("--exposure-rate", min=0, help="Learn each photo's exposure this fast, such as 0.001; 0: not at all."),
+]
+Moments = Annotated[
+    str,
+    typer.Option("--moments", help="full, or compact: on a GPU, 180 bytes less for each Gaussian."),
 ]
 Deterministic = Annotated[
     bool,
@@ -200,7 +209,8 @@ def _decibels(value: float | None) -> str:
 def reconstruct_command(
     photos: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard",
     steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
-    checkpoint_every: CheckpointEvery = 500, deterministic: Deterministic = False, threads: Threads = 0, title: Title = "", resume: Resume = False,
+    checkpoint_every: CheckpointEvery = 0, exposure_rate: ExposureRate = 0, moments: Moments = "full",
+    deterministic: Deterministic = False, threads: Threads = 0, title: Title = "", resume: Resume = False,
     overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """The main job: photos (a folder, a .zip, a COLMAP project) to scene, page and report."""
@@ -217,6 +227,8 @@ def reconstruct_command(
         checkpoint_every,
         "deterministic" if deterministic else "fast",
         title,
+        exposure_rate,
+        moments,
     )
     stages.check(settings)
     with _work(
@@ -260,13 +272,16 @@ def sfm_command(
 def train_command(
     project: Input, output: Output, device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard",
     steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
-    checkpoint_every: CheckpointEvery = 500, threads: Threads = 0, resume: Resume = False, overwrite: Overwrite = False,
-    quiet: Quiet = False, json: Json = False,
+    checkpoint_every: CheckpointEvery = 0, exposure_rate: ExposureRate = 0, moments: Moments = "full",
+    threads: Threads = 0, resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """A COLMAP project to scene.ply and report.json."""
     from spaceport_gs.pipeline import run as stages
 
-    settings = stages.RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every, checkpoint_every)
+    settings = stages.RunSettings(
+        device, seed, preset, steps, max_seconds, downscale, eval_every, checkpoint_every,
+        exposure_rate=exposure_rate, moments=moments,
+    )  # fmt: skip
     stages.check(settings)
     with _work(
         project,

@@ -46,11 +46,15 @@ class RunSettings:
     """For training; 0 = no limit."""
     downscale: float = 1.0
     eval_every: int = 8
-    checkpoint_every: int = 500
-    """Steps between two checkpoints of the training."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints of the training; 0 = half a minute."""
     sfm: str = "fast"
     """fast, or deterministic: one thread and fixed seeds."""
     title: str = ""
+    exposure_rate: float = 0.0
+    """Learning rate of each photo's exposure; 0 = the preset's."""
+    moments: str = "full"
+    """full or compact: see TrainSettings."""
 
 
 def device_of(wanted: str) -> str:
@@ -90,10 +94,12 @@ def train_project(source: Path, workspace: Workspace, settings: RunSettings, lis
 
 def check(settings: RunSettings) -> None:
     """InputError or BackendError for settings that no run can have, before anything is touched."""
-    from spaceport_gs.schedule import preset
+    from spaceport_gs.schedule import MOMENTS, preset
 
     device_of(settings.device)
     preset(settings.preset, 1, 1)
+    if settings.moments not in MOMENTS:
+        raise InputError(f"--moments {settings.moments}: choose {' or '.join(MOMENTS)}")
     if settings.eval_every == 1:
         raise InputError("--eval-every 1 would hold out every photo: give 0 (none) or at least 2")
 
@@ -218,6 +224,8 @@ def train_stage(workspace: Workspace, settings: RunSettings, listen: Listener) -
         eval_every=settings.eval_every,
         checkpoint_every=settings.checkpoint_every,
         device=device_of(settings.device),
+        exposure_rate=settings.exposure_rate,
+        moments=settings.moments,
     )
 
     def work() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from spaceport_gs.errors import InputError
 from spaceport_gs.files import replacing, write_json
 from spaceport_gs.pipeline.capture import MIN_PHOTOS, Capture, Photo
 from spaceport_gs.progress import Listener, Progress, ignore
+from spaceport_gs.scene import check_mask, mask_of, read_mask
 
 STAGE = "sfm"
 EXHAUSTIVE_UP_TO = 80  # photos: every pair is matched
@@ -465,9 +466,18 @@ def _undistort(capture: Capture, model: Any, out: Path, settings: SfmSettings, l
     lenses = {c: _copy(camera) for c, camera in model.cameras.items()}
     pinholes = {c: _pinhole(camera) for c, camera in lenses.items()}
     folder = out / "images"
+    if capture.masks is not None:
+        (out / "masks").mkdir(parents=True, exist_ok=True)
 
     def undistort(image: Any) -> str:
         photo, lens = photos[image.name], lenses[image.camera_id]
+        name = undistort_photo(photo, lens)
+        mask = None if capture.masks is None else mask_of(capture.masks, photo.original)
+        if mask is not None:
+            _undistort_mask(mask, lens, out / "masks" / f"{name}.png")
+        return name
+
+    def undistort_photo(photo: Photo, lens: Any) -> str:
         if lens.is_undistorted():
             name = photo.name
             target = folder / name
@@ -505,6 +515,21 @@ def _undistort(capture: Capture, model: Any, out: Path, settings: SfmSettings, l
     model.write_binary(str(partial))
     _check_written(model, partial)
     partial.rename(target)
+
+
+def _undistort_mask(mask: Path, lens: Any, target: Path) -> None:
+    """As a pinhole sees it; what the lens did not see does not count."""
+    from spaceport_gs.colmap import pycolmap
+
+    check_mask(mask, lens.width, lens.height)
+    values = read_mask(mask)
+    if not lens.is_undistorted():
+        bitmap = pycolmap.Bitmap.from_array(values)
+        values = np.asarray(pycolmap.undistort_image(pycolmap.UndistortCameraOptions(), bitmap, lens)[0].to_array())
+    with replacing(target) as temporary:
+        from PIL import Image as PillowImage
+
+        PillowImage.fromarray(values).save(temporary, "PNG", compress_level=1)
 
 
 def _check_written(model: Any, folder: Path) -> None:

@@ -23,7 +23,7 @@ MARK = "config.json"  # what makes a folder ours
 COSTLY = ("sfm", "train")  # stages that are not done again with other settings unless the user says so
 EVERY_COMMAND = ("stages", "events.jsonl", "spaceport.log", MARK)
 WRITTEN = {
-    "sfm": ("images", "sparse", "photos", "unzipped", "given", "work", "sfm.json"),
+    "sfm": ("images", "masks", "sparse", "photos", "unzipped", "given", "work", "sfm.json"),
     "train": ("scene.ply", "report.json", "sfm", "pictures", "checkpoints"),
     "reconstruct": (
         "scene.ply", "scene.sog", "index.html", "report.html", "report.json", "sfm", "pictures", "checkpoints",

@@ -51,7 +51,15 @@ class Cuda:
     def __init__(self, stream: int) -> None: ...
 
 class StepView:
-    def __init__(self, backend: Cuda, camera: Camera, photo: Array, depth_limits: Array) -> None: ...
+    def __init__(
+        self,
+        backend: Cuda,
+        camera: Camera,
+        photo: Array,
+        mask: Array | None,
+        exposure: Any | None,
+        depth_limits: Array | None,
+    ) -> None: ...
 
 class StepGraph:
     def __init__(
@@ -62,17 +70,35 @@ class StepGraph:
         second: Gaussians,
         sums: Array,
         up_to_date: Array | None,
+        sh_log: Array | None,
         statistics: Statistics,
         scratch: Array,
         n_instances: int,
         width: int,
         height: int,
+        has_mask: bool,
+        has_exposure: bool,
         settings: RasterSettings,
-        ssim_weight: float,
+        loss: Any,
         progress: Array,
         progress_on_host: Array,
     ) -> None: ...
     def launch(self, backend: Cuda, view: StepView, adam: Any, gathers_statistics: bool) -> None: ...
+
+class RenderGraph:
+    def __init__(
+        self,
+        backend: Cuda,
+        gaussians: Gaussians,
+        scratch: Array,
+        n_instances: int,
+        width: int,
+        height: int,
+        settings: RasterSettings,
+        most: Array,
+        most_on_host: Array,
+    ) -> None: ...
+    def launch(self, backend: Cuda, camera: Camera, out: Image) -> None: ...
 
 Backend = Cpu | Cuda
 
@@ -100,9 +126,12 @@ def project_vjp(
     scratch: Array | None,
 ) -> None: ...
 def step_scratch(backend: Cuda, n: int, n_instances: int, width: int, height: int, settings: RasterSettings) -> int: ...
+def render_scratch(backend: Cuda, n: int, n_instances: int, width: int, height: int) -> int: ...
 def catch_up(
     backend: Cuda, values: Gaussians, first: Gaussians, second: Gaussians, up_to_date: Array, adam: Any
 ) -> None: ...
+def sh_log_size(backend: Cuda, n: int) -> int: ...
+def flush_sh(backend: Cuda, values: Gaussians, first: Gaussians, second: Gaussians, sh_log: Array) -> None: ...
 def tile_scratch(backend: Backend, n_splats: int, n_instances: int, camera: Camera) -> int: ...
 def tile(backend: Backend, projected: Projected, camera: Camera, scratch: Array, out: Tiles) -> None: ...
 def blend(
@@ -129,9 +158,7 @@ def blend_vjp(
     d_splats: Array,
 ) -> None: ...
 def loss_scratch(backend: Backend, width: int, height: int) -> int: ...
-def loss(
-    backend: Backend, color: Array, photo: Array, ssim_weight: float, scratch: Array, means: Array, d_color: Array
-) -> None: ...
+def loss(backend: Backend, color: Array, target: Any, settings: Any, scratch: Array, out: Any) -> None: ...
 def update(
     backend: Backend,
     values: Gaussians,

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from spaceport_gs.errors import InputError
+from spaceport_gs.exposure import Exposure
 from spaceport_gs.files import replacing
 from spaceport_gs.gaussians import Gaussians, Rows
 from spaceport_gs.types import Statistics
 
 FORMAT = "spaceport-gs checkpoint 1"
 N_KEPT = 2
+EXPOSURES = ("exposures", "best_exposures")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class State:
     """Of the steps since the last check."""
     phase: Phase = Phase()
     history: list[Check] = field(default_factory=list)
+    exposures: Exposure | None = None
+    """Of the training views, in the order of their names; None where they are not trained."""
+    best_exposures: Exposure | None = None
+    """Those of `best`."""
 
 
 def save(folder: Path, state: State, fingerprint: str) -> Path:
@@ -72,6 +78,10 @@ def save(folder: Path, state: State, fingerprint: str) -> Path:
     arrays = {f"{n}/{field.name}": a for n, g in _gaussians(state) for field, a in _named(g)}
     arrays["gradient_sums"] = state.statistics.gradient_sums.cpu().numpy()
     arrays["n_visible"] = state.statistics.n_visible.cpu().numpy()
+    for name in EXPOSURES:
+        exposures: Exposure | None = getattr(state, name)
+        if exposures is not None:
+            arrays.update({f"{name}/{field}": tensor.cpu().numpy() for field, tensor in vars(exposures).items()})
     metadata = {
         "format": FORMAT,
         "fingerprint": fingerprint,
@@ -162,7 +172,19 @@ def _state(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any], device
         loss_sum=float(metadata["loss_sum"]),
         phase=Phase(**metadata["phase"]),
         history=[Check(**check) for check in metadata["history"]],
+        **{name: _exposures(arrays, name, device) for name in EXPOSURES},
     )
+
+
+def _exposures(arrays: Mapping[str, np.ndarray], name: str, device: str) -> Exposure | None:
+    import torch
+
+    if f"{name}/values" not in arrays:
+        return None
+    n_views = len(arrays[f"{name}/values"])
+    shapes = {"values": (n_views, 3, 4), "first": (n_views, 3, 4), "second": (n_views, 3, 4), "n_steps": (n_views,)}
+    tables = {f: _floats(arrays, f"{name}/{f}", shape) for f, shape in shapes.items()}
+    return Exposure(**{f: torch.as_tensor(table.copy(), device=device) for f, table in tables.items()})
 
 
 def _rows(arrays: Mapping[str, np.ndarray], name: str, device: str) -> Rows:
@@ -176,18 +198,25 @@ def _rows(arrays: Mapping[str, np.ndarray], name: str, device: str) -> Rows:
         opacities=(n_gaussians,),
         sh=(n_gaussians, n_coefficients, 3),
     )
-    values, *companions = (
-        Gaussians(*(_floats(arrays, f"{name}/{i}/{f.name}", getattr(shapes, f.name)) for f in fields(Gaussians))).torch(
-            device
-        )
-        for i in range(3)
-    )
+    tables = [
+        Gaussians(*(_floats(arrays, f"{name}/{i}/{f.name}", getattr(s, f.name)) for f in fields(Gaussians)))
+        for i, s in enumerate((shapes, *_shapes_of_moments(shapes, arrays[f"{name}/1/sh"])))
+    ]
+    values, *companions = (table.torch(device) for table in tables)
     return Rows(values, tuple(companions))
+
+
+def _shapes_of_moments(values: Gaussians, first_sh: np.ndarray) -> tuple[Gaussians, Gaussians]:
+    """In the storage that this table of the first moment has; see ops.AdamMoments."""
+    if first_sh.dtype != np.int32:
+        return values, values
+    return values, replace(values, sh=(values.sh[0], 1, 3))
 
 
 def _floats(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
     array = arrays[name]
-    if array.dtype != np.float32 or array.shape != shape:
+    is_words = name.endswith("/1/sh") and array.dtype == np.int32  # of compact moments
+    if (array.dtype != np.float32 and not is_words) or array.shape != shape:
         raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, not float32{list(shape)}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinity")

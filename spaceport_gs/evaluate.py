@@ -35,41 +35,66 @@ class Evaluation:
 
 
 def evaluate(gaussians: Gaussians, views: Sequence[View], settings: RasterSettings | None = None) -> Evaluation:
-    """PSNR and SSIM of each view's render, rounded to 8 bits, against its photo; means over the views."""
-    from spaceport_gs.render import render_8bit
+    """PSNR and SSIM of each view's render, rounded to 8 bits, against its photo; means over the views.
+
+    What a view's mask hides does not count here either: it was not trained on, and would be noise in the scores. Renders
+    are taken as they are: the scene has no exposure of a photo in it.
+    """
+    from spaceport_gs.render import Renderer, to_8bit
 
     scores = []
+    images = Renderer(gaussians, settings)
     for view in views:
-        render = render_8bit(gaussians, view.camera, settings)
-        scores.append(Score(view.name, psnr(render, view.photo), ssim(render, view.photo)))
+        render = to_8bit(images.render([view.camera])[0])
+        scores.append(Score(view.name, psnr(render, view.photo, view.mask), ssim(render, view.photo, view.mask)))
     return Evaluation(_mean([s.psnr for s in scores]), _mean([s.ssim for s in scores]), tuple(scores))
 
 
 def mean_psnr(gaussians: Gaussians, views: Sequence[View], settings: RasterSettings | None = None) -> float | None:
     """Mean PSNR of the views as in `evaluate`; None without views."""
-    from spaceport_gs.render import render_8bit
+    import torch
 
-    return _mean([psnr(render_8bit(gaussians, v.camera, settings), v.photo) for v in views])
+    from spaceport_gs.render import Renderer, on_device_8bit
+
+    images, scores = Renderer(gaussians, settings), []
+    for view in views:
+        render = on_device_8bit(images.render([view.camera])[0])
+        difference = render.int() - torch.from_numpy(view.photo).to(render.device).int()
+        squares, n_values = difference * difference, float(difference.numel())
+        if view.mask is not None:
+            squares = squares.long() * torch.from_numpy(view.mask).to(render.device)[..., None]
+            n_values = 3.0 * int(view.mask.sum(dtype=np.int64))
+        scores.append(_psnr(int(squares.sum()), n_values))
+    return _mean(scores)
 
 
-def psnr(image: np.ndarray, photo: np.ndarray) -> float:
-    """dB; two uint8 images of one shape. Identical images score 100."""
-    _check(image, photo)
+def psnr(image: np.ndarray, photo: np.ndarray, mask: np.ndarray | None = None) -> float:
+    """dB; two uint8 images of one shape. Identical images score 100. A mask [H, W] uint8 weighs the pixels."""
+    _check(image, photo, mask)
     difference = image.astype(np.int32) - photo
-    squared = int(np.sum(difference * difference, dtype=np.int64))
-    if squared == 0:
+    squares, n_values = difference * difference, float(image.size)
+    if mask is not None:
+        squares, n_values = squares * mask[..., None].astype(np.int64), 3.0 * int(mask.sum(dtype=np.int64))
+    return _psnr(int(np.sum(squares, dtype=np.int64)), n_values)
+
+
+def _psnr(squared_errors: int, n: float) -> float:
+    if squared_errors == 0:
         return MAX_PSNR
-    return min(10 * math.log10(255.0**2 * image.size / squared), MAX_PSNR)
+    return min(10 * math.log10(255.0**2 * n / squared_errors), MAX_PSNR)
 
 
-def ssim(image: np.ndarray, photo: np.ndarray) -> float:
+def ssim(image: np.ndarray, photo: np.ndarray, mask: np.ndarray | None = None) -> float:
     """Structural similarity of two uint8 images [H, W, 3], mean over all pixels and channels.
 
     Gaussian window 11 x 11, sigma 1.5, borders padded with zeros, as in the 3D Gaussian Splatting literature
-    (Wang et al. 2004).
+    (Wang et al. 2004). A mask [H, W] uint8 multiplies both images and weighs the pixels, as in `ops.LossTarget`.
     """
-    _check(image, photo)
+    _check(image, photo, mask)
     x, y = image / 255.0, photo / 255.0
+    if mask is not None:
+        weights = mask[..., None] / 255.0
+        x, y = x * weights, y * weights
     mean_x, mean_y = _blur(x), _blur(y)
     variance_x = _blur(x * x) - mean_x * mean_x
     variance_y = _blur(y * y) - mean_y * mean_y
@@ -77,7 +102,9 @@ def ssim(image: np.ndarray, photo: np.ndarray) -> float:
     similarity = ((2 * mean_x * mean_y + SSIM_C1) * (2 * covariance + SSIM_C2)) / (
         (mean_x * mean_x + mean_y * mean_y + SSIM_C1) * (variance_x + variance_y + SSIM_C2)
     )
-    return float(similarity.mean())
+    if mask is None:
+        return float(similarity.mean())
+    return float((similarity * weights).sum() / (3 * weights.sum())) if mask.any() else 1.0
 
 
 def _blur(image: np.ndarray) -> np.ndarray:
@@ -90,7 +117,9 @@ def _blur(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def _check(image: np.ndarray, photo: np.ndarray) -> None:
+def _check(image: np.ndarray, photo: np.ndarray, mask: np.ndarray | None) -> None:
+    if mask is not None and (mask.shape != photo.shape[:2] or mask.dtype != np.uint8):
+        raise ValueError(f"mask must be uint8{list(photo.shape[:2])}, not {mask.dtype}{list(mask.shape)}")
     if image.shape != photo.shape or image.dtype != np.uint8 or photo.dtype != np.uint8:
         raise ValueError(
             f"image and photo must be uint8 of one shape, not {image.dtype}{list(image.shape)}"

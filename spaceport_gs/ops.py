@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -185,11 +186,37 @@ def blend_vjp(
     return d_splats
 
 
+class SsimPadding(Enum):
+    """What SSIM does at the border of the image."""
+
+    ZERO = "zero"
+    """Outside all is zero, and every pixel counts: as in the 3D Gaussian Splatting literature."""
+    VALID = "valid"
+    """Only pixels whose window of 11×11 lies inside the image count; the image must not be smaller than one."""
+
+
 @dataclass(frozen=True)
 class LossSettings:
     """(1 - ssim_weight) · L1 + ssim_weight · (1 - SSIM)."""
 
     ssim_weight: float = 0.2
+    padding: SsimPadding = SsimPadding.ZERO
+
+
+@dataclass(frozen=True)
+class LossTarget:
+    """What an image is compared with, and how.
+
+    A mask multiplies both colours before they are compared, and weighs each pixel in the means of L1 and of SSIM. So what
+    it hides has no influence, not even through the windows of its neighbours; no gradient reaches it. Where everything is
+    hidden, the loss is zero.
+    """
+
+    photo: torch.Tensor  # [H, W, 3] uint8, 0 … 255 standing for 0 … 1
+    mask: torch.Tensor | None = None  # [H, W] uint8, 0 ignores a pixel, 255 counts it fully; None: all count
+    exposure: torch.Tensor | None = (
+        None  # [3, 4] A | b: the image's colours become A · colour + b first; None: they stay
+    )
 
 
 @dataclass(frozen=True)
@@ -199,6 +226,7 @@ class Loss:
     settings: LossSettings
     means: torch.Tensor  # [2] float64, of L1 and of SSIM
     d_color: torch.Tensor  # [H, W, 3]
+    d_exposure: torch.Tensor | None = None  # [3, 4]; None without an exposure
 
     @property
     def value(self) -> float:
@@ -217,17 +245,19 @@ def values_of(means: Sequence[torch.Tensor], settings: LossSettings) -> list[flo
     return [(1 - weight) * l1 + weight * (1 - ssim) for l1, ssim in torch.stack(list(means)).tolist()]
 
 
-def loss(color: torch.Tensor, photo: torch.Tensor, settings: LossSettings) -> Loss:
-    """Loss of an image [H, W, 3] against an 8-bit photo [H, W, 3] (0 … 255 standing for 0 … 1), with its gradient.
+def loss(color: torch.Tensor, target: torch.Tensor | LossTarget, settings: LossSettings) -> Loss:
+    """Loss of an image [H, W, 3] against a target, or a photo [H, W, 3] alone, with its gradient.
 
-    SSIM: 11×11 Gaussian window of sigma 1.5, zero padding, mean over pixels and channels (Wang et al., 2004).
+    SSIM: 11×11 Gaussian window of sigma 1.5, mean over pixels and channels (Wang et al., 2004).
     """
-    d_color = torch.empty_like(color)
+    if not isinstance(target, LossTarget):
+        target = LossTarget(target)
     backend, (height, width) = backend_of(color), color.shape[:2]
     scratch = _scratch(color, _engine.loss_scratch(backend, width, height))
-    means = _empty(color, 2, dtype=torch.float64)
-    _engine.loss(backend, color, photo, settings.ssim_weight, scratch, means, d_color)
-    return Loss(settings, means, d_color)
+    d_exposure = None if target.exposure is None else torch.empty_like(target.exposure)
+    out = Loss(settings, _empty(color, 2, dtype=torch.float64), torch.empty_like(color), d_exposure)
+    _engine.loss(backend, color, target, settings, scratch, out)
+    return out
 
 
 @dataclass(frozen=True)
@@ -245,6 +275,8 @@ class AdamSettings:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-15
+    exposure: float = 0.0
+    """Learning rate of the view's exposure, if it has one."""
 
 
 def update(
@@ -254,16 +286,59 @@ def update(
     second_moment: Gaussians,
     settings: AdamSettings,
 ) -> None:
-    """One step of Adam over every row, in place."""
+    """One step of Adam over every row, in place. The moments may be compact ones."""
     _engine.update(backend_of(values.means), values, gradient, first_moment, second_moment, settings)
+
+
+class MomentStorage(Enum):
+    """How Adam's moments of the SH coefficients lie in memory; those of all else are float32."""
+
+    FULL = "full"
+    """float32."""
+    COMPACT = "compact"
+    """bfloat16, on a GPU alone: 180 bytes less for each Gaussian of degree 3. Rounded up or down at random, in proportion to
+    how near the two lie, so that averages are right in the mean; those of the constant coefficient stay float32."""
 
 
 @dataclass(frozen=True)
 class AdamMoments:
-    """Adam's averages of the gradient and of its square; they start at zero."""
+    """Adam's averages of the gradient and of its square; they start at zero.
+
+    Compact ones: `first.sh` is [N, K, 3] int32, each two bfloat16 of the first moment (the upper half) and of the second.
+    But of the constant coefficient it holds the bits of the first moment, and `second.sh` [N, 1, 3] the second.
+    """
 
     first: Gaussians
     second: Gaussians
+
+    @staticmethod
+    def zeros(values: Gaussians, storage: MomentStorage = MomentStorage.FULL) -> AdamMoments:
+        """Before the first step on these values."""
+        if storage is MomentStorage.FULL:
+            return AdamMoments(zeros_like(values), zeros_like(values))
+        constant = zeros_like(replace(values, sh=values.sh[:, :1]))  # not of all, which would take memory
+        words = torch.zeros_like(values.sh, dtype=torch.int32)
+        return AdamMoments(replace(zeros_like(constant), sh=words), constant)
+
+    @property
+    def storage(self) -> MomentStorage:
+        return MomentStorage.COMPACT if self.first.sh.dtype == torch.int32 else MomentStorage.FULL
+
+    def stored(self, storage: MomentStorage) -> AdamMoments:
+        """The same moments, rounded to the nearest where they become compact."""
+        if storage is self.storage:
+            return self
+        first, second = self.first.sh, self.second.sh
+        if storage is MomentStorage.COMPACT:
+            halves = (moment.bfloat16().view(torch.int16).to(torch.int32) for moment in (first, second))
+            words = (next(halves) << 16) | (next(halves) & 0xFFFF)
+            words[:, 0] = first[:, 0].view(torch.int32)
+            first, second = words, second[:, :1].clone()
+        else:
+            words, constant = first, second
+            first, second = (words & -0x10000).view(torch.float32), (words << 16).view(torch.float32)
+            first[:, 0], second[:, :1] = words[:, 0].view(torch.float32), constant
+        return AdamMoments(replace(self.first, sh=first), replace(self.second, sh=second))
 
 
 def project_vjp_update(

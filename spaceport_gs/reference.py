@@ -164,8 +164,8 @@ def render(
     return blend(project(gaussians, camera, settings, cam_from_world), camera, settings)
 
 
-def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # [H, W, 3] each, 0 … 1
-    """Mean over all pixels and channels; zero padding."""
+def ssim_map(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # [H, W, 3] each, 0 … 1
+    """SSIM of every pixel and channel; zero padding."""
     taps = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1).to(x)
     window = torch.exp(-(taps**2) / (2 * SSIM_SIGMA**2))
     window = window / window.sum()
@@ -173,7 +173,7 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # [H, W, 3] each, 0
 
     def blur(image: torch.Tensor) -> torch.Tensor:
         planes = image.permute(2, 0, 1)[None]
-        return torch.nn.functional.conv2d(planes, kernel, padding=SSIM_RADIUS, groups=3)
+        return torch.nn.functional.conv2d(planes, kernel, padding=SSIM_RADIUS, groups=3)[0].permute(1, 2, 0)
 
     mean_x, mean_y = blur(x), blur(y)
     variance_x = blur(x * x) - mean_x * mean_x
@@ -183,13 +183,38 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # [H, W, 3] each, 0
         (2 * mean_x * mean_y + SSIM_C1)
         * (2 * covariance + SSIM_C2)
         / ((mean_x**2 + mean_y**2 + SSIM_C1) * (variance_x + variance_y + SSIM_C2))
-    ).mean()
+    )
+
+
+def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # [H, W, 3] each, 0 … 1
+    """Mean over all pixels and channels; zero padding."""
+    return ssim_map(x, y).mean()
+
+
+def expose(color: torch.Tensor, exposure: torch.Tensor) -> torch.Tensor:  # [H, W, 3], [3, 4]
+    """A · colour + b."""
+    return color @ exposure[:, :3].T + exposure[:, 3]
 
 
 def loss(color: torch.Tensor, photo: torch.Tensor, ssim_weight: float) -> torch.Tensor:
     """(1 - w) L1 + w (1 - SSIM) of an image [H, W, 3] and an 8-bit photo [H, W, 3]."""
     target = photo.to(color) / 255
     return (1 - ssim_weight) * (color - target).abs().mean() + ssim_weight * (1 - ssim(color, target))
+
+
+def masked_loss(
+    color: torch.Tensor, photo: torch.Tensor, mask: torch.Tensor, ssim_weight: float, is_padded: bool = True
+) -> torch.Tensor:
+    """As `loss`, of both images multiplied by the mask [H, W] (255 standing for 1), which also weighs each pixel in the
+    means. Not padded: SSIM of those pixels alone whose window lies inside the image."""
+    weights = (mask.to(color) / 255)[..., None].expand_as(color)
+    x, y = color * weights, photo.to(color) / 255 * weights
+    difference, similarity = (x - y).abs().sum(), ssim_map(x, y)
+    counted = slice(None) if is_padded else slice(SSIM_RADIUS, -SSIM_RADIUS)
+    similarity, ssim_weights = similarity[counted, counted], weights[counted, counted]
+    l1 = difference / weights.sum() if weights.any() else 0 * difference
+    dissimilar = ((1 - similarity) * ssim_weights).sum() / ssim_weights.sum() if ssim_weights.any() else 0 * difference
+    return (1 - ssim_weight) * l1 + ssim_weight * dissimilar
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ EXTENT_MARGIN = 1.1  # recipe of 3D Gaussian Splatting: extent = 1.1 x largest d
 MIN_VIEWS = 2  # a point must be seen by this many of the views in use
 MIN_POINTS = 10
 MAX_PIXELS = 500_000_000  # per photo: the largest cameras stay well below, a bomb does not
+MASK_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # of Pillow, that become 8-bit grey without a loss of range
 MIN_SIDE = 16  # pixels; below it D-SSIM has no window left
 
 
@@ -29,6 +30,7 @@ class View:
     name: str
     camera: Camera
     path: Path
+    mask_path: Path | None = None
 
     @cached_property
     def photo(self) -> np.ndarray:
@@ -40,20 +42,38 @@ class View:
             raise _unreadable(self.path, error) from error
         return resize_by_area(photo, self.camera.width, self.camera.height)
 
+    @cached_property
+    def mask(self) -> np.ndarray | None:
+        """[H, W] uint8, how much each pixel of the photo counts, 0 … 255; None: all of it."""
+        if self.mask_path is None:
+            return None
+        mask = read_mask(self.mask_path)
+        if mask.max() <= 1:
+            raise InputError(
+                f"{self.mask_path}: its brightest pixel is {mask.max()} of 255, so it hides the whole photo;"
+                " make white what counts, or remove the photo"
+            )
+        return resize_by_area(mask, self.camera.width, self.camera.height)
+
     def resized(self, width: int, height: int) -> View:
-        """The same view on a smaller grid; its photo is made from this view's on first use."""
+        """The same view on a smaller grid; its photo and mask are made from this view's on first use."""
         if (width, height) == (self.camera.width, self.camera.height):
             return self
-        return _ResizedView(self.name, self.camera.resized(width, height), self.path, self)
+        return _ResizedView(self.name, self.camera.resized(width, height), self.path, self.mask_path, full=self)
 
 
 @dataclass(frozen=True)
 class _ResizedView(View):
-    full: View
+    full: View = field(kw_only=True)
 
     @cached_property
     def photo(self) -> np.ndarray:
         return resize_by_area(self.full.photo, self.camera.width, self.camera.height)
+
+    @cached_property
+    def mask(self) -> np.ndarray | None:
+        full = self.full.mask
+        return None if full is None else resize_by_area(full, self.camera.width, self.camera.height)
 
 
 @dataclass(frozen=True)
@@ -133,9 +153,10 @@ def farthest_views(views: Sequence[View], n_chosen: int) -> tuple[View, ...]:
 
 
 def load_scene(project: Path, downscale: float = 1) -> Scene:
-    """Reads a COLMAP project: cameras and points from sparse/0 (or sparse), photos from images.
+    """Reads a COLMAP project: cameras and points from sparse/0 (or sparse), photos from images, masks from masks.
 
-    Photos become round(size / downscale) pixels. InputError where the model or a photo cannot be used.
+    Photos become round(size / downscale) pixels. InputError where the model, a photo or a mask cannot be used. Of a photo
+    without a mask (see `mask_of`) everything counts.
     """
     project = Path(project)
     if not (math.isfinite(downscale) and downscale >= 1):
@@ -146,6 +167,10 @@ def load_scene(project: Path, downscale: float = 1) -> Scene:
     model = _read_model(folder)
     images = sorted((model.image(i) for i in model.reg_image_ids()), key=lambda image: image.name)
     views = tuple(_view(model, image, project / "images", downscale) for image in images)
+    if (project / "masks").is_dir() and all(view.mask_path is None for view in views):
+        raise InputError(
+            f"{project / 'masks'}: no mask has the name of a photo; call that of {views[0].name} {views[0].name}.png"
+        )
     if len(views) < MIN_VIEWS:
         raise InputError(f"{folder}: {len(views)} photos with a pose; at least {MIN_VIEWS} are needed")
     view_from_id = {image.image_id: i for i, image in enumerate(images)}
@@ -157,8 +182,36 @@ def load_scene(project: Path, downscale: float = 1) -> Scene:
     return Scene(views, points, colors, tracks)
 
 
+def mask_of(masks: Path, photo: str) -> Path | None:
+    """The mask in the folder `masks` of the photo of this name, NAME.EXT: NAME.EXT.png, as COLMAP calls it, or NAME.png;
+    None if there is none."""
+    candidates = (masks / f"{photo}.png", (masks / photo).with_suffix(".png"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def check_mask(path: Path, width: int, height: int) -> None:
+    """InputError if the file is no mask for a photo of this size; its pixels are not read yet."""
+    with _opened(path) as file:
+        if file.size != (width, height):
+            raise InputError(
+                f"{path}: {file.width}x{file.height} pixels, but its photo has {width}x{height};"
+                " a mask has the size of its photo"
+            )
+        if file.mode not in MASK_MODES:
+            raise InputError(f"{path}: pixels of kind {file.mode}; save the mask as 8-bit grey")
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """[H, W] uint8, converted to grey."""
+    try:
+        with _opened(path) as file:
+            return np.array(file.convert("L"), dtype=np.uint8)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _unreadable(path, error) from error
+
+
 def resize_by_area(photo: np.ndarray, width: int, height: int) -> np.ndarray:
-    """[H, W, 3] uint8 to [height, width, 3] uint8, not larger: the mean over each target pixel's exact area.
+    """[H, W, 3] uint8 to [height, width, 3] uint8, not larger: the mean over each target pixel's exact area. [H, W] alike.
 
     Source pixels that an edge cuts count by their covered part. Integers throughout, rounded once, half up.
     """
@@ -222,7 +275,10 @@ def _view(model: Any, image: Any, photos: Path, downscale: float) -> View:
             f"{path}: {width}x{height} pixels after --downscale {downscale:g}; use a smaller --downscale"
             f" (sides of at least {MIN_SIDE} pixels)"
         )
-    return View(image.name, camera.resized(width, height), path)
+    mask = mask_of(photos.parent / "masks", image.name)
+    if mask is not None:
+        check_mask(mask, camera.width, camera.height)
+    return View(image.name, camera.resized(width, height), path, mask)
 
 
 def _camera(intrinsics: Any, cam_from_world: np.ndarray, name: str) -> Camera:

@@ -18,6 +18,7 @@ from spaceport_gs.types import RasterSettings
 LEVELS = 16  # resolutions are multiples of 1/16, so that no level jumps far
 FEW_VIEWS = 60  # fewer photos than this overfit, and get schedules of their own
 VERY_FEW_VIEWS = 25
+MOMENTS = ("full", "compact")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class Recipe:
     opacity_rate: float = 0.05
     scale_rate: float = 5e-3
     rotation_rate: float = 1e-3
+    exposure_rate: float = 0.0
+    """Learning rate of each photo's exposure, an affine change of colour that the scene is seen through in training (and
+    only there: photos of one scene with different exposures cannot all be right). 0 = photos have none."""
     sh_degree: int = 3
     """Highest SH degree."""
     sh_every: int = 1_000
@@ -98,7 +102,7 @@ class Recipe:
     """Resolution rises until here; 0 = full resolution from the start."""
     first_side: int = 0
     """Pixels of the shorter side at the start."""
-    evaluate_every: int = 500
+    evaluate_every: int = 2_500
     """Distance of two evaluations of the held-out views, which are for the record only."""
     plateau: PlateauRule | None = None
     """None = always run to the end."""
@@ -117,10 +121,14 @@ class TrainSettings:
     seed: int = 0
     eval_every: int = 8
     """Every so-many-th photo is held out for evaluation; 0 = none."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0 = whenever half a minute of training has passed."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
+    exposure_rate: float = 0.0
+    """Learning rate of each photo's exposure, such as 0.001; 0 = the recipe's."""
+    moments: str = "full"
+    """How Adam's moments of the SH coefficients are kept on a GPU: `full`, or `compact` in half of the memory."""
     recipe: Recipe | None = None
     """None = the preset's recipe for the capture."""
 
@@ -128,6 +136,8 @@ class TrainSettings:
         """The settings with recipe and steps filled in, for training views of `n_pixels` pixels each."""
         _check(self)
         recipe = self.recipe or preset(self.preset, n_views, n_pixels)
+        if self.exposure_rate > 0:
+            recipe = replace(recipe, exposure_rate=self.exposure_rate)
         return replace(self, recipe=recipe, steps=self.steps or recipe.steps)
 
     def to_json(self) -> dict[str, Any]:
@@ -135,8 +145,12 @@ class TrainSettings:
         return asdict(self)
 
     def decisive(self) -> dict[str, Any]:
-        """The part of `to_json` that a resumed run must agree with; it may go on on another device."""
-        return {name: value for name, value in self.to_json().items() if name not in ("checkpoint_every", "device")}
+        """The part of `to_json` that a resumed run must agree with; it may go on on another device, in another storage."""
+        return {
+            name: value
+            for name, value in self.to_json().items()
+            if name not in ("checkpoint_every", "device", "moments")
+        }
 
 
 def preset(name: str, n_views: int, n_pixels: int) -> Recipe:
@@ -270,12 +284,15 @@ def plateau(rule: PlateauRule, probes: Sequence[float]) -> str | None:
 
 
 def _check(settings: TrainSettings) -> None:
+    if settings.moments not in MOMENTS:
+        raise InputError(f"--moments must be {' or '.join(MOMENTS)}, not {settings.moments}")
     for name, least in (
         ("steps", 0),
         ("max_seconds", 0),
+        ("exposure_rate", 0),
         ("seed", 0),
         ("eval_every", 0),
-        ("checkpoint_every", 1),
+        ("checkpoint_every", 0),
     ):
         value = getattr(settings, name)
         if not (value >= least and math.isfinite(value)):

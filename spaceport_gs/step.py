@@ -11,6 +11,7 @@ import torch
 
 from spaceport_gs import _engine, ops
 from spaceport_gs.errors import BackendError
+from spaceport_gs.exposure import Exposure
 from spaceport_gs.gaussians import Gaussians
 from spaceport_gs.types import Camera, RasterSettings, Statistics
 
@@ -26,6 +27,8 @@ _PROGRESS = np.dtype(
 )
 HEADROOM = 1.05
 """Memory for this many times the instances that a step needed."""
+LIMITS_TRIAL = 64
+"""Steps after which depth limits are given up, if more than one in sixteen was rendered again because of them."""
 
 
 class UpdateRule(Enum):
@@ -33,6 +36,11 @@ class UpdateRule(Enum):
 
     ALL = "all"
     """Every row, every step: as `ops.update` does."""
+    DEFERRED = "deferred"
+    """As ALL; but the SH coefficients beyond the constant one make their steps after sixteen of them at once, or when the
+    values are asked for. Each is the step of Adam that it would have been, with its own rates; but images in between are
+    rendered with coefficients that are up to fifteen steps old. Moves less memory in a step, and needs 192 bytes more for
+    each row."""
     CONTRIBUTING = "contributing"
     """Rows whose gradient is not zero. The others make up for it when theirs is not, or when the values are asked for:
     decay and drift of the steps that they missed, at the learning rates of now. What is rendered in between is the same
@@ -51,11 +59,37 @@ class StepView:
     photo: torch.Tensor  # [H, W, 3] uint8, on the GPU
     raster: RasterSettings
     loss: ops.LossSettings
+    mask: torch.Tensor | None = None  # [H, W] uint8, on the GPU; see ops.LossTarget
+    exposure: Exposure | None = None
+    """Of the view, on the GPU; a step moves it in place."""
     depth_limits: torch.Tensor = field(init=False)  # [n_tiles] int32
 
     def __post_init__(self) -> None:
         none = torch.full((ops.n_tiles(self.camera),), -1, dtype=torch.int32, device=self.photo.device)
         object.__setattr__(self, "depth_limits", none)
+
+    @property
+    def kind(self) -> _Kind:
+        return _Kind(
+            self.camera.width,
+            self.camera.height,
+            self.mask is not None,
+            self.exposure is not None,
+            self.raster,
+            self.loss,
+        )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a step is recorded for."""
+
+    width: int
+    height: int
+    has_mask: bool
+    has_exposure: bool
+    raster: RasterSettings
+    loss: ops.LossSettings
 
 
 class TrainingStep:
@@ -80,17 +114,24 @@ class TrainingStep:
         self.n_instances = n_instances if n_instances > 0 else max(2 * n, 1 << 16)
         self._values, self._moments, self._statistics, self._rule = values, moments, statistics, rule
         self._up_to_date: torch.Tensor | None = None
+        self._sh_log: torch.Tensor | None = None
         self._last: ops.AdamSettings | None = None
         self._sums = torch.zeros(n, _engine.SPLAT_GRADIENT_STRIDE, device=device)
+        if rule is UpdateRule.DEFERRED:
+            n_bytes = _engine.sh_log_size(ops.backend_of(values.means), n)
+            self._sh_log = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._progress = torch.zeros(_engine.STEP_PROGRESS_SIZE, dtype=torch.uint8, device=device)
         self._progress_on_host = torch.zeros_like(self._progress, device="cpu").pin_memory()
         self._seen = self._progress_on_host.numpy().view(_PROGRESS)
         self._n_done, self._is_halted = self._seen["n_done"], self._seen["is_halted"]
-        self._graphs: dict[tuple[int, int, RasterSettings, ops.LossSettings], _engine.StepGraph] = {}
+        self._graphs: dict[_Kind, _engine.StepGraph] = {}
         self._prepared: dict[StepView, tuple[_engine.StepGraph, _engine.StepView]] = {}
         self._unconfirmed: deque[tuple[StepView, ops.AdamSettings, bool]] = deque()
         self._n_confirmed = 0
+        self.uses_depth_limits = True
+        """Of the views (see StepView); given up where they prove wrong too often."""
+        self._trial = 0, 0  # steps, and how many were rendered again, at its start
 
     def run(self, view: StepView, adam: ops.AdamSettings, gathers_statistics: bool = False) -> None:
         """Queues a step; `adam.step` counts up by one. Statistics: adds what the step sees of each Gaussian."""
@@ -116,10 +157,12 @@ class TrainingStep:
         return int(self._seen["n_rendered_again"][0])
 
     def settle(self) -> tuple[float, float]:
-        """As `wait`; and rows that missed steps make up for them."""
+        """As `wait`; and what missed steps makes up for them."""
         losses = self.wait()
+        backend, moments = ops.backend_of(self._sums), self._moments
+        if self._sh_log is not None:
+            _engine.flush_sh(backend, self._values, moments.first, moments.second, self._sh_log)
         if self._up_to_date is not None:
-            backend, moments = ops.backend_of(self._sums), self._moments
             _engine.catch_up(backend, self._values, moments.first, moments.second, self._up_to_date, self._last)
         return losses
 
@@ -132,6 +175,7 @@ class TrainingStep:
         while self._n_confirmed < n_done:
             self._unconfirmed.popleft()
             self._n_confirmed += 1
+        self._judge_limits()
         if is_halted:
             needed = int(self._seen["n_instances"][0])
             most = _engine.MOST_INSTANCES
@@ -146,24 +190,35 @@ class TrainingStep:
             for step in self._unconfirmed:
                 self._launch(*step)
 
+    def _judge_limits(self) -> None:
+        n_again = self.n_rendered_again
+        if not self.uses_depth_limits or self._n_confirmed < self._trial[0] + LIMITS_TRIAL:
+            return
+        if n_again - self._trial[1] > (self._n_confirmed - self._trial[0]) // 16:
+            self.uses_depth_limits = False
+            self._prepared.clear()
+        self._trial = self._n_confirmed, n_again
+
     def _launch(self, view: StepView, adam: ops.AdamSettings, gathers_statistics: bool) -> None:
         graph, prepared = self._prepared.get(view) or self._prepare(view)
         graph.launch(ops.backend_of(self._sums), prepared, adam, gathers_statistics)
 
     def _prepare(self, view: StepView) -> tuple[_engine.StepGraph, _engine.StepView]:
-        key = (view.camera.width, view.camera.height, view.raster, view.loss)
-        graph = self._graphs.get(key) or self._record(*key)
-        prepared = graph, _engine.StepView(ops.backend_of(self._sums), view.camera, view.photo, view.depth_limits)
-        self._graphs[key], self._prepared[view] = graph, prepared
+        kind = view.kind
+        graph = self._graphs.get(kind) or self._record(kind)
+        limits = view.depth_limits if self.uses_depth_limits else None
+        backend = ops.backend_of(self._sums)
+        prepared = graph, _engine.StepView(backend, view.camera, view.photo, view.mask, view.exposure, limits)
+        self._graphs[kind], self._prepared[view] = graph, prepared
         return prepared
 
     def _forget(self) -> None:
         self._graphs.clear()
         self._prepared.clear()
 
-    def _record(self, width: int, height: int, raster: RasterSettings, loss: ops.LossSettings) -> _engine.StepGraph:
+    def _record(self, kind: _Kind) -> _engine.StepGraph:
         backend, values, moments = ops.backend_of(self._sums), self._values, self._moments
-        n_bytes = _engine.step_scratch(backend, len(values), self.n_instances, width, height, raster)
+        n_bytes = _engine.step_scratch(backend, len(values), self.n_instances, kind.width, kind.height, kind.raster)
         if len(self._scratch) < n_bytes:
             torch.cuda.current_stream().synchronize()  # recorded steps that still run have their buffers in it
             self._forget()
@@ -176,13 +231,16 @@ class TrainingStep:
             moments.second,
             self._sums,
             self._up_to_date,
+            self._sh_log,
             self._statistics,
             self._scratch,
             self.n_instances,
-            width,
-            height,
-            raster,
-            loss.ssim_weight,
+            kind.width,
+            kind.height,
+            kind.has_mask,
+            kind.has_exposure,
+            kind.raster,
+            kind.loss,
             self._progress,
             self._progress_on_host,
         )

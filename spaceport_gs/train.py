@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from spaceport_gs.checkpoint import Check, Phase, State, copied
 from spaceport_gs.density import Growth, grow, logit, reset_opacities
 from spaceport_gs.errors import InputError, Interrupted
 from spaceport_gs.evaluate import mean_psnr
+from spaceport_gs.exposure import Exposure
 from spaceport_gs.gaussians import Gaussians, Rows, from_points
 from spaceport_gs.progress import Listener, Progress, ignore
 from spaceport_gs.scene import Scene, View, extent, farthest_views, split
@@ -30,11 +32,12 @@ from spaceport_gs.types import DrawKey, Image, RasterSettings, Statistics
 if TYPE_CHECKING:
     import torch
 
-    from spaceport_gs.ops import AdamSettings
+    from spaceport_gs.ops import AdamSettings, MomentStorage
     from spaceport_gs.step import StepView, TrainingStep
 
 STAGE = "train"
 TELL_EVERY = 25  # steps
+CHECKPOINT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,13 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
     folder, fingerprint = out / "checkpoints", _fingerprint(used, settings)
     state = _resumed(folder, fingerprint, settings, listen) or _start(used, run)
     stepper = _Stepper(run)
-    saved_at = state.step
+    saved = state.step, state.seconds
 
     with _signals() as stop:
         while state.phase.name != "done":
             previous = state.moment
             state.step += 1
-            state.moment = min(previous + _pace(run, state), run.recipe.steps)
+            state.moment = _next_moment(run, state)
             if _is_check_due(run, state, previous):  # before growth, whose new rows need steps to find their place
                 stepper.settle(state)
                 _check(run, state)
@@ -90,10 +93,10 @@ def train(scene: Scene, settings: TrainSettings, out: Path, listen: Listener = i
                 stepper.settle(state)
                 checkpoint.save(folder, state, fingerprint)
                 raise Interrupted(f"stopped by {stop[0].name} at step {state.step}; go on with --resume")
-            if state.step - saved_at >= settings.checkpoint_every or state.phase.name == "done":
+            if _is_checkpoint_due(state, saved, settings.checkpoint_every):
                 stepper.settle(state)
                 checkpoint.save(folder, state, fingerprint)
-                saved_at = state.step
+                saved = state.step, state.seconds
     values = state.rows.values
     return TrainReport(
         values.select(values.opacities >= logit(_engine.ALPHA_CUTOFF)),
@@ -137,6 +140,11 @@ class _Run:
         """Moments of the recipe in one step."""
         return self.recipe.steps / self.settings.steps
 
+    @cached_property
+    def names(self) -> list[str]:
+        """Of all training views."""
+        return sorted(view.name for view in self.views + self.probes)
+
     def views_of(self, phase: Phase) -> tuple[View, ...]:
         return self.views + self.probes if phase.name == "finish" else self.views
 
@@ -157,10 +165,29 @@ def _fingerprint(scene: Scene, settings: TrainSettings) -> str:
 
 
 def _start(scene: Scene, run: _Run) -> State:
+    from spaceport_gs.ops import AdamMoments
+
     values = from_points(scene.points, scene.colors, run.recipe.sh_degree).torch(run.settings.device)
-    zeros = values.map(lambda array: array.new_zeros(array.shape))
-    moments = tuple(zeros.map(lambda array: array.clone()) for _ in range(2))
-    return State(Rows(values, moments), Statistics.empty(len(values), run.settings.device))
+    moments = AdamMoments.zeros(values, _storage(run.settings))
+    state = State(Rows(values, (moments.first, moments.second)), Statistics.empty(len(values), run.settings.device))
+    if run.recipe.exposure_rate > 0:
+        state.exposures = Exposure.identity(len(run.names), run.settings.device)
+    return state
+
+
+def _storage(settings: TrainSettings) -> MomentStorage:
+    from spaceport_gs.ops import MomentStorage
+
+    is_compact = settings.moments == "compact" and settings.device != "cpu"
+    return MomentStorage.COMPACT if is_compact else MomentStorage.FULL
+
+
+def _stored(rows: Rows, settings: TrainSettings) -> Rows:
+    """The rows with their moments as these settings keep them."""
+    from spaceport_gs.ops import AdamMoments
+
+    moments = AdamMoments(*rows.companions).stored(_storage(settings))
+    return Rows(rows.values, (moments.first, moments.second))
 
 
 def _resumed(folder: Path, fingerprint: str, settings: TrainSettings, listen: Listener) -> State | None:
@@ -173,6 +200,8 @@ def _resumed(folder: Path, fingerprint: str, settings: TrainSettings, listen: Li
             failure = failure or error
             listen(Progress(STAGE, 0, settings.steps, str(error)))
         else:
+            state.rows = _stored(state.rows, settings)
+            state.best = None if state.best is None else _stored(state.best, settings)
             return state
     if failure is not None:
         raise failure
@@ -201,6 +230,15 @@ class _Plan:
         return _Plan(_adam(run, state), gathers)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a view's render is compared with."""
+
+    photo: torch.Tensor  # [H, W, 3] uint8, on the device of the training, as all of it
+    mask: torch.Tensor | None  # [H, W] uint8
+    exposure: Exposure | None
+
+
 class _Recorded:
     """The recorded step of a GPU on certain rows, with what it keeps of each view."""
 
@@ -220,14 +258,15 @@ class _Recorded:
         self._views: dict[str, StepView] = {}
         if before is not None:  # they remember more than their photos
             self._settings, self._views = before._settings, before._views
+            self._step.uses_depth_limits = before._step.uses_depth_limits
 
-    def run(self, view: View, photo: torch.Tensor, settings: RasterSettings, plan: _Plan) -> None:
+    def run(self, view: View, seen: _Seen, settings: RasterSettings, plan: _Plan) -> None:
         from spaceport_gs.step import StepView
 
         if settings != self._settings:  # as they do when the resolution changes
             self._settings, self._views = settings, {}
         if view.name not in self._views:
-            self._views[view.name] = StepView(view.camera, photo, settings, self._loss)
+            self._views[view.name] = StepView(view.camera, seen.photo, settings, self._loss, seen.mask, seen.exposure)
         self._step.run(self._views[view.name], plan.adam, plan.gathers)
 
     def wait(self) -> tuple[float, float]:
@@ -247,7 +286,7 @@ class _Stepper:
         self._run = run
         self._level = 0.0
         self._resized: dict[str, View] = {}
-        self._photos: dict[str, torch.Tensor] = {}
+        self._seen: dict[str, _Seen] = {}
         self._losses: list[torch.Tensor] = []
         self._recorded: _Recorded | None = None
         self.last_loss = math.nan
@@ -258,7 +297,7 @@ class _Stepper:
         settings = RasterSettings(schedule.sh_degree(recipe, previous), low_pass=schedule.low_pass(self._level))
         plan = _Plan.of(self._run, state, previous)
         if state.rows.values.means.is_cuda:
-            self._record(state).run(view, self._photo(view), settings, plan)
+            self._record(state).run(view, self._seen_of(view, state), settings, plan)
         else:
             self._step_by_verbs(state, view, settings, plan)
 
@@ -290,10 +329,15 @@ class _Stepper:
         projected = ops.project(values, camera, settings)
         tiles = ops.tile(projected, camera)
         image = ops.blend(projected, tiles, camera, settings)
-        loss = ops.loss(image.color, self._photo(view), ops.LossSettings(self._run.recipe.d_ssim_weight))
+        seen = self._seen_of(view, state)
+        exposure = None if seen.exposure is None else seen.exposure.values
+        target = ops.LossTarget(seen.photo, seen.mask, exposure)
+        loss = ops.loss(image.color, target, ops.LossSettings(self._run.recipe.d_ssim_weight))
         d_image = Image(loss.d_color, image.transmittance.new_zeros(image.transmittance.shape))
         d_splats = ops.blend_vjp(projected, tiles, camera, settings, image, d_image)
         self._losses.append(loss.means)
+        if seen.exposure is not None and loss.d_exposure is not None:
+            seen.exposure.update(loss.d_exposure, plan.adam)
         if plan.gathers:
             ops.density(projected, d_splats, camera, state.statistics)
         moments = ops.AdamMoments(*state.rows.companions)
@@ -338,20 +382,28 @@ class _Stepper:
         shorter = min(view.camera.width, view.camera.height)
         level = schedule.resolution(run.recipe, moment, shorter)
         if level != self._level:
-            self._level, self._resized, self._photos = level, {}, {}
+            self._level, self._resized, self._seen = level, {}, {}
         if view.name not in self._resized:
             self._resized[view.name] = view.resized(
                 max(1, round(view.camera.width * level)), max(1, round(view.camera.height * level))
             )
         return self._resized[view.name]
 
-    def _photo(self, view: View) -> torch.Tensor:
-        """[H, W, 3] uint8, on the device of the training."""
+    def _seen_of(self, view: View, state: State) -> _Seen:
         import torch
 
-        if view.name not in self._photos:
-            self._photos[view.name] = torch.from_numpy(view.photo).to(self._run.settings.device)
-        return self._photos[view.name]
+        if view.name not in self._seen:
+            device, exposures = self._run.settings.device, state.exposures
+            mask = None if view.mask is None else torch.from_numpy(view.mask).to(device)
+            exposure = None if exposures is None else exposures.of(self._run.names.index(view.name))
+            self._seen[view.name] = _Seen(torch.from_numpy(view.photo).to(device), mask, exposure)
+        return self._seen[view.name]
+
+
+def _next_moment(run: _Run, state: State) -> float:
+    following = state.moment + _pace(run, state)
+    is_last = following > run.recipe.steps - 1e-3 * run.pace  # what rounding leaves over is no step of its own
+    return run.recipe.steps if is_last else following
 
 
 def _pace(run: _Run, state: State) -> float:
@@ -383,6 +435,7 @@ def _adam(run: _Run, state: State) -> AdamSettings:
         opacities=recipe.opacity_rate * others,
         sh_dc=recipe.dc_rate * others,
         sh_rest=recipe.sh_rate * others,
+        exposure=recipe.exposure_rate * others,
         step=state.step,
     )
 
@@ -391,6 +444,13 @@ def _is_check_due(run: _Run, state: State, previous: float) -> bool:
     """Checks fall on multiples of their distance, and on the last step."""
     every = run.recipe.plateau.check_every if run.recipe.plateau else run.recipe.evaluate_every
     return schedule.passes(previous, state.moment, every) is not None or state.moment >= run.recipe.steps
+
+
+def _is_checkpoint_due(state: State, saved: tuple[int, float], every: int) -> bool:
+    """`saved`: step and seconds of the last one."""
+    if every > 0 and state.step - saved[0] >= every:
+        return True
+    return state.phase.name == "done" or (every == 0 and state.seconds - saved[1] >= CHECKPOINT_SECONDS)
 
 
 def _check(run: _Run, state: State) -> None:
@@ -414,6 +474,7 @@ def _check(run: _Run, state: State) -> None:
     armed = _armed_probes(run, state, until=state.step)
     if in_main and armed and armed[-1] >= max(armed):
         state.best = copied(state.rows)
+        state.best_exposures = None if state.exposures is None else state.exposures.copy()
 
 
 def _armed_probes(run: _Run, state: State, until: int) -> list[float]:
@@ -456,7 +517,7 @@ def _advance_phase(run: _Run, state: State, stepper: _Stepper) -> None:
             cooled = mean_psnr(state.rows.values, run.probes) if state.best is not None else None
             if before and cooled is not None:
                 _restore_better(state, max(before), cooled, rule.max_loss)
-            state.best = None
+            state.best = state.best_exposures = None
             enter("finish" if run.probes and not is_over else "done", phase.reason)
     elif rule is not None and phase.name == "finish":
         if is_over or state.moment - phase.moment >= rule.cool_down:
@@ -469,6 +530,8 @@ def _advance_phase(run: _Run, state: State, stepper: _Stepper) -> None:
 def _restore_better(state: State, best: float, now: float, tolerance: float) -> None:
     if state.best is not None and now < best - tolerance:
         state.rows = copied(state.best)
+        if state.exposures is not None and state.best_exposures is not None:
+            state.exposures.restore(state.best_exposures)
         state.statistics = Statistics.empty(len(state.rows.values), state.rows.values.means.device)
 
 

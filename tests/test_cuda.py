@@ -11,8 +11,10 @@ import torch
 from scenes import assert_close, camera, random_gaussians
 
 from spaceport_gs import _engine, ops
+from spaceport_gs.exposure import Exposure
 from spaceport_gs.gaussians import Gaussians, Rows
 from spaceport_gs.pipeline.doctor import cuda_missing
+from spaceport_gs.render import Renderer
 from spaceport_gs.step import StepView, TrainingStep, UpdateRule
 from spaceport_gs.types import Camera, Depth, DrawKey, GrowthSettings, Image, Projected, RasterSettings, Statistics
 
@@ -191,7 +193,7 @@ def assert_same_steps(a: tuple[Gaussians, Statistics], b: tuple[Gaussians, Stati
     assert float((a[1].n_visible != b[1].n_visible).float().mean()) < 1e-3
 
 
-@pytest.mark.parametrize("rule", list(UpdateRule))
+@pytest.mark.parametrize("rule", [UpdateRule.ALL, UpdateRule.CONTRIBUTING])
 def test_recorded_steps_are_the_verbs(rule: UpdateRule) -> None:
     gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(6)
     photo = photo_for(views[0]).cuda()
@@ -223,6 +225,62 @@ def test_steps_that_do_not_fit_are_repeated() -> None:
     values, statistics, step = recorded_steps(gaussians, views, photo, UpdateRule.CONTRIBUTING, n_instances=1)
     assert step.n_instances > 20_000
     assert_same_steps((values, statistics), steps_by_verbs(gaussians, views, photo))
+
+
+@pytest.mark.parametrize("padding", list(ops.SsimPadding))
+@pytest.mark.parametrize(("parts", "n_instances"), [("mask", 0), ("exposure", 1), ("mask and exposure", 1)])
+def test_recorded_steps_with_masks_and_exposures(parts: str, n_instances: int, padding: ops.SsimPadding) -> None:
+    """Also of steps that are repeated: an exposure makes each of them once."""
+    gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(6)
+    settings, photo = ops.LossSettings(0.2, padding), photo_for(views[0]).cuda()
+    mask = photo_for(views[0], seed=1)[..., 0].contiguous().cuda() if "mask" in parts else None
+    routes = []
+    for is_recorded in (False, True):
+        values = gaussians.map(lambda a: a.clone())
+        moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
+        exposures = Exposure.identity(3, "cuda")
+        step = TrainingStep(values, moments, Statistics.empty(len(values), "cuda"), UpdateRule.ALL, n_instances)
+        losses = []
+        for i, view in enumerate(views):
+            adam = replace(rates(i + 1), exposure=1e-2)
+            exposure = exposures.of(i % 2) if "exposure" in parts else None
+            if is_recorded:
+                step.run(StepView(view, photo, SETTINGS, settings, mask, exposure), adam)
+                continue
+            projected = ops.project(values, view, SETTINGS)
+            tiles = ops.tile(projected, view)
+            image = ops.blend(projected, tiles, view, SETTINGS)
+            target = ops.LossTarget(photo, mask, None if exposure is None else exposure.values)
+            loss = ops.loss(image.color, target, settings)
+            d_image = Image(loss.d_color, torch.zeros_like(image.transmittance))
+            d_splats = ops.blend_vjp(projected, tiles, view, SETTINGS, image, d_image)
+            if exposure is not None:
+                exposure.update(loss.d_exposure, adam)
+            ops.project_vjp_update(values, view, SETTINGS, projected, d_splats, moments, adam)
+            losses.append(loss.value)
+        if is_recorded:
+            losses.append(step.settle()[1])
+        routes.append((values, exposures, losses[-1]))
+    for a, b in zip(routes[0][0].arrays(), routes[1][0].arrays(), strict=True):
+        assert float((a - b).abs().mean()) < 5e-5
+    assert routes[0][2] == pytest.approx(routes[1][2], rel=1e-4)
+    for a, b in zip(routes[0][1].tensors(), routes[1][1].tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5)
+    assert routes[1][1].n_steps.tolist() == ([3, 3, 0] if "exposure" in parts else [0, 0, 0])
+
+
+def test_views_of_all_kinds_share_a_step() -> None:
+    values = random_gaussians(3_000, scale=0.05).map(lambda a: a.cuda())
+    moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
+    step, view = TrainingStep(values, moments, Statistics.empty(len(values), "cuda")), camera()
+    photo, exposure = photo_for(view).cuda(), Exposure.identity(1, "cuda").of(0)
+    nothing = torch.zeros(view.height, view.width, dtype=torch.uint8, device="cuda")
+    losses = []
+    for i, (mask, own) in enumerate([(None, None), (nothing, None), (None, exposure), (nothing, exposure)]):
+        step.run(StepView(view, photo, SETTINGS, ops.LossSettings(), mask, own), replace(rates(i + 1), exposure=1e-2))
+        losses.append(step.settle()[1])
+    assert losses[0] > 0.1 and losses[2] > 0.1 and losses[1] == losses[3] == 0
+    assert float(exposure.n_steps) == 2
 
 
 def test_what_is_hidden_is_not_listed_until_it_can_be_seen() -> None:
@@ -315,6 +373,97 @@ def test_a_step_with_nothing_visible() -> None:
     assert torch.equal(values.sh, before.sh)
 
 
+@pytest.mark.parametrize(("degree", "n_instances"), [(0, 0), (1, 0), (2, 0), (3, 1)])
+@pytest.mark.parametrize("storage", list(ops.MomentStorage))
+def test_deferred_steps_are_adam_but_a_little_late(degree: int, n_instances: int, storage: ops.MomentStorage) -> None:
+    """Forty steps, at the true learning rate of the SH coefficients; with degrees that change between the steps."""
+    gaussians = random_gaussians(20_000, scale=0.03, sh_degree=degree).map(lambda a: a.cuda())
+    views = some_views(8) * 5
+    photo, results = photo_for(views[0]).cuda(), []
+    for rule in (UpdateRule.ALL, UpdateRule.DEFERRED):
+        values = gaussians.map(lambda a: a.clone())
+        moments = ops.AdamMoments.zeros(values, storage)
+        step = TrainingStep(values, moments, Statistics.empty(len(values), "cuda"), rule, n_instances)
+        for i, view in enumerate(views):
+            raster = replace(SETTINGS, sh_degree=i // 10)
+            adam = replace(rates(i + 1), sh_rest=1.25e-4, means=1e-5)
+            step.run(StepView(view, photo, raster, ops.LossSettings()), adam)
+        step.settle()
+        results.append((values, moments.stored(ops.MomentStorage.FULL)))
+    (prompt, of_prompt), (late, of_late) = results
+    for start, a, b in zip(gaussians.arrays(), prompt.arrays(), late.arrays(), strict=True):
+        assert float((a - b).abs().mean()) <= 0.05 * float((a - start).abs().mean())
+    rest = [(g.sh - gaussians.sh)[:, 1:] for g in (prompt, late)]
+    if degree > 0:
+        assert float((rest[0] - rest[1]).abs().mean()) < 0.05 * float(rest[0].abs().mean())
+        assert rest[1].abs().amax() > 1e-3
+    for a, b in zip(of_late.second.arrays(), of_prompt.second.arrays(), strict=True):
+        assert float((a.double().sum() / b.double().sum()).log().abs()) < 1e-2
+
+
+def test_deferred_steps_that_are_asked_for_are_in_time() -> None:
+    gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(6)
+    photo, results = photo_for(views[0]).cuda(), []
+    for rule in (UpdateRule.ALL, UpdateRule.DEFERRED):
+        values = gaussians.map(lambda a: a.clone())
+        moments = ops.AdamMoments.zeros(values)
+        step = TrainingStep(values, moments, Statistics.empty(len(values), "cuda"), rule)
+        for i, view in enumerate(views):
+            step.run(StepView(view, photo, SETTINGS, ops.LossSettings()), replace(rates(i + 1), means=1e-6))
+            step.settle()
+        results.append((values, moments))
+    for a, b in zip(results[0][0].arrays(), results[1][0].arrays(), strict=True):
+        assert float((a - b).abs().mean()) < 5e-5
+    for a, b in zip(results[0][1].second.arrays(), results[1][1].second.arrays(), strict=True):
+        assert float((a - b).norm() / b.norm()) < 2e-3
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_compact_moments_are_right_in_the_mean(degree: int) -> None:
+    """Averages that move by a thousandth a step, up and down again, of which rounding to the nearest would lose all."""
+    start = random_gaussians(4_000, sh_degree=degree).map(lambda a: a.cuda())
+    draw = torch.Generator("cuda").manual_seed(0)
+    routes = {s: (start.map(lambda a: a.clone()), ops.AdamMoments.zeros(start, s)) for s in ops.MomentStorage}
+    for i in range(400):
+        size = 1.0 if i < 200 else 0.01
+        gradient = start.map(lambda a, size=size: size * (1 + torch.randn(a.shape, generator=draw, device="cuda")))
+        for values, moments in routes.values():
+            ops.update(values, gradient, moments.first, moments.second, rates(i + 1))
+    full, compact = (routes[s] for s in (ops.MomentStorage.FULL, ops.MomentStorage.COMPACT))
+    unpacked = compact[1].stored(ops.MomentStorage.FULL)
+    for name in ("first", "second"):
+        a, b = getattr(unpacked, name).sh, getattr(full[1], name).sh
+        assert float((a.double().mean() / b.double().mean()).log().abs()) < 2e-3
+        assert float((a - b).abs().mean()) < 0.05 * float(b.abs().mean())
+    moved, apart = full[0].sh - start.sh, compact[0].sh - full[0].sh
+    assert abs(float(apart.mean())) < 1e-3 * float(moved.abs().mean())
+    assert float(apart.abs().mean()) < 0.02 * float(moved.abs().mean())
+    assert torch.equal(compact[0].sh[:, 0], full[0].sh[:, 0])
+    for a, b in zip(compact[0].arrays()[:4], full[0].arrays()[:4], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("rule", list(UpdateRule))
+def test_recorded_steps_with_compact_moments(rule: UpdateRule, degree: int) -> None:
+    gaussians = random_gaussians(20_000, scale=0.03, sh_degree=degree).map(lambda a: a.cuda())
+    views = some_views(8) * 5
+    photo, results = photo_for(views[0]).cuda(), []
+    for storage in ops.MomentStorage:
+        values = gaussians.map(lambda a: a.clone())
+        moments = ops.AdamMoments.zeros(values, storage)
+        step = TrainingStep(values, moments, Statistics.empty(len(values), "cuda"), rule)
+        for i, view in enumerate(views):
+            step.run(StepView(view, photo, SETTINGS, ops.LossSettings()), rates(i + 1))
+        step.settle()
+        results.append((values, moments.stored(ops.MomentStorage.FULL)))
+    (full, of_full), (compact, of_compact) = results
+    for start, a, b in zip(gaussians.arrays(), full.arrays(), compact.arrays(), strict=True):
+        assert float((a - b).abs().mean()) < 0.05 * float((a - start).abs().mean())
+    a, b = of_compact.second.sh.double().sum(), of_full.second.sh.double().sum()
+    assert float((a / b).log().abs()) < 5e-3
+
+
 def test_clusters_are_those_of_the_cpu_to_the_bit() -> None:
     draw = torch.Generator().manual_seed(0)
     points, centroids = torch.randn(20_000, 45, generator=draw), torch.randn(1_000, 45, generator=draw)
@@ -367,6 +516,20 @@ def test_large_orders_and_relocations_are_those_of_the_cpu() -> None:
         assert float((apart > 1e-4).double().mean()) < 1e-4  # a draw at the edge of two rows
 
 
+@pytest.mark.parametrize("sizes", [[(320, 240)] * 5, [(64, 48), (640, 427), (1, 1), (64, 48)]])
+def test_a_renderer_makes_the_same_images(sizes: list[tuple[int, int]]) -> None:
+    """Its first memory does not suffice for Gaussians as large as these."""
+    gaussians = random_gaussians(20_000, scale=0.2).map(lambda a: a.cuda())
+    views = [replace(camera(*size, focal=0.8 * size[0]), cx=5.0 * i) for i, size in enumerate(sizes)]
+    renderer = Renderer(gaussians, SETTINGS)
+    for _ in range(2):
+        for view, image in zip(views, renderer.render(views), strict=True):
+            expected = ops.render(gaussians, view, SETTINGS)
+            assert torch.equal(image.color, expected.color)
+            assert torch.equal(image.transmittance, expected.transmittance)
+    assert renderer.render([]) == []
+
+
 def test_two_streams_at_once() -> None:
     view, scenes = camera(320, 240, 260.0), [random_gaussians(50_000, seed=s).map(lambda a: a.cuda()) for s in (1, 2)]
     photo = photo_for(view).cuda()
@@ -397,7 +560,9 @@ def test_wrong_places_are_named() -> None:
         ops.render(mixed, camera(), RasterSettings())
 
 
-def test_training_on_the_gpu_is_as_good(orbit_capture: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rate", "moments"), [(0, "full"), (1e-3, "full"), (0, "compact")])
+def test_training_on_the_gpu_is_as_good(orbit_capture: Path, tmp_path: Path, rate: float, moments: str) -> None:
+    """Also with exposures, and with compact moments."""
     from spaceport_gs.evaluate import evaluate
     from spaceport_gs.scene import load_scene, split
     from spaceport_gs.schedule import TrainSettings
@@ -407,7 +572,8 @@ def test_training_on_the_gpu_is_as_good(orbit_capture: Path, tmp_path: Path) -> 
     _, held_out = split(scene, 8)
     scores = []
     for device in ("cpu", "cuda"):
-        report = train(scene, TrainSettings(steps=600, device=device), tmp_path / device)
+        settings = TrainSettings(steps=600, device=device, exposure_rate=rate, moments=moments)
+        report = train(scene, settings, tmp_path / device)
         scores.append(evaluate(report.gaussians, held_out).psnr)
     assert all(score is not None and math.isfinite(score) for score in scores)
     assert scores[1] == pytest.approx(scores[0], abs=0.5)

@@ -104,6 +104,9 @@ def test_a_given_lens_is_undistorted(orbit_capture: Path, tmp_path: Path) -> Non
         column, row = ((fx * rays[:, i] + c - 0.5).reshape(x.shape) for i, c in ((0, cx), (1, cy)))
         Image.fromarray(_sampled(pixels, column, row)).save(photo, quality=98, subsampling=0)
     model.write_binary(str(project / "sparse" / "0"))
+    masked = sorted((project / "images").iterdir())[3].name
+    (project / "masks").mkdir()
+    Image.fromarray(255 * (x < 180).astype(np.uint8)).save(project / "masks" / f"{masked}.png")
 
     reconstructed(project, tmp_path / "out")
     views = load_scene(tmp_path / "out").views
@@ -117,6 +120,10 @@ def test_a_given_lens_is_undistorted(orbit_capture: Path, tmp_path: Path) -> Non
     inside = (column > 2) & (column < 357) & (row > 2) & (row < 237)
     error = np.abs(_sampled(straight, column, row).astype(float) - view.photo[10:-10, 10:-10])[inside]
     assert inside.mean() > 0.9 and error.mean() < 6
+    # A line down the middle stays one; beside the photo nothing counts.
+    assert [v.name for v in views if v.mask is not None] == [view.name]
+    seen = view.mask[10:-10, 10:-10][inside] > 127
+    assert (seen == (column < cx)[inside]).mean() > 0.99
 
 
 def _sampled(pixels: np.ndarray, column: np.ndarray, row: np.ndarray) -> np.ndarray:

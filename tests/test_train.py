@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image as Pillow
 
 from spaceport_gs import checkpoint, ops, schedule
 from spaceport_gs.density import Growth, grow, logit, reset_opacities
@@ -26,7 +28,7 @@ from spaceport_gs.pipeline.synthesize import SynthesizeSettings, synthesize
 from spaceport_gs.scene import load_scene, resize_by_area, split
 from spaceport_gs.schedule import PlateauRule, Recipe, TrainSettings
 from spaceport_gs.train import train
-from spaceport_gs.types import DrawKey
+from spaceport_gs.types import DrawKey, Statistics
 
 STEPS = 240
 SPACEPORT = str(Path(sys.executable).parent / "spaceport")
@@ -210,6 +212,24 @@ def test_growth_by_hand() -> None:
     assert len(limited.values) == 4
 
 
+def test_compact_moments_grow_and_are_saved(project: Path, tmp_path: Path) -> None:
+    values = from_points(np.random.default_rng(0).normal(size=(50, 3)), np.zeros((50, 3), np.uint8), 3).torch()
+    ones = values.map(torch.ones_like)
+    moments = ops.AdamMoments(ones, ones).stored(ops.MomentStorage.COMPACT)
+    rows = Rows(values, (moments.first, moments.second))
+    grown = grow(rows, torch.arange(50) * 1e-5, Growth(Recipe(), extent=1.0, moment=600, key=DrawKey(0, 1)))
+    n_new = len(grown.values) - len(values)
+    assert n_new > 0
+    full = ops.AdamMoments(*grown.companions).stored(ops.MomentStorage.FULL)
+    for moment in (full.first, full.second):
+        assert moment.sh.shape == grown.values.sh.shape
+        assert (moment.sh.flatten(1) == 0).all(dim=1).sum() >= n_new and (moment.sh == 1).all(dim=2).all(dim=1).any()
+    state = checkpoint.State(grown, Statistics.empty(len(grown.values)), best=grown)
+    loaded = checkpoint.load(checkpoint.save(tmp_path, state, "mark"), "mark", "cpu")
+    for a, b in zip(loaded.rows.companions, grown.companions, strict=True):
+        assert same(a, b)
+
+
 def test_opacity_reset() -> None:
     values = from_points(np.random.default_rng(0).normal(size=(9, 3)), np.zeros((9, 3), np.uint8), 0).torch()
     reset = reset_opacities(rows_of(values), 0.01)
@@ -233,6 +253,95 @@ def test_metrics() -> None:
     other = np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     expected = reference.ssim(torch.tensor(other / 255.0), torch.tensor(photo / 255.0))
     assert ssim(other, photo) == pytest.approx(float(expected))
+    half = np.zeros((20, 30), np.uint8)
+    half[:, :15] = 255
+    assert psnr(other, photo, half) == pytest.approx(psnr(other[:, :15], photo[:, :15]))
+    mask = np.random.default_rng(2).integers(0, 256, (20, 30), dtype=np.uint8)
+    dissimilar = reference.masked_loss(torch.tensor(other / 255.0), torch.tensor(photo), torch.tensor(mask), 1.0)
+    assert ssim(other, photo, mask) == pytest.approx(1 - float(dissimilar))
+
+
+def with_masks(project: Path, out: Path, mask: np.ndarray) -> Path:
+    """The project with this mask for each photo, named as COLMAP does it and by the photo's stem in turn."""
+    shutil.copytree(project, out)
+    (out / "masks").mkdir()
+    for i, photo in enumerate(sorted((out / "images").iterdir())):
+        name = f"{photo.name}.png" if i % 2 else f"{photo.stem}.png"
+        Pillow.fromarray(mask).save(out / "masks" / name)
+    return out
+
+
+def test_what_masks_hide_changes_nothing(project: Path, tmp_path: Path) -> None:
+    mask = np.full((64, 96), 255, np.uint8)
+    mask[20:50, 30:70] = 0
+    short = settings(steps=60, recipe=replace(settings().recipe, full_resolution_at=0))
+    masked, reports, scores = with_masks(project, tmp_path / "masked", mask), [], []
+    for level in (0, 255):
+        scene = load_scene(masked)
+        for view in scene.views:
+            hidden = view.photo.copy()
+            hidden[mask == 0] = level
+            view.__dict__["photo"] = hidden
+        reports.append(train(scene, short, tmp_path / str(level)))
+        scores.append(evaluate(reports[-1].gaussians, scene.views))
+    assert same(reports[0].gaussians, reports[1].gaussians)
+    assert scores[0] == scores[1]
+    assert not same(reports[0].gaussians, train(load_scene(project), short, tmp_path / "unmasked").gaussians)
+
+
+def test_masks_follow_the_size_of_their_view(project: Path, tmp_path: Path) -> None:
+    mask = np.zeros((64, 96), np.uint8)
+    mask[:, 50:] = 255
+    view = load_scene(with_masks(project, tmp_path / "masked", mask), downscale=2).views[0].resized(24, 16)
+    assert view.mask is not None and view.mask.shape == view.photo.shape[:2] == (16, 24)
+    assert (view.mask[:, :12] == 0).all() and (view.mask[:, 12] == 128).all() and (view.mask[:, 13:] == 255).all()
+    assert load_scene(project).views[0].mask is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((60, 96), np.uint8), "96x60 pixels, but its photo has 96x64"),
+        (np.zeros((64, 96), np.uint16), "8-bit grey"),
+        (np.ones((64, 96), np.uint8), "hides the whole photo"),
+    ],
+)
+def test_wrong_masks_are_named(project: Path, tmp_path: Path, mask: np.ndarray, message: str) -> None:
+    masked = with_masks(project, tmp_path / "masked", mask)
+    with pytest.raises(InputError, match=message):
+        _ = load_scene(masked).views[0].mask
+    for path in (masked / "masks").iterdir():
+        path.rename(path.with_name(f"of {path.name}"))
+    with pytest.raises(InputError, match="no mask has the name of a photo"):
+        load_scene(masked)
+
+
+def test_exposures_are_learnt_and_survive_interruptions(project: Path, tmp_path: Path) -> None:
+    """Half of the photos are too dark: their exposures explain it, and the photos are matched better than without."""
+    scene = load_scene(project)
+    for view in scene.views[::2]:
+        view.__dict__["photo"] = (view.photo * 0.6).astype(np.uint8)
+    learning = settings(exposure_rate=2e-2, eval_every=0)
+    whole = train(scene, learning, tmp_path / "whole")
+    exposures = checkpoint_arrays(tmp_path / "whole")["exposures/values"]
+    greys = (0.5 * exposures[:, :, :3].sum(axis=2) + exposures[:, :, 3]).mean(axis=1)  # what becomes of medium grey
+    assert np.median(greys[::2]) < 0.75 * np.median(greys[1::2])
+    plain = train(scene, settings(eval_every=0), tmp_path / "plain")
+    assert whole.history[-2].loss < 0.8 * plain.history[-2].loss
+
+    def stop(progress: object) -> None:
+        if getattr(progress, "message", "").endswith("150"):
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        train(scene, learning, tmp_path / "parts", stop)
+    assert same(whole.gaussians, train(scene, learning, tmp_path / "parts").gaussians)
+    assert np.array_equal(checkpoint_arrays(tmp_path / "parts")["exposures/values"], exposures)
+
+
+def checkpoint_arrays(out: Path) -> dict[str, np.ndarray]:
+    with np.load(checkpoint.files(out / "checkpoints")[-1]) as archive:
+        return dict(archive)
 
 
 def test_unknown_presets_are_named() -> None:

@@ -93,7 +93,8 @@ int main(int argc, char** argv) {
   blend(cpu, projected, tiles, camera, settings, image);
   scratch.resize(loss_scratch(cpu, width, height));
   std::vector<double> means(2);
-  loss(cpu, {color.data(), photo.data(), width, height}, {0.2f}, scratch.data(), {means.data(), d_color.data()});
+  loss(cpu, {color.data(), {photo.data(), nullptr, nullptr}, width, height}, {0.2f, SsimPadding::kZero}, scratch.data(),
+       {means.data(), d_color.data(), nullptr});
 
   scratch.resize(blend_vjp_scratch(cpu, projected.n, n_instances, kSplatGradientStride, settings));
   std::vector<float> d_splat_rows(static_cast<size_t>(projected.n) * kSplatGradientStride);
@@ -102,8 +103,8 @@ int main(int argc, char** argv) {
   blend_vjp(cpu, projected, tiles, camera, settings, image, d_image, scratch.data(), d_splats);
   Table gradient(n, k), first(n, k), second(n, k);
   project_vjp(cpu, values.view(), camera, settings, projected, d_splats, {gradient.view(), nullptr, nullptr});
-  const AdamSettings adam = {1e-3f, 2e-3f, 3e-3f, 4e-3f, 5e-3f, 6e-3f, 0.9f, 0.999f, 1e-15f, 1};
-  update(cpu, values.view(), gradient.view(), first.view(), second.view(), adam);
+  const AdamSettings adam = {1e-3f, 2e-3f, 3e-3f, 4e-3f, 5e-3f, 6e-3f, 0.9f, 0.999f, 1e-15f, 1, 0.0f};
+  update(cpu, values.view(), gradient.view(), {first.view(), second.view(), MomentStorage::kFull}, adam);
 
   FILE* output = fopen(argv[2], "wb");
   if (!output) return 1;
