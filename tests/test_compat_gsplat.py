@@ -243,6 +243,17 @@ def test_extreme_rows(device: str) -> None:
     assert_close(rendered(device, limits), rendered(device, inputs))
 
 
+def test_parameters_may_be_parts_of_a_larger_tensor(device: str) -> None:
+    inputs = scene(seed=15, coefficients=4)
+    strided = {name: x.transpose(0, -1).contiguous().transpose(0, -1) for name, x in inputs.items()}
+    expected_colors = rendered(device, inputs, sh_degree=1)
+    inside = {
+        name: torch.nn.functional.pad(x.flatten().to(device), (1, 0))[1:].view(x.shape) for name, x in inputs.items()
+    }
+    assert torch.equal(rendered(device, inside, sh_degree=1), expected_colors)
+    assert torch.equal(rendered(device, strided, sh_degree=1), expected_colors)
+
+
 def rendered(device: str, inputs: Tensors, **options: Any) -> torch.Tensor:
     with torch.no_grad():
         on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
@@ -364,6 +375,38 @@ def test_nothing_to_see(device: str) -> None:
             (colors.sum() + alphas.sum()).backward()
             assert not ours["means"].grad.any()
             assert meta["flatten_ids"].numel() == 0
+
+
+def test_what_is_returned_may_be_changed_in_place(device: str) -> None:
+    gradients = []
+    for in_place in (False, True):
+        ours = leaves(scene(seed=13), device)
+        backgrounds = ours.pop("backgrounds")
+        colors, alphas, _ = rasterization(**ours, width=WIDTH, height=HEIGHT)
+        if in_place:
+            colors.mul_(2).clamp_(0, 1)
+            alphas.mul_(3)
+        else:
+            colors, alphas = (2 * colors).clamp(0, 1), 3 * alphas
+        (colors.sum() + (alphas * backgrounds.mean()).sum()).backward()
+        gradients.append(ours["means"].grad)
+    assert_close(*gradients)
+
+
+def test_deterministic_algorithms_of_torch(device: str) -> None:
+    """Then gradients are the same bits from run to run, on a GPU too."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        runs = []
+        for _ in range(2):
+            ours = leaves(scene(n=300, seed=14), device)
+            colors, _, _ = rasterization(**ours, width=WIDTH, height=HEIGHT, absgrad=True, packed=False)
+            (weight,) = weights_like(colors)
+            (colors * weight.to(device)).sum().backward()
+            runs.append([tensor.grad for tensor in ours.values() if tensor.requires_grad])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 UNSHARED: dict[str, Any] = {

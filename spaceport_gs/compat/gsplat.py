@@ -14,7 +14,7 @@ transmittance of 1e-4. What gsplat has and this has not raises NotImplementedErr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,8 +34,6 @@ SMALLEST_COMPENSATION_SQUARED = 1e-12  # the root has a slope there
 LARGEST_OPACITY = 1 - 2**-24  # for the engine's logits; blending takes an opacity as it is
 MOST_CHANNELS = 4  # of one blending: three colours, and the depth's column
 MAX_SH_DEGREE = 3
-
-Shape = Sequence[int]
 
 
 def rasterization(
@@ -97,21 +95,8 @@ def rasterization(
     )
     _check_choice("render_mode", render_mode, ("RGB", "D", "ED", "RGB+D", "RGB+ED"))
     _check_choice("rasterize_mode", rasterize_mode, ("classic", "antialiased"))
-    batch, n, n_cameras = means.shape[:-2], means.shape[-2], viewmats.shape[-3]
-    _check("means", means, (*batch, n, 3))
-    _check("quats", quats, (*batch, n, 4))
-    _check("scales", scales, (*batch, n, 3))
-    _check("opacities", opacities, (*batch, n))
-    _check("viewmats", viewmats, (*batch, n_cameras, 4, 4))
-    _check("Ks", Ks, (*batch, n_cameras, 3, 3))
-    last = colors.shape[-1:] if sh_degree is None else (*colors.shape[-2:-1], 3)
-    is_by_camera = colors.dim() == len(batch) + 2 + len(last)
-    _check("colors", colors, (*batch, n_cameras, n, *last) if is_by_camera else (*batch, n, *last))
-    if sh_degree is not None and (sh_degree + 1) ** 2 > colors.shape[-2]:
-        raise ValueError(f"colors: expected {(sh_degree + 1) ** 2} or more SH coefficients, got {colors.shape[-2]}")
-    if backgrounds is not None:
-        _check("backgrounds", backgrounds, (*batch, n_cameras, colors.shape[-1]))
-
+    inputs = _Inputs(means, quats, scales, opacities, colors, viewmats, Ks, sh_degree)
+    inputs.check(backgrounds)
     settings = RasterSettings(
         sh_degree=sh_degree or 0,
         near=max(near_plane, NEAREST_PLANE),
@@ -121,38 +106,26 @@ def rasterization(
         absolute_gradients=absgrad,
     )
     limits = _Limits(far_plane, radius_clip, is_antialiased=rasterize_mode == "antialiased")
-    poses = viewmats.reshape(-1, 4, 4)
-    log_scales = scales.abs().clamp(min=SMALLEST_SCALE).log()
-    if sh_degree is not None:
-        colors = _as_the_engine_holds_them(colors, sh_degree)
-    scenes = zip(*(_unbound(x, len(batch)) for x in (means, log_scales, quats, opacities, colors)), strict=True)
-    cameras = iter(_cameras(poses, Ks, width, height))
-    views = []
-    for *shapes, scene_colors in scenes:
-        for own_colors in scene_colors.unbind(0) if is_by_camera else [scene_colors] * n_cameras:
-            scene = _Scene(*shapes, own_colors, is_sh=sh_degree is not None)
-            views.append(_View.of(scene, poses[len(views)], next(cameras), settings, limits))
-    if not views:
-        raise ValueError(f"viewmats: expected at least one camera, got shape {list(viewmats.shape)}")
-
-    layout = _Layout.of([view.seen.rows for view in views], (*batch, n_cameras, n), packed)
+    poses, cameras = viewmats.reshape(-1, 4, 4), _cameras(viewmats, Ks, width, height)
+    views = [
+        _View.of(scene, pose, camera, settings, limits)
+        for scene, pose, camera in zip(inputs.scenes(), poses, cameras, strict=True)
+    ]
+    layout = _Layout([view.seen.rows for view in views], (*viewmats.shape[:-2], means.shape[-2]), packed)
     means2d = layout.joined([view.means2d for view in views])
-    renders, transmittances = [], []
+    parts = []
     for number, view in enumerate(views):
         channels = view.channels(render_mode)
         if absgrad and channels.shape[1] > MOST_CHANNELS:
             raise NotImplementedError(f"absgrad: with at most {MOST_CHANNELS} channels, got {channels.shape[1]}")
-        absolute = _AbsoluteGradient(means2d, layout.parts[number]) if absgrad else None
+        absolute = _AbsoluteGradient(layout, means2d, number) if absgrad else None
         columns = layout.own(means2d, number), view.conics, view.opacities, channels
-        render, transmittance = _Blend.apply(view.seen, absolute, *columns)
-        renders.append(render)
-        transmittances.append(transmittance[..., None])
-    image_shape = (*batch, n_cameras, height, width, -1)
-    render, transmittance = (_stacked(parts).view(image_shape) for parts in (renders, transmittances))
-    alphas = 1 - transmittance
+        parts.append(_Blend.apply(view.seen, absolute, *columns))
+    render, transmittance = (_stacked(images).unflatten(0, viewmats.shape[:-2]) for images in zip(*parts, strict=True))
     if backgrounds is not None and "RGB" in render_mode:
         behind = torch.nn.functional.pad(backgrounds, (0, render.shape[-1] - backgrounds.shape[-1]))
         render = render + transmittance * behind[..., None, None, :]
+    alphas = 1 - transmittance
     if render_mode.endswith("ED"):
         expected = render[..., -1:] / alphas.clamp(min=SMALLEST_ALPHA)
         render = torch.cat([render[..., :-1], expected], dim=-1)
@@ -170,21 +143,15 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value}")
 
 
-def _check(name: str, tensor: torch.Tensor, shape: Shape) -> None:
+def _check(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
     if tensor.shape != tuple(shape) or tensor.dtype != torch.float32:
         got = f"{tensor.dtype} of shape {list(tensor.shape)}"
         raise ValueError(f"{name}: expected torch.float32 of shape {list(shape)}, got {got}")
 
 
-def _as_the_engine_holds_them(sh: torch.Tensor, degree: int) -> torch.Tensor:
-    """SH coefficients [..., K, 3] with a K that belongs to a degree up to three."""
-    whole = [(d + 1) ** 2 for d in range(degree, MAX_SH_DEGREE + 1)]
-    return sh if sh.shape[-2] in whole else sh[..., : whole[0], :]
-
-
-def _unbound(tensor: torch.Tensor, n_batch: int) -> Sequence[torch.Tensor]:
-    """Scene by scene; a tensor without a batch as it is, so that its gradient is not copied."""
-    return tensor.reshape(-1, *tensor.shape[n_batch:]).unbind(0) if n_batch > 0 else [tensor]
+def _as_kernels_read_it(array: torch.Tensor) -> torch.Tensor:
+    array = array.detach().contiguous()
+    return array if array.data_ptr() % 16 == 0 else array.clone()
 
 
 def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -195,8 +162,8 @@ def _concatenated(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
-def _cameras(poses: torch.Tensor, Ks: torch.Tensor, width: int, height: int) -> list[Camera]:
-    numbers = torch.cat([poses.reshape(-1, 16), Ks.reshape(-1, 9)], dim=1).detach().double().cpu().numpy()
+def _cameras(viewmats: torch.Tensor, Ks: torch.Tensor, width: int, height: int) -> list[Camera]:
+    numbers = torch.cat([viewmats.reshape(-1, 16), Ks.reshape(-1, 9)], dim=1).detach().double().cpu().numpy()
     cameras = []
     for row in numbers:
         pose, (fx, _, cx, _, fy, cy, *_) = row[:12].reshape(3, 4), row[16:].tolist()
@@ -218,18 +185,87 @@ class _Limits:
 
 @dataclass(frozen=True)
 class _Scene:
-    """As gsplat has it, but for the scales."""
+    """The Gaussians of one view."""
 
     means: torch.Tensor  # [N, 3]
     log_scales: torch.Tensor  # [N, 3]
     quats: torch.Tensor  # [N, 4]
+    sh: torch.Tensor  # [N, K, 3], zeros where there are
+    colors: torch.Tensor | None  # [N, D]
     opacities: torch.Tensor  # [N]
-    colors: torch.Tensor  # [N, D], or [N, K, 3]
-    is_sh: bool
 
-    def shapes_and_sh(self) -> tuple[torch.Tensor, ...]:
-        sh = self.colors if self.is_sh else self.means.new_zeros(len(self.means), 1, 3)
-        return self.means, self.log_scales, self.quats, sh
+    def raw(self) -> Gaussians:
+        logits = self.opacities.clamp(max=LARGEST_OPACITY).logit()
+        arrays = self.means, self.log_scales, self.quats, logits, self.sh
+        return Gaussians(*map(_as_kernels_read_it, arrays))
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The arguments that hold scenes and cameras; scenes may come in batches."""
+
+    means: torch.Tensor
+    quats: torch.Tensor
+    scales: torch.Tensor
+    opacities: torch.Tensor
+    colors: torch.Tensor
+    viewmats: torch.Tensor
+    Ks: torch.Tensor
+    sh_degree: int | None
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return tuple(self.means.shape[:-2])
+
+    @property
+    def has_colors_by_camera(self) -> bool:
+        return self.colors.dim() == len(self.batch) + (3 if self.sh_degree is None else 4)
+
+    def check(self, backgrounds: torch.Tensor | None) -> None:
+        rows, cameras = (*self.batch, self.means.shape[-2]), (*self.batch, self.viewmats.shape[-3])
+        _check("means", self.means, (*rows, 3))
+        _check("quats", self.quats, (*rows, 4))
+        _check("scales", self.scales, (*rows, 3))
+        _check("opacities", self.opacities, rows)
+        _check("viewmats", self.viewmats, (*cameras, 4, 4))
+        _check("Ks", self.Ks, (*cameras, 3, 3))
+        colored = (*cameras, rows[-1]) if self.has_colors_by_camera else rows
+        if self.sh_degree is None:
+            _check("colors", self.colors, (*colored, self.colors.shape[-1]))
+        else:
+            _check("colors", self.colors, (*colored, *self.colors.shape[-2:-1], 3))
+            if (self.sh_degree + 1) ** 2 > self.colors.shape[-2]:
+                raise ValueError(
+                    f"colors: too few SH coefficients for sh_degree {self.sh_degree}: {self.colors.shape[-2]}"
+                )
+        if backgrounds is not None:
+            _check("backgrounds", backgrounds, (*cameras, self.colors.shape[-1]))
+        if 0 in cameras:
+            raise ValueError(f"viewmats: expected at least one camera, got shape {list(self.viewmats.shape)}")
+
+    def scenes(self) -> Iterator[_Scene]:
+        """One after the other, and each once for every camera that sees it."""
+        log_scales = self.scales.abs().clamp(min=SMALLEST_SCALE).log()
+        by_scene = map(self._unbound, (self.means, log_scales, self.quats, self.opacities, self._held_colors()))
+        for means, log_scales, quats, opacities, colors in zip(*by_scene, strict=True):
+            n_cameras = self.viewmats.shape[-3]
+            for own_colors in colors.unbind(0) if self.has_colors_by_camera else [colors] * n_cameras:
+                if self.sh_degree is None:
+                    sh, plain = means.new_zeros(len(means), 1, 3), own_colors
+                else:
+                    sh, plain = own_colors, None
+                yield _Scene(means, log_scales, quats, sh, plain, opacities)
+
+    def _held_colors(self) -> torch.Tensor:
+        """Colours; SH coefficients with a number of them that belongs to a degree up to three."""
+        if self.sh_degree is None:
+            return self.colors
+        whole = [(degree + 1) ** 2 for degree in range(self.sh_degree, MAX_SH_DEGREE + 1)]
+        return self.colors if self.colors.shape[-2] in whole else self.colors[..., : whole[0], :]
+
+    def _unbound(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Scene by scene; without a batch as it is, so that its gradient is not copied."""
+        return tensor.flatten(0, len(self.batch) - 1).unbind(0) if self.batch else [tensor]
 
 
 @dataclass(frozen=True)
@@ -247,14 +283,20 @@ class _Seen:
     @staticmethod
     @torch.no_grad()
     def of(scene: _Scene, camera: Camera, settings: RasterSettings, limits: _Limits) -> _Seen:
-        means, log_scales, quaternions, sh = (x.detach().contiguous() for x in scene.shapes_and_sh())
-        logits = scene.opacities.clamp(max=LARGEST_OPACITY).logit().contiguous()
-        raw = Gaussians(means, log_scales, quaternions, logits, sh)
+        raw = scene.raw()
         projected, radii = _limited(ops.project(raw, camera, settings), scene.opacities, settings, limits)
         if projected.depth_keys is not None:
             projected.depth_keys = _depth_keys(projected.splats[:, 9].contiguous())
         rows = projected.gaussian_from_splat.long()
         return _Seen(raw, camera, settings, projected, ops.tile(projected, camera), rows, radii)
+
+    def paint(self, opacities: torch.Tensor, channels: torch.Tensor) -> None:
+        """Gives the splats, before they are blended, other opacities [M] and colours: up to three channels [M, X], and a
+        fourth in place of the depth."""
+        splats, n = self.projected.splats, channels.shape[1]
+        splats[:, 5] = opacities
+        splats[:, 6 : 6 + n] = channels
+        splats[:, 6 + n : 9] = 0
 
 
 @dataclass(frozen=True)
@@ -271,11 +313,14 @@ class _View:
     @staticmethod
     def of(scene: _Scene, pose: torch.Tensor, camera: Camera, settings: RasterSettings, limits: _Limits) -> _View:
         seen = _Seen.of(scene, camera, settings, limits)
-        means2d, conics, colors, depths = _Project.apply(seen, *scene.shapes_and_sh(), pose)
-        opacities = scene.opacities[seen.rows]
+        shapes = scene.means, scene.log_scales, scene.quats, scene.sh
+        means2d, conics, colors, depths = _Project.apply(seen, *shapes, pose)
+        opacities = scene.opacities.index_select(0, seen.rows)
         if limits.is_antialiased:
             opacities = opacities * _compensation(conics, settings.low_pass)
-        return _View(seen, means2d, conics, depths, opacities, colors if scene.is_sh else scene.colors[seen.rows])
+        if scene.colors is not None:
+            colors = scene.colors.index_select(0, seen.rows)
+        return _View(seen, means2d, conics, depths, opacities, colors)
 
     def channels(self, render_mode: str) -> torch.Tensor:  # [M, X]
         depths = self.depths[:, None]
@@ -299,7 +344,7 @@ def _limited(
         return projected, extents.ceil().int()
     is_within = depths <= limits.far_plane
     if limits.is_antialiased:
-        full = opacities[projected.gaussian_from_splat.long()] / _engine.ALPHA_CUTOFF
+        full = opacities.index_select(0, projected.gaussian_from_splat) / _engine.ALPHA_CUTOFF
         left = full * _compensation(projected.splats[:, 2:5], settings.low_pass)
         is_within &= left >= 1
         extents = extents * (left.clamp(min=1).log() / full.log()).nan_to_num(1).clamp(max=1).sqrt()[:, None]
@@ -335,38 +380,50 @@ def _depth_keys(depths: torch.Tensor) -> torch.Tensor:  # [M] -> [M] int32
 class _Layout:
     """Packed: the rows of all views one behind the other. Else every row of every view, zeros where nothing is visible."""
 
-    parts: list[slice] | list[torch.Tensor]  # where the rows of each view are
-    shape: Shape  # [..., C, N]
+    rows: Sequence[torch.Tensor]  # [M] of each view
+    shape: Sequence[int]  # [..., C, N]
     is_packed: bool
-
-    @staticmethod
-    def of(rows: Sequence[torch.Tensor], shape: Shape, is_packed: bool) -> _Layout:
-        if not is_packed:
-            return _Layout([own + number * shape[-1] for number, own in enumerate(rows)], shape, is_packed)
-        ends = np.cumsum([len(own) for own in rows]).tolist()
-        return _Layout([slice(end - len(own), end) for end, own in zip(ends, rows, strict=True)], shape, is_packed)
 
     def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:  # [M, X] of each view
         values = _concatenated(parts)
         if self.is_packed:
             return values
-        all_rows = values.new_zeros(math.prod(self.shape), *values.shape[1:])
-        all_rows = all_rows.index_copy(0, _concatenated(self.parts), values)
-        return all_rows.view(*self.shape, *values.shape[1:])
+        places = _concatenated([self.places(number) for number in range(len(parts))])
+        every = values.new_zeros(math.prod(self.shape), *values.shape[1:])
+        return every.index_copy(0, places, values).view(*self.shape, *values.shape[1:])
 
-    def own(self, joined: torch.Tensor, number: int) -> torch.Tensor:  # [M, 2]
-        return joined.view(-1, 2)[self.parts[number]]
+    def own(self, joined: torch.Tensor, number: int) -> torch.Tensor:  # [M, X]
+        if self.is_packed:
+            return joined.narrow(0, self.begin(number), len(self.rows[number]))
+        return joined.flatten(0, -2).index_select(0, self.places(number))
+
+    def put(self, joined: torch.Tensor, number: int, values: torch.Tensor) -> None:  # [M, X]
+        if self.is_packed:
+            self.own(joined, number).copy_(values)
+        else:
+            joined.flatten(0, -2).index_copy_(0, self.places(number), values)
+
+    def begin(self, number: int) -> int:
+        """Of a view, where packed."""
+        return sum(len(rows) for rows in self.rows[:number])
+
+    def places(self, number: int) -> torch.Tensor:
+        """Of a view, where not."""
+        return self.rows[number] + number * self.shape[-1]
 
 
 @dataclass(frozen=True)
 class _AbsoluteGradient:
-    means2d: torch.Tensor  # [..., 2] in the layout
-    part: slice | torch.Tensor
+    """Where that of a view goes."""
+
+    layout: _Layout
+    means2d: torch.Tensor
+    number: int
 
     def put(self, values: torch.Tensor) -> None:  # [M, 2]
         if not hasattr(self.means2d, "absgrad"):
             self.means2d.absgrad = torch.zeros_like(self.means2d)  # type: ignore[attr-defined]
-        self.means2d.absgrad.view(-1, 2)[self.part] = values  # type: ignore[attr-defined]
+        self.layout.put(self.means2d.absgrad, self.number, values)  # type: ignore[attr-defined]
 
 
 class _Project(torch.autograd.Function):
@@ -396,7 +453,7 @@ class _Project(torch.autograd.Function):
 
 
 class _Blend(torch.autograd.Function):
-    """From the columns of a view's splats to the channels of its image [H, W, X] and its transmittance [H, W]."""
+    """From the columns of a view's splats to the channels of its image [H, W, X] and its transmittance [H, W, 1]."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -412,36 +469,40 @@ class _Blend(torch.autograd.Function):
         images = []
         for few in channels.split(MOST_CHANNELS, dim=1):
             settings = _settings_of(few.shape[1], seen.settings)
-            images.append(ops.blend(_painted(seen.projected, opacities, few), seen.tiles, seen.camera, settings))
+            seen.paint(opacities, few)
+            images.append(ops.blend(seen.projected, seen.tiles, seen.camera, settings))
         planes = [(i.color, i.transmittance, i.hits, i.depth) for i in images]
         ctx.save_for_backward(opacities, channels, *(plane for of_image in planes for plane in of_image))
         colors = [i.color if i.depth is None else torch.cat([i.color, i.depth[..., None]], dim=-1) for i in images]
-        return _concatenated(colors, dim=-1)[..., : channels.shape[1]].contiguous(), images[0].transmittance
+        render = _concatenated(colors, dim=-1)[..., : channels.shape[1]]
+        # Copied: what the backward pass reads is not what the caller may change in place.
+        return render.clone(memory_format=torch.contiguous_format), images[0].transmittance[..., None].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_render: torch.Tensor, d_transmittance: torch.Tensor) -> Any:  # type: ignore[override]
         seen, (opacities, channels, *planes) = ctx.seen, ctx.saved_tensors
-        d_shape, d_channels = torch.zeros_like(seen.projected.splats[:, :6]), []
-        d_transmittance = d_transmittance.contiguous()
+        d_shapes, d_channels = [], []
+        d_transmittance = d_transmittance[..., 0].contiguous()
         for few, d_few in zip(channels.split(MOST_CHANNELS, dim=1), d_render.split(MOST_CHANNELS, dim=-1), strict=True):
             n, image = few.shape[1], Image(*planes[:4])
             d_color = torch.nn.functional.pad(d_few[..., :3], (0, max(3 - n, 0))).contiguous()
             d_fourth = d_few[..., 3].contiguous() if n == MOST_CHANNELS else None
+            seen.paint(opacities, few)
             d_splats = ops.blend_vjp(
-                _painted(seen.projected, opacities, few),
+                seen.projected,
                 seen.tiles,
                 seen.camera,
                 _settings_of(n, seen.settings),
                 image,
                 Image(d_color, d_transmittance, depth=d_fourth),
             )
-            d_shape += d_splats[:, :6]
+            d_shapes.append(d_splats[:, :6])
             d_channels.append(d_splats[:, 6 : 6 + n])
             if ctx.absolute is not None:
                 ctx.absolute.put(d_splats[:, -2:])
             planes, d_transmittance = planes[4:], torch.zeros_like(d_transmittance)
-        d_means2d, d_conics, d_opacities = d_shape.split([2, 3, 1], dim=1)
+        d_means2d, d_conics, d_opacities = sum(d_shapes[1:], d_shapes[0]).split([2, 3, 1], dim=1)
         return None, None, d_means2d, d_conics, d_opacities[:, 0], _concatenated(d_channels, dim=1)
 
 
@@ -449,22 +510,14 @@ def _settings_of(n_channels: int, settings: RasterSettings) -> RasterSettings:
     return replace(settings, depth=Depth.EXPECTED) if n_channels == MOST_CHANNELS else settings
 
 
-def _painted(projected: Projected, opacities: torch.Tensor, channels: torch.Tensor) -> Projected:
-    """The same splats in other colours: up to three channels [M, X], and a fourth in place of the depth."""
-    splats = projected.splats.clone()
-    splats[:, 5] = opacities
-    splats[:, 6:9] = 0
-    splats[:, 6 : 6 + channels.shape[1]] = channels
-    return replace(projected, splats=splats)
-
-
 def _about_splats(views: Sequence[_View], layout: _Layout) -> dict[str, Any]:
     seen, n_cameras = [view.seen for view in views], layout.shape[-2]
-    ids = dict.fromkeys(["batch_ids", "camera_ids", "gaussian_ids"])
+    ids: dict[str, torch.Tensor | None] = dict.fromkeys(["batch_ids", "camera_ids", "gaussian_ids"])
     if layout.is_packed:
-        images = _concatenated([torch.full_like(s.rows, number) for number, s in enumerate(seen)])
-        gaussian_ids = _concatenated([s.rows for s in seen])
-        ids = {"batch_ids": images // n_cameras, "camera_ids": images % n_cameras, "gaussian_ids": gaussian_ids}
+        batch_ids = [torch.full_like(s.rows, number // n_cameras) for number, s in enumerate(seen)]
+        camera_ids = [torch.full_like(s.rows, number % n_cameras) for number, s in enumerate(seen)]
+        parts = batch_ids, camera_ids, [s.rows for s in seen]
+        ids = dict(zip(ids, map(_concatenated, parts), strict=True))
     return {
         **ids,
         "radii": layout.joined([s.radii for s in seen]),
@@ -480,11 +533,10 @@ def _about_tiles(views: Sequence[_View], layout: _Layout) -> dict[str, Any]:
     camera, size = views[0].seen.camera, _engine.TILE_SIZE
     tile_width, tile_height = -(-camera.width // size), -(-camera.height // size)
     offsets, flat_ids, n_instances = [], [], 0
-    for view, part in zip(views, layout.parts, strict=True):
-        tiles = view.seen.tiles
+    for number, view in enumerate(views):
+        tiles, splats = view.seen.tiles, view.seen.tiles.splat_from_instance
         offsets.append(tiles.offsets[:-1] + n_instances)
-        splats = tiles.splat_from_instance
-        flat_ids.append(splats + part.start if isinstance(part, slice) else part[splats.long()])
+        flat_ids.append(splats + layout.begin(number) if layout.is_packed else layout.places(number)[splats.long()])
         n_instances += len(splats)
     return {
         "tiles_per_gauss": layout.joined([view.seen.projected.instance_offsets.diff().int() for view in views]),
