@@ -451,14 +451,17 @@ def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Im
 def rasterize(
     gaussians: Gaussians,
     camera: Camera,
-    settings: RasterSettings,
+    settings: RasterSettings | None = None,
     cam_from_world: torch.Tensor | None = None,  # [3, 4]
 ) -> Image:
     """As `render`, differentiable by torch in all five fields of the Gaussians; the median depth has no gradient.
 
+    Settings None = all SH bands, black background.
+
     `cam_from_world` stands for the camera's own pose and gets a gradient as well: by each of its numbers alone, so keep it
     a rotation by how you parametrise it. Its values are read by the host: on a GPU this waits for them.
     """
+    settings = settings or RasterSettings(sh_degree=gaussians.sh_degree)
     if cam_from_world is not None:
         if cam_from_world.shape != (3, 4):
             raise ValueError(f"cam_from_world: expected shape [3, 4], got {list(cam_from_world.shape)}")

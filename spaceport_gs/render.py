@@ -71,7 +71,7 @@ class _Recorded:
 
         device = gaussians.means.device
         self._gaussians, self._settings = gaussians, settings
-        self._n_instances = max(4 * len(gaussians), 1 << 16)
+        self._n_instances = max(6 * len(gaussians), 1 << 16)
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._most = torch.zeros(1, dtype=torch.int64, device=device)
         self._most_on_host = torch.zeros(1, dtype=torch.int64).pin_memory()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from scenes import assert_close, camera, random_gaussians
 
+import spaceport_gs
 from spaceport_gs import _engine, ops, reference
 from spaceport_gs.exposure import Exposure
 from spaceport_gs.gaussians import Gaussians, Rows
@@ -702,6 +703,14 @@ def test_same_bytes_with_any_number_of_threads() -> None:
     alone = one_step(1)
     for n_threads in (2, 3):
         assert all(torch.equal(a, b) for a, b in zip(alone, one_step(n_threads), strict=True))
+
+
+def test_the_door_for_users_takes_what_the_gaussians_have() -> None:
+    gaussians, view = random_gaussians(50, sh_degree=1), camera()
+    image = spaceport_gs.rasterize(gaussians, view)
+    assert torch.equal(image.color, ops.render(gaussians, view, RasterSettings(sh_degree=1)).color)
+    with pytest.raises(AttributeError, match="nothing"):
+        spaceport_gs.nothing  # noqa: B018
 
 
 def test_both_routes_give_the_same_gradient(device: str) -> None:
