@@ -46,7 +46,10 @@ def photo_for(view: Camera, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (view.height, view.width, 3), generator=draw, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize(("n", "size", "scale"), [(200_000, (800, 533), 0.012), (1_000_000, (640, 427), 0.006)])
+@pytest.mark.parametrize(
+    ("n", "size", "scale"),
+    [(200_000, (800, 533), 0.012), (1_000_000, (640, 427), 0.006), (1_000, (800, 533), 0.4)],
+)
 def test_large_scenes(n: int, size: tuple[int, int], scale: float) -> None:
     gaussians, view = random_gaussians(n, scale=scale), camera(*size, focal=0.75 * size[0])
     photo = photo_for(view)
