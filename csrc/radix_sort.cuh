@@ -14,8 +14,8 @@ namespace cuda {
 constexpr int kMostDigitBits = 8, kDigits = 1 << kMostDigitBits;
 constexpr int kSortThreads = kDigits, kSortWarps = kSortThreads / 32;  // a thread a digit
 constexpr int kMostSortPasses = 4;
-constexpr int kSortItems = 8,
-              kSortTile = kSortThreads * kSortItems;  // of a thread and of a block: few, so that many run at once
+constexpr int kSortItems = 8;  // keys of a thread: few, so that many blocks run at once
+constexpr int kSortTile = kSortThreads * kSortItems;
 
 // At most `most`; *n, where that is given.
 struct SortSize {
@@ -24,6 +24,11 @@ struct SortSize {
 
   __device__ int64_t get() const { return n != nullptr && *n < most ? *n : most; }
 };
+
+template <class Key>
+__device__ unsigned digit_of(Key key, int shift, int n_bits) {
+  return unsigned(key >> shift) & ((1u << n_bits) - 1u);
+}
 
 // Digits of equal length.
 struct Digits {
@@ -70,7 +75,7 @@ struct SortPass {
   uint32_t* counts;
   unsigned* ticket;
 
-  __device__ unsigned digit_of(Key key) const { return unsigned(key >> shift) & ((1u << n_bits) - 1u); }
+  __device__ unsigned digit(Key key) const { return digit_of(key, shift, n_bits); }
 };
 
 // How many keys have each value of each digit. Copies keep lanes apart that count the same.
@@ -84,7 +89,7 @@ __global__ __launch_bounds__(kSortThreads) void count_digits_kernel(const Key* k
   const auto count = [&](Key key) {
     if (int64_t(key) >= end) return;
     for (int pass = 0; pass < digits.n_passes; ++pass) {
-      const unsigned digit = unsigned(key >> (pass * digits.n_bits)) & ((1u << digits.n_bits) - 1u);
+      const unsigned digit = digit_of(key, pass * digits.n_bits, digits.n_bits);
       atomicAdd(&counts[pass][digit][threadIdx.x % kCopies], 1u);
     }
   };
@@ -181,7 +186,7 @@ __global__ __launch_bounds__(kSortThreads, 4) void sort_pass_kernel(SortPass<Key
   uint32_t ranks[kSortItems];  // among the warp's keys with the same digit
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {
-    const unsigned digit = pass.digit_of(keys[i]);
+    const unsigned digit = pass.digit(keys[i]);
     const bool takes_part = first_of_lane + i * 32 < n && int64_t(keys[i]) < pass.end;
     if (takes_part) is_wanted |= 1u << i;
     unsigned peers = __ballot_sync(kAllLanes, takes_part);
@@ -219,7 +224,7 @@ __global__ __launch_bounds__(kSortThreads, 4) void sort_pass_kernel(SortPass<Key
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {
     if ((is_wanted >> i & 1u) == 0) continue;
-    ranks[i] += places[warp][pass.digit_of(keys[i])];
+    ranks[i] += places[warp][pass.digit(keys[i])];
     staged_keys[ranks[i]] = keys[i];
   }
   int32_t values[kSortItems];
@@ -237,7 +242,7 @@ __global__ __launch_bounds__(kSortThreads, 4) void sort_pass_kernel(SortPass<Key
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < n_staged; i += kSortThreads) {
     const Key key = staged_keys[i];
-    const uint32_t to = target_of[pass.digit_of(key)] + i;
+    const uint32_t to = target_of[pass.digit(key)] + i;
     if (pass.to.keys != nullptr) pass.to.keys[to] = key;
     pass.to.values[to] = staged_values[i];
   }
