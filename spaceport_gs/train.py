@@ -252,7 +252,7 @@ class _Recorded:
         if before is not None:  # as many tiles a row as before
             n_instances = round(before._step.n_instances * len(rows.values) / len(before.rows.values))
         moments = ops.AdamMoments(*rows.companions)
-        self._step: TrainingStep = TrainingStep(rows.values, moments, statistics, UpdateRule.ALL, n_instances)
+        self._step: TrainingStep = TrainingStep(rows.values, moments, statistics, UpdateRule.CONTRIBUTING, n_instances)
         self._booked = 0.0
         self._settings: RasterSettings | None = None
         self._views: dict[str, StepView] = {}
@@ -285,6 +285,8 @@ class _Stepper:
     def __init__(self, run: _Run) -> None:
         self._run = run
         self._level = 0.0
+        self._order_key: tuple[int, int, int] | None = None
+        self._order = np.empty(0, dtype=np.int64)
         self._resized: dict[str, View] = {}
         self._seen: dict[str, _Seen] = {}
         self._losses: list[torch.Tensor] = []
@@ -378,7 +380,9 @@ class _Stepper:
         views = run.views_of(state.phase)
         epoch, place = divmod(state.step - 1 - state.phase.step, len(views))
         key = (run.settings.seed, state.phase.step, epoch)
-        view = views[int(np.random.default_rng(key).permutation(len(views))[place])]
+        if key != self._order_key:
+            self._order_key, self._order = key, np.random.default_rng(key).permutation(len(views))
+        view = views[int(self._order[place])]
         shorter = min(view.camera.width, view.camera.height)
         level = schedule.resolution(run.recipe, moment, shorter)
         if level != self._level:
@@ -447,10 +451,11 @@ def _is_check_due(run: _Run, state: State, previous: float) -> bool:
 
 
 def _is_checkpoint_due(state: State, saved: tuple[int, float], every: int) -> bool:
-    """`saved`: step and seconds of the last one."""
-    if every > 0 and state.step - saved[0] >= every:
-        return True
-    return state.phase.name == "done" or (every == 0 and state.seconds - saved[1] >= CHECKPOINT_SECONDS)
+    """`saved`: step and seconds of the last one. What took less than half a minute is done again as quickly."""
+    is_done = state.phase.name == "done"
+    if every > 0:
+        return is_done or state.step - saved[0] >= every
+    return state.seconds - (0.0 if is_done else saved[1]) >= CHECKPOINT_SECONDS
 
 
 def _check(run: _Run, state: State) -> None:

@@ -1,0 +1,188 @@
+// What blend and blend' on a GPU share: a warp has a quarter of a tile, 8x8 pixels, two a thread, and walks the tile's
+// list from front to back on its own, all lanes on one splat. So a sum over the lanes belongs to one splat, and needs
+// no knowledge of who takes part. Both passes go through `PixelPair::blend`: the backward replays exactly what the
+// forward did.
+#pragma once
+
+#include "queued.cuh"
+
+namespace spaceport {
+namespace cuda {
+
+constexpr int kQuarter = kTileSize / 2;  // pixels along it
+constexpr int kQuarters = 4;
+constexpr int kPixels = 2;         // of a thread, one above the other
+constexpr int kPixelDistance = 4;  // rows between them
+
+// A splat as pixels see it: the exponent of alpha in base 2 is (a dx + b dy) dx + c dy^2 + log2(opacity).
+struct StagedSplat {
+  float x, y, a, b;
+  float c, log2_opacity, blue;
+  uint32_t sums;  // where its sums begin, in floats
+  float red_green[2];
+};
+
+// The same value, of which the compiler knows nothing: it keeps it, where it would work it out anew in a loop.
+__device__ inline uint32_t kept(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+template <class T>
+__device__ T* kept(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
+// In shared memory: loads of sixteen bytes, which all lanes share, and one of eight.
+struct SharedSplat {
+  float4 rows[3];
+
+  __device__ void set(const Splat& s, int32_t number, int n_columns) {
+    rows[0] = make_float4(s.x, s.y, -0.5f * kLog2E * s.a, -kLog2E * s.b);
+    rows[1] = make_float4(-0.5f * kLog2E * s.c, log2f(s.opacity), s.blue,
+                          __uint_as_float(uint32_t(number) * uint32_t(n_columns)));
+    rows[2] = make_float4(s.red, s.green, s.green, s.red);
+  }
+  // Of an address in shared memory; the one of `red_green` is that of red and green, or of green and red.
+  __device__ static StagedSplat load(uint32_t address, uint32_t red_green) {
+    StagedSplat s;
+    float sums;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(s.x), "=f"(s.y), "=f"(s.a), "=f"(s.b)
+                 : "r"(address));
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4 + 16];"
+                 : "=f"(s.c), "=f"(s.log2_opacity), "=f"(s.blue), "=f"(sums)
+                 : "r"(address));
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2 + 32];" : "=f"(s.red_green[0]), "=f"(s.red_green[1]) : "r"(red_green));
+    s.sums = __float_as_uint(sums);
+    return s;
+  }
+};
+
+// Splats that a warp has taken into shared memory, close together.
+template <bool kDepth>
+struct StagedSplats {
+  SharedSplat splats[32];
+  float depths[kDepth ? 32 : 1];
+
+  __device__ void set(int place, const Splat& splat, int32_t number, int n_columns) {
+    splats[place].set(splat, number, n_columns);
+    if constexpr (kDepth) depths[place] = splat.depth;
+  }
+  // Calls each(place, splat) for the first n, with green and red swapped or not.
+  template <bool kIsSwapped, class Each>
+  __device__ void visit(int n, bool is_swapped, Each&& each) const {
+    uint32_t at = kept(uint32_t(__cvta_generic_to_shared(splats)));
+    uint32_t red_green = kept(at + (is_swapped ? 8 : 0));
+#pragma unroll 2
+    for (int i = 0; i < n; ++i) {
+      each(i, SharedSplat::load(at, kIsSwapped ? red_green : at));
+      at += uint32_t(sizeof(SharedSplat));
+      red_green += uint32_t(sizeof(SharedSplat));
+    }
+  }
+  __device__ float depth(int place) const { return kDepth ? depths[place] : 0.0f; }
+};
+
+__device__ inline Splat load_splat(const Splat* from) {
+  const float4* rows = reinterpret_cast<const float4*>(from);
+  const float4 a = __ldg(rows), b = __ldg(rows + 1), c = __ldg(rows + 2);
+  return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w};
+}
+
+// 2^x to 2 units in the last place; x is never so small that it matters what becomes of a denormal.
+__device__ inline float power_of_two(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// What blending one splat into a thread's pixels does.
+struct Contribution {
+  float dx;
+  float dy[kPixels];
+  float alpha[kPixels];     // zero where the splat does not reach
+  float weight[kPixels];    // alpha * T, zero where the pixel does not take part
+  float t_before[kPixels];  // T in front of the splat, and behind it if the pixel takes part
+  float t_after[kPixels];
+  bool reached;  // some pixel, if only to stop it
+};
+
+struct PixelPair {
+  float x, y;        // centre of the upper one
+  float t[kPixels];  // transmittance; negative once the pixel has stopped, or if it lies outside the image
+
+  __device__ static PixelPair at(int column, int row, int width, int height) {
+    PixelPair pair = {float(column) + 0.5f, float(row) + 0.5f, {}};
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+      pair.t[p] = column < width && row + p * kPixelDistance < height ? 1.0f : -1.0f;
+    }
+    return pair;
+  }
+  __device__ bool goes_on() const { return fmaxf(t[0], t[1]) > 0.0f; }
+
+  __device__ Contribution blend(const StagedSplat& s, float alpha_max) {
+    Contribution c;
+    c.dx = x - s.x;
+    const float by_dx = fmaf(s.a * c.dx, c.dx, s.log2_opacity), b_dx = s.b * c.dx;
+    float reach[kPixels];
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+      c.dy[p] = y + float(p * kPixelDistance) - s.y;
+      const float exponent = fmaf(fmaf(s.c, c.dy[p], b_dx), c.dy[p], by_dx);
+      const float alpha = fminf(power_of_two(exponent), alpha_max);
+      c.alpha[p] = exponent >= kLog2Cutoff ? alpha : 0.0f;
+      const float weight = reach[p] = c.alpha[p] * t[p];
+      c.t_before[p] = t[p];
+      c.t_after[p] = t[p] - weight;
+      // A pixel that the splat reaches but that would fall below the limit stops.
+      const bool goes_on = c.t_after[p] >= kTransmittanceStop;
+      c.weight[p] = goes_on ? weight : 0.0f;
+      t[p] = goes_on ? c.t_after[p] : -fabsf(t[p]);
+    }
+    c.reached = fmaxf(reach[0], reach[1]) > 0.0f;
+    return c;
+  }
+};
+
+// The words of a tile's hits: [group of 32 instances][quarter], and how many groups each quarter looked at.
+struct TileHits {
+  unsigned* words;
+  int32_t* n_groups;  // [quarter]
+
+  // Of any tile, behind the words of those before it: groups begin anew with each tile.
+  __device__ static TileHits of(int32_t* hits, int64_t n_instances, int64_t n_tiles, int64_t tile, int64_t begin) {
+    return {reinterpret_cast<unsigned*>(hits) + (begin / 32 + tile) * kQuarters,
+            hits + (n_instances / 32 + n_tiles) * kQuarters + tile * kQuarters};
+  }
+};
+
+struct TileGrid {
+  int width, height;
+  int tiles_x;
+  int64_t n_tiles;
+
+  static TileGrid of(const Camera& camera) {
+    return {camera.width, camera.height, camera.tiles_x(), int64_t(camera.tiles_x()) * camera.tiles_y()};
+  }
+};
+
+// A quarter of a tile, and the upper of a lane's pixels in it.
+struct Quarter {
+  int left, top;
+  int column, row;
+
+  __device__ static Quarter of(const TileGrid& grid, int64_t tile, int quarter) {
+    const int lane = int(threadIdx.x % 32);
+    const int left = int(tile % grid.tiles_x) * kTileSize + quarter % 2 * kQuarter;
+    const int top = int(tile / grid.tiles_x) * kTileSize + quarter / 2 * kQuarter;
+    return {left, top, left + lane % kQuarter, top + lane / kQuarter};
+  }
+  __device__ PixelPair pixels(const TileGrid& grid) const {
+    return PixelPair::at(column, row, grid.width, grid.height);
+  }
+};
+
+}  // namespace cuda
+}  // namespace spaceport
