@@ -24,8 +24,8 @@ struct PixelBox {
   }
 };
 
-// Whether the ellipse alpha >= kAlphaCutoff comes near a pixel of the box: its reach to both sides in the box's rows, as
-// in tile_spans.h. A little wide, never narrow.
+// Whether the ellipse alpha >= kAlphaCutoff comes near a pixel of the box: its reach to both sides in the box's rows,
+// as in tile_spans.h. A little wide, never narrow.
 __device__ bool reaches(const Splat& s, const PixelBox& box) {
   constexpr float kMargin = 0.01f;  // pixels
   const float first = box.top - s.y, last = box.bottom - s.y;
@@ -62,14 +62,15 @@ struct PairDepths {
   __device__ void add(const Contribution& c, float z) {
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
-      const bool passes = c.t_before[p] >= kMedianTransmittance && c.t_after[p] < kMedianTransmittance;
+      constexpr float kMedian = kMedianTransmittance * kTPerUnit;
+      const bool passes = c.t_before[p] >= kMedian && c.t_after[p] < kMedian;
       expected[p] = fmaf(c.weight[p], z, expected[p]);
       median[p] = passes && c.weight[p] > 0.0f ? z : median[p];
     }
   }
 };
 
-template <bool kDepth>
+template <bool kDepth, bool kKeepsHits>
 __global__ __launch_bounds__(kThreads) void blend_kernel(const Splat* splats, Tiles tiles, TileGrid grid,
                                                          RasterSettings settings, DepthLimits depth_limits,
                                                          Late<Image> late_out) {
@@ -79,7 +80,7 @@ __global__ __launch_bounds__(kThreads) void blend_kernel(const Splat* splats, Ti
   StagedSplats<kDepth>& staged = staged_by_warp[number_of_quarter];
   const int64_t tile = blockIdx.x;
   const Quarter quarter = Quarter::of(grid, tile, number_of_quarter);
-  PixelPair pixels = quarter.pixels(grid);
+  PixelPair pixels = quarter.pixels(grid, settings.alpha_max);
   float red[kPixels] = {}, green[kPixels] = {}, blue[kPixels] = {};
   PairDepths pixel_depths = {};
   const Image out = late_out.get();
@@ -87,7 +88,7 @@ __global__ __launch_bounds__(kThreads) void blend_kernel(const Splat* splats, Ti
   const int64_t begin = tiles.offsets[tile];
   const int n = int(tiles.offsets[tile + 1] - begin);
   const int32_t* instances = tiles.splat_from_instance + begin;
-  TileHits hits = TileHits::of(out.hits, tiles.n_instances, grid.n_tiles, tile, begin);
+  const TileHits hits = TileHits::of(out.hits, tiles.n_instances, grid.n_tiles, tile, begin);
   int n_groups = 0;
   for (int first = 0; first < n; first += 32, ++n_groups) {
     const unsigned upper = __ballot_sync(kAllLanes, pixels.t[0] > 0.0f);
@@ -106,10 +107,9 @@ __global__ __launch_bounds__(kThreads) void blend_kernel(const Splat* splats, Ti
     if (takes) staged.set(place, splat, number, kSplatGradientStride);
     __syncwarp();
     const int n_taken = __popc(taken);
-    unsigned hit = 0;  // by this lane, of those taken
-    uint32_t bit = 1;
-    staged.template visit<false>(n_taken, false, [&](int i, const StagedSplat& s) {
-      const Contribution c = pixels.blend(s, settings.alpha_max);
+    unsigned hit = 0, bit = 1;  // by this lane, of those taken
+    staged.template visit<false>(__popc(taken), false, [&](int i, const StagedSplat& s) {
+      const Contribution c = pixels.blend(s);
 #pragma unroll
       for (int p = 0; p < kPixels; ++p) {
         red[p] = fmaf(c.weight[p], s.red_green[0], red[p]);
@@ -117,15 +117,20 @@ __global__ __launch_bounds__(kThreads) void blend_kernel(const Splat* splats, Ti
         blue[p] = fmaf(c.weight[p], s.blue, blue[p]);
       }
       if constexpr (kDepth) pixel_depths.add(c, staged.depth(i));
-      if (c.reached) hit |= bit;
-      bit *= 2;
+      if constexpr (kKeepsHits) {
+        if (c.reached) hit |= bit;
+        bit *= 2;
+      }
     });
-    hit = warp_or(hit);  // a barrier too: the splats are done with
-    const unsigned word = __ballot_sync(kAllLanes, takes && (hit >> place & 1u) != 0);
-    if (out.hits != nullptr && lane == 0) hits.words[n_groups * kQuarters + number_of_quarter] = word;
+    if constexpr (kKeepsHits) {
+      hit = warp_or(hit);
+      const unsigned word = __ballot_sync(kAllLanes, takes && (hit >> place & 1u) != 0);
+      if (lane == 0) hits.words[n_groups * kQuarters + number_of_quarter] = word;
+    }
+    __syncwarp();
   }
   if (lane == 0) {
-    if (out.hits != nullptr) hits.n_groups[number_of_quarter] = n_groups;
+    if constexpr (kKeepsHits) hits.n_groups[number_of_quarter] = n_groups;
     n_groups_of[number_of_quarter] = n_groups;
   }
 #pragma unroll
@@ -133,13 +138,13 @@ __global__ __launch_bounds__(kThreads) void blend_kernel(const Splat* splats, Ti
     const int row = quarter.row + p * kPixelDistance;
     if (quarter.column >= grid.width || row >= grid.height) continue;
     const int64_t at = int64_t(row) * grid.width + quarter.column;
-    const float t = fabsf(pixels.t[p]);
+    const float t = fabsf(pixels.t[p]) / kTPerUnit;
     out.transmittance[at] = t;
-    out.color[3 * at] = fmaf(t, settings.background[0], red[p]);
-    out.color[3 * at + 1] = fmaf(t, settings.background[1], green[p]);
-    out.color[3 * at + 2] = fmaf(t, settings.background[2], blue[p]);
+    out.color[3 * at] = fmaf(t, settings.background[0], kWeightUnit * red[p]);
+    out.color[3 * at + 1] = fmaf(t, settings.background[1], kWeightUnit * green[p]);
+    out.color[3 * at + 2] = fmaf(t, settings.background[2], kWeightUnit * blue[p]);
     if constexpr (kDepth) {
-      if (out.depth != nullptr) out.depth[at] = pixel_depths.expected[p];
+      if (out.depth != nullptr) out.depth[at] = kWeightUnit * pixel_depths.expected[p];
       if (out.median_depth != nullptr) out.median_depth[at] = pixel_depths.median[p];
     }
   }
@@ -164,7 +169,9 @@ void cuda::queue_blend(cudaStream_t stream, const Projected& projected, const Ti
                        const RasterSettings& settings, const DepthLimits& depth_limits, const Late<Image>& out) {
   const TileGrid grid = TileGrid::of(camera);
   const bool has_depth = out.value.depth != nullptr || out.value.median_depth != nullptr;
-  const auto kernel = has_depth ? blend_kernel<true> : blend_kernel<false>;
+  const bool keeps_hits = out.value.hits != nullptr;
+  const auto kernel = has_depth ? (keeps_hits ? blend_kernel<true, true> : blend_kernel<true, false>)
+                                : (keeps_hits ? blend_kernel<false, true> : blend_kernel<false, false>);
   kernel<<<unsigned(grid.n_tiles), kThreads, 0, stream>>>(projected.splats, tiles, grid, settings, depth_limits, out);
   check_launch("blend");
 }

@@ -59,8 +59,8 @@ struct PairGradient {
   static constexpr bool kDepth = has_depth(kColumns);
   float red_green[2][kPixels], blue[kPixels];
   float depth[kDepth ? kPixels : 1];
-  float total[kPixels];   // gradient . what is seen: colour and depth, and T by its own gradient
-  float prefix[kPixels];  // gradient . colour and depth blended so far
+  float total[kPixels];   // gradient . what is seen: colour and depth, and T by its own gradient; in T's unit
+  float prefix[kPixels];  // gradient . colour and depth blended so far, in the unit of weights
 
   __device__ static PairGradient at(const Quarter& quarter, const TileGrid& grid, const Image& image,
                                     const Image& d_image) {
@@ -82,13 +82,14 @@ struct PairGradient {
         g.depth[p] = d_image.depth[at];
         g.total[p] += d_image.depth[at] * image.depth[at];
       }
+      g.total[p] *= kTPerUnit;
     }
     return g;
   }
 
   // `others`: the part of columns behind the moments.
-  __device__ PairMoments moments_of(const Contribution& c, const float t[kPixels], const StagedSplat& s, float z,
-                                    float alpha_max, float* others) {
+  __device__ PairMoments moments_of(const Contribution& c, const PixelPair& pixels, const StagedSplat& s, float z,
+                                    float* others) {
     float d[kPixels], d_dy[kPixels];
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
@@ -96,11 +97,12 @@ struct PairGradient {
       if constexpr (kDepth) shade = fmaf(depth[p], z, shade);
       prefix[p] = fmaf(c.weight[p], shade, prefix[p]);
       // alpha / (1 - alpha) of what is behind is weight / T behind the splat.
-      const float by_weight = fmaf(prefix[p] - total[p], reciprocal(t[p]), shade);
-      d[p] = c.alpha[p] < alpha_max ? c.weight[p] * by_weight : 0.0f;
+      const float behind = fmaf(kAlphaUnit, prefix[p], -total[p]);
+      const float by_weight = fmaf(behind, reciprocal(pixels.t[p]), shade);
+      d[p] = c.alpha[p] < pixels.alpha_limit ? c.weight[p] * by_weight : 0.0f;
       d_dy[p] = d[p] * c.dy[p];
     }
-    if constexpr (kDepth) others[0] = fmaf(c.weight[1], depth[1], c.weight[0] * depth[0]);
+    if constexpr (kDepth) others[0] = kWeightUnit * fmaf(c.weight[1], depth[1], c.weight[0] * depth[0]);
     if constexpr (has_absolute(kColumns)) {
       float by_x = 0.0f, by_y = 0.0f;
 #pragma unroll
@@ -108,8 +110,8 @@ struct PairGradient {
         by_x += fabsf(d[p] * fmaf(2.0f * s.a, c.dx, s.b * c.dy[p]));
         by_y += fabsf(d[p] * fmaf(2.0f * s.c, c.dy[p], s.b * c.dx));
       }
-      others[kDepth] = by_x / kLog2E;
-      others[kDepth + 1] = by_y / kLog2E;
+      others[kDepth] = by_x * (kWeightUnit / kLog2E);
+      others[kDepth + 1] = by_y * (kWeightUnit / kLog2E);
     }
     return {d[0] + d[1],
             d_dy[0] + d_dy[1],
@@ -145,14 +147,14 @@ __device__ float sum_of_moments(const PairMoments& m, float dx, int lane) {
   const float sum = exchanged(lane & 4, first, second, 4);
   third += given(third, 4);
   const float one = exchanged(lane & 2, sum, third, 2);
-  return one + given(one, 1);
+  return kWeightUnit * (one + given(one, 1));
 }
 
 // Calls put(i, the i-th splat hit, its sum of `moment_of` this lane, this thread's part of other columns) for one after
 // the other. `instances` are a group's.
 template <int kColumns, class Put>
 __device__ void visit(StagedSplats<has_depth(kColumns)>& staged, const Splat* splats, const int32_t* instances,
-                      unsigned hit, float alpha_max, PixelPair& pixels, PairGradient<kColumns>& gradient, Put&& put) {
+                      unsigned hit, PixelPair& pixels, PairGradient<kColumns>& gradient, Put&& put) {
   const int lane = int(kept(threadIdx.x % 32));
   if ((hit >> lane & 1u) != 0) {
     const int32_t number = instances[lane];
@@ -160,18 +162,17 @@ __device__ void visit(StagedSplats<has_depth(kColumns)>& staged, const Splat* sp
   }
   __syncwarp();
   staged.template visit<true>(__popc(hit), is_swapped(lane) != 0, [&](int i, const StagedSplat& s) {
-    const Contribution c = pixels.blend(s, alpha_max);
+    const Contribution c = pixels.blend(s);
     float others[kColumns > kMomentCount ? kColumns - kMomentCount : 1];
-    const PairMoments moments = gradient.moments_of(c, pixels.t, s, staged.depth(i), alpha_max, others);
+    const PairMoments moments = gradient.moments_of(c, pixels, s, staged.depth(i), others);
     put(i, s, sum_of_moments(moments, c.dx, lane), others);
   });
   __syncwarp();
 }
 
 template <int kColumns>
-__global__ __launch_bounds__(kThreads, 20) void blend_vjp_kernel(const Splat* splats, Tiles tiles, TileGrid grid,
-                                                             float alpha_max, Image image, Image d_image,
-                                                             float* moments_of) {
+__global__ __launch_bounds__(kThreads, kColumns == kMomentCount ? 20 : 16) void blend_vjp_kernel(
+    const Splat* splats, Tiles tiles, TileGrid grid, float alpha_max, Image image, Image d_image, float* moments_of) {
   __shared__ StagedSplats<has_depth(kColumns)> staged[kWarps];
   const int lane = int(threadIdx.x % 32);
   const int64_t share = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;  // a quarter of a tile
@@ -180,7 +181,7 @@ __global__ __launch_bounds__(kThreads, 20) void blend_vjp_kernel(const Splat* sp
   const int64_t begin = tiles.offsets[tile];
   const TileHits hits = TileHits::of(image.hits, tiles.n_instances, grid.n_tiles, tile, begin);
   const Quarter quarter = Quarter::of(grid, tile, number_of_quarter);
-  PixelPair pixels = quarter.pixels(grid);
+  PixelPair pixels = quarter.pixels(grid, alpha_max);
   auto gradient = PairGradient<kColumns>::at(quarter, grid, image, d_image);
 
   const int moment = moment_of(lane);
@@ -190,8 +191,8 @@ __global__ __launch_bounds__(kThreads, 20) void blend_vjp_kernel(const Splat* sp
   for (int group = 0; group < n_groups; ++group) {
     const unsigned hit = hits.words[group * kQuarters + number_of_quarter];
     if (hit == 0) continue;
-    visit(staged[threadIdx.x / 32], splats, tiles.splat_from_instance + begin + 32 * group, hit, alpha_max, pixels,
-          gradient, [&](int, const StagedSplat& s, float sum, const float* others) {
+    visit(staged[threadIdx.x / 32], splats, tiles.splat_from_instance + begin + 32 * group, hit, pixels, gradient,
+          [&](int, const StagedSplat& s, float sum, const float* others) {
             add_if(int(adds), own_moment + s.sums, sum);
 #pragma unroll
             for (int k = kMomentCount; k < kColumns; ++k) {
@@ -214,7 +215,7 @@ __global__ __launch_bounds__(kRecordingThreads) void record_sums_kernel(const Sp
   const int64_t tile = blockIdx.x, begin = tiles.offsets[tile];
   const TileHits hits = TileHits::of(image.hits, tiles.n_instances, grid.n_tiles, tile, begin);
   const Quarter quarter = Quarter::of(grid, tile, number_of_quarter);
-  PixelPair pixels = quarter.pixels(grid);
+  PixelPair pixels = quarter.pixels(grid, alpha_max);
   auto gradient = PairGradient<kColumns>::at(quarter, grid, image, d_image);
 
   const int moment = int(kept(uint32_t(moment_of(lane))));
@@ -224,7 +225,7 @@ __global__ __launch_bounds__(kRecordingThreads) void record_sums_kernel(const Sp
     const int64_t first = begin + 32 * group;
     const bool is_seen = group < hits.n_groups[number_of_quarter];
     const unsigned hit = is_seen ? hits.words[group * kQuarters + number_of_quarter] : 0;
-    visit(staged[number_of_quarter], splats, tiles.splat_from_instance + first, hit, alpha_max, pixels, gradient,
+    visit(staged[number_of_quarter], splats, tiles.splat_from_instance + first, hit, pixels, gradient,
           [&](int i, const StagedSplat&, float sum, const float* others) {
             if (moment >= 0) sums[number_of_quarter][i][moment] = sum;
 #pragma unroll

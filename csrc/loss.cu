@@ -18,8 +18,10 @@ constexpr int kAcross = 8, kDown = 6;     // pixels that a thread filters at onc
 constexpr int kThreads = kWidth * kHeight / kDown;
 constexpr int kHaloWidth = kWidth + 2 * kRadius, kHaloHeight = kHeight + 2 * kRadius;
 constexpr int kMoments = 4, kDerivatives = 3;
-// Rows are padded such that the lanes of a warp read and write different banks, and so that four at a time can be read.
-constexpr int kRowLength = (kHaloWidth + 3) / 4 * 4;
+// Rows are read four pixels at a time, from `kLead` before the halo; and have such a length that the lanes of a warp
+// read different banks.
+constexpr int kLead = 3, kFours = (kLead + kHaloWidth + kLead) / 4, kRowLength = 52;
+static_assert((kLead + kRadius) % 4 == 0 && kRowLength % 32 == 20 && kRowLength >= 4 * kFours, "rows of fours");
 using Plane = float[kHaloHeight][kRowLength];
 using FilteredPlane = float[kHaloHeight][kWidth + 1];
 constexpr unsigned kExposureBlocks = 256;
@@ -33,8 +35,13 @@ struct LossFactors {
   float l1, ssim;
 };
 
+// Numbers of a map of derivatives, whose rows are as long as the blocks of a row.
+__host__ __device__ int64_t map_size(unsigned n_blocks, int height) {
+  return int64_t(n_blocks) * kWidth * height;
+}
+
 struct LossScratch {
-  float* derivatives;    // [kDerivatives, kChannels, H, W]
+  float* derivatives;    // [kDerivatives, kChannels, H, stride], zero behind the image's width
   LossSums* sums;        // [n_blocks]
   LossSums* weights;     // [n_blocks], of the pixels
   LossFactors* factors;  // of a loss that is not plain
@@ -42,8 +49,8 @@ struct LossScratch {
 
   static LossScratch of(Arena& arena, int width, int height) {
     const int64_t n_blocks = int64_t(n_blocks_of(width, kWidth)) * n_blocks_of(height, kHeight);
-    return {arena.take<float>(int64_t(kDerivatives) * kChannels * width * height), arena.take<LossSums>(n_blocks),
-            arena.take<LossSums>(n_blocks), arena.take<LossFactors>(1),
+    return {arena.take<float>(kDerivatives * kChannels * map_size(n_blocks_of(width, kWidth), height)),
+            arena.take<LossSums>(n_blocks), arena.take<LossSums>(n_blocks), arena.take<LossFactors>(1),
             arena.take<float>(int64_t(kExposureSize) * kExposureBlocks)};
   }
 };
@@ -72,11 +79,13 @@ __device__ void filter_across(const Plane* planes, Value&& value, FilteredPlane*
 #pragma unroll
     for (int i = 0; i < kAcross + kTaps - 1; ++i) {
       float loaded[kLoaded], values[kPlanes];
+      const int at = kLead + i, of_four = at % 4;
 #pragma unroll
       for (int plane = 0; plane < kLoaded; ++plane) {
-        if (i % 4 == 0) fours[plane] = *reinterpret_cast<const float4*>(&planes[plane][row][first + i]);
+        const float* row_of = planes[plane][row] + first;
+        if (i == 0 || of_four == 0) fours[plane] = *reinterpret_cast<const float4*>(row_of + at - of_four);
         const float4& four = fours[plane];
-        loaded[plane] = i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+        loaded[plane] = of_four == 0 ? four.x : of_four == 1 ? four.y : of_four == 2 ? four.z : four.w;
       }
       value(loaded, values);
 #pragma unroll
@@ -121,14 +130,14 @@ __device__ void filter_down(const FilteredPlane* across, float out[kPlanes][kDow
   }
 }
 
-// Fills planes with the block's pixels and their halo: fetch(place in the image, values) reads a pixel; outside it all
-// is zero. Several are read before any is written, so that the block does not wait for memory at each.
-template <int kPlanes, class Fetch>
-__device__ void load_with_halo(int width, int height, Fetch&& fetch, Plane* planes) {
+// Fills two planes with the block's pixels and their halo: fetch(place in the image, values) reads a pixel; outside it
+// all is zero. Several are read before any is written, so that the block does not wait for memory at each.
+template <class Fetch>
+__device__ void load_pixels(int width, int height, Fetch&& fetch, Plane planes[2]) {
   constexpr int kPixels = kHaloHeight * kHaloWidth, kAtOnce = 6;
   const int left = int(blockIdx.x) * kWidth - kRadius, top = int(blockIdx.y) * kHeight - kRadius;
   for (int begin = int(threadIdx.x); begin < kPixels; begin += kAtOnce * kThreads) {
-    float values[kAtOnce][kPlanes] = {};
+    float values[kAtOnce][2] = {};
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = begin + j * kThreads, row = i / kHaloWidth;
@@ -140,7 +149,33 @@ __device__ void load_with_halo(int width, int height, Fetch&& fetch, Plane* plan
       const int i = begin + j * kThreads, row = i / kHaloWidth;
       if (i >= kPixels) continue;
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane) planes[plane][row][i - row * kHaloWidth] = values[j][plane];
+      for (int plane = 0; plane < 2; ++plane) planes[plane][row][kLead + i - row * kHaloWidth] = values[j][plane];
+    }
+  }
+}
+
+// Fills planes with the maps around the block at (left, top), all of them read before any is written.
+__device__ void load_maps(const float* maps, int64_t distance, int stride, int height, int left, int top,
+                          Plane planes[kDerivatives]) {
+  constexpr int kTasks = kHaloHeight * kFours, kEach = (kTasks + kThreads - 1) / kThreads;
+  float4 fours[kEach][kDerivatives] = {};
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int task = int(threadIdx.x) + j * kThreads, row = task / kFours;
+    const int x = left - kRadius - kLead + 4 * (task - row * kFours), y = top - kRadius + row;
+    if (task >= kTasks || x < 0 || x >= stride || y < 0 || y >= height) continue;
+#pragma unroll
+    for (int map = 0; map < kDerivatives; ++map) {
+      fours[j][map] = *reinterpret_cast<const float4*>(maps + map * distance + int64_t(y) * stride + x);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int task = int(threadIdx.x) + j * kThreads, row = task / kFours;
+    if (task >= kTasks) continue;
+#pragma unroll
+    for (int map = 0; map < kDerivatives; ++map) {
+      *reinterpret_cast<float4*>(&planes[map][row][4 * (task - row * kFours)]) = fours[j][map];
     }
   }
 }
@@ -180,11 +215,12 @@ __global__ __launch_bounds__(kThreads, kIsPlain ? 5 : 3) void moments_kernel(Los
   __shared__ FilteredPlane across[kMoments];
   const Comparison<kIsPlain> comparison = {images.color, target.get()};
   const int column = int(blockIdx.x) * kWidth + column_of(), top = int(blockIdx.y) * kHeight;
-  const int64_t n_pixels = int64_t(images.width) * images.height;
+  const int stride = int(gridDim.x) * kWidth;
+  const int64_t of_map = map_size(gridDim.x, images.height);
   float l1 = 0.0f, ssim = 0.0f, l1_weight = 0.0f, ssim_weight = 0.0f;
   for (int channel = 0; channel < kChannels; ++channel) {
     __syncthreads();
-    load_with_halo<2>(
+    load_pixels(
         images.width, images.height,
         [&](int at, float* values) {
           const Pair pair = comparison.pair(at, channel);
@@ -208,7 +244,12 @@ __global__ __launch_bounds__(kThreads, kIsPlain ? 5 : 3) void moments_kernel(Los
 #pragma unroll
     for (int i = 0; i < kDown; ++i) {
       const int row = top + row_of(i);
-      if (column >= images.width || row >= images.height) continue;
+      if (row >= images.height) continue;
+      float* to = scratch.derivatives + channel * of_map + int64_t(row) * stride + column;
+      if (column >= images.width) {
+        to[0] = to[kChannels * of_map] = to[2 * kChannels * of_map] = 0.0f;
+        continue;
+      }
       const float own[5] = {moments[0][i], moments[1][i], moments[2][i], 0.0f, moments[3][i]};
       SsimDerivatives<float> d = ssim_of(own);
       if (!kIsPlain) {
@@ -221,11 +262,11 @@ __global__ __launch_bounds__(kThreads, kIsPlain ? 5 : 3) void moments_kernel(Los
         ssim_weight += inner_weight;
       }
       ssim += d.ssim;
-      l1 += fabsf(x[row_of(i) + kRadius][column_of() + kRadius] - y[row_of(i) + kRadius][column_of() + kRadius]);
-      float* to = scratch.derivatives + channel * n_pixels + int64_t(row) * images.width + column;
+      constexpr int kCenter = kLead + kRadius;
+      l1 += fabsf(x[row_of(i) + kRadius][column_of() + kCenter] - y[row_of(i) + kRadius][column_of() + kCenter]);
       to[0] = d.by_mean;
-      to[kChannels * n_pixels] = d.by_square;
-      to[2 * kChannels * n_pixels] = d.by_product;
+      to[kChannels * of_map] = d.by_square;
+      to[2 * kChannels * of_map] = d.by_product;
     }
   }
   const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
@@ -276,18 +317,13 @@ __global__ __launch_bounds__(kThreads, kIsPlain ? 4 : 2) void gradient_kernel(Lo
   const Comparison<kIsPlain> comparison = {images.color, target.get()};
   __shared__ __align__(16) Plane maps[kDerivatives];
   __shared__ FilteredPlane across[kDerivatives];
-  const int column = int(blockIdx.x) * kWidth + column_of(), top = int(blockIdx.y) * kHeight;
-  const int64_t n_pixels = int64_t(images.width) * images.height;
+  // The last maps first: they are still in the second-level cache.
+  const int left = int(gridDim.x - 1 - blockIdx.x) * kWidth, top = int(gridDim.y - 1 - blockIdx.y) * kHeight;
+  const int column = left + column_of(), stride = int(gridDim.x) * kWidth;
+  const int64_t of_map = map_size(gridDim.x, images.height);
   for (int channel = 0; channel < kChannels; ++channel) {
     __syncthreads();
-    const float* from = scratch.derivatives + channel * n_pixels;
-    load_with_halo<kDerivatives>(
-        images.width, images.height,
-        [&](int at, float* values) {
-#pragma unroll
-          for (int map = 0; map < kDerivatives; ++map) values[map] = from[map * kChannels * n_pixels + at];
-        },
-        maps);
+    load_maps(scratch.derivatives + channel * of_map, kChannels * of_map, stride, images.height, left, top, maps);
     __syncthreads();
     filter_across<kDerivatives, kDerivatives>(
         maps,

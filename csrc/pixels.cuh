@@ -14,10 +14,18 @@ constexpr int kQuarters = 4;
 constexpr int kPixels = 2;         // of a thread, one above the other
 constexpr int kPixelDistance = 4;  // rows between them
 
-// A splat as pixels see it: the exponent of alpha in base 2 is (a dx + b dy) dx + c dy^2 + log2(opacity).
+// Alpha is held in units so large that the cutoff is the smallest normal number: what lies below becomes zero of
+// itself, with the exponential. T has a unit too, such that products of both, and reciprocals, are far from the ends of
+// a float.
+constexpr float kSmallestExponent = -126.0f;
+constexpr float kAlphaUnit = 3.33610197e35f;  // 2^(kLog2Cutoff - kSmallestExponent)
+constexpr float kTPerUnit = 5.76460752e17f;   // 2^59
+constexpr float kWeightUnit = kAlphaUnit / kTPerUnit;
+
+// A splat as pixels see it: the exponent of alpha in its unit, in base 2, is (a dx + b dy) dx + c dy^2 + at_center.
 struct StagedSplat {
   float x, y, a, b;
-  float c, log2_opacity, blue;
+  float c, at_center, blue;
   uint32_t sums;  // where its sums begin, in floats
   float red_green[2];
 };
@@ -39,7 +47,7 @@ struct SharedSplat {
 
   __device__ void set(const Splat& s, int32_t number, int n_columns) {
     rows[0] = make_float4(s.x, s.y, -0.5f * kLog2E * s.a, -kLog2E * s.b);
-    rows[1] = make_float4(-0.5f * kLog2E * s.c, log2f(s.opacity), s.blue,
+    rows[1] = make_float4(-0.5f * kLog2E * s.c, log2f(s.opacity) - kLog2Cutoff + kSmallestExponent, s.blue,
                           __uint_as_float(uint32_t(number) * uint32_t(n_columns)));
     rows[2] = make_float4(s.red, s.green, s.green, s.red);
   }
@@ -51,7 +59,7 @@ struct SharedSplat {
                  : "=f"(s.x), "=f"(s.y), "=f"(s.a), "=f"(s.b)
                  : "r"(address));
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4 + 16];"
-                 : "=f"(s.c), "=f"(s.log2_opacity), "=f"(s.blue), "=f"(sums)
+                 : "=f"(s.c), "=f"(s.at_center), "=f"(s.blue), "=f"(sums)
                  : "r"(address));
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2 + 32];" : "=f"(s.red_green[0]), "=f"(s.red_green[1]) : "r"(red_green));
     s.sums = __float_as_uint(sums);
@@ -90,14 +98,14 @@ __device__ inline Splat load_splat(const Splat* from) {
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w};
 }
 
-// 2^x to 2 units in the last place; x is never so small that it matters what becomes of a denormal.
+// 2^x to 2 units in the last place; zero below kSmallestExponent.
 __device__ inline float power_of_two(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 
-// What blending one splat into a thread's pixels does.
+// What blending one splat into a thread's pixels does; alpha, T and weights in their units.
 struct Contribution {
   float dx;
   float dy[kPixels];
@@ -109,36 +117,35 @@ struct Contribution {
 };
 
 struct PixelPair {
-  float x, y;        // centre of the upper one
-  float t[kPixels];  // transmittance; negative once the pixel has stopped, or if it lies outside the image
+  float x, y;         // centre of the upper one
+  float t[kPixels];   // transmittance in its unit; negative once the pixel has stopped, or if it lies outside the image
+  float alpha_limit;  // in its unit
 
-  __device__ static PixelPair at(int column, int row, int width, int height) {
-    PixelPair pair = {float(column) + 0.5f, float(row) + 0.5f, {}};
+  __device__ static PixelPair at(int column, int row, int width, int height, float alpha_max) {
+    PixelPair pair = {float(column) + 0.5f, float(row) + 0.5f, {}, alpha_max / kAlphaUnit};
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
-      pair.t[p] = column < width && row + p * kPixelDistance < height ? 1.0f : -1.0f;
+      pair.t[p] = column < width && row + p * kPixelDistance < height ? kTPerUnit : -kTPerUnit;
     }
     return pair;
   }
   __device__ bool goes_on() const { return fmaxf(t[0], t[1]) > 0.0f; }
 
-  __device__ Contribution blend(const StagedSplat& s, float alpha_max) {
+  __device__ Contribution blend(const StagedSplat& s) {
     Contribution c;
     c.dx = x - s.x;
-    const float by_dx = fmaf(s.a * c.dx, c.dx, s.log2_opacity), b_dx = s.b * c.dx;
+    const float by_dx = fmaf(s.a * c.dx, c.dx, s.at_center), b_dx = s.b * c.dx;
     float reach[kPixels];
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
       c.dy[p] = y + float(p * kPixelDistance) - s.y;
-      const float exponent = fmaf(fmaf(s.c, c.dy[p], b_dx), c.dy[p], by_dx);
-      const float alpha = fminf(power_of_two(exponent), alpha_max);
-      c.alpha[p] = exponent >= kLog2Cutoff ? alpha : 0.0f;
-      const float weight = reach[p] = c.alpha[p] * t[p];
+      c.alpha[p] = fminf(power_of_two(fmaf(fmaf(s.c, c.dy[p], b_dx), c.dy[p], by_dx)), alpha_limit);
+      reach[p] = c.alpha[p] * t[p];
       c.t_before[p] = t[p];
-      c.t_after[p] = t[p] - weight;
+      c.t_after[p] = fmaf(-kAlphaUnit, reach[p], t[p]);
       // A pixel that the splat reaches but that would fall below the limit stops.
-      const bool goes_on = c.t_after[p] >= kTransmittanceStop;
-      c.weight[p] = goes_on ? weight : 0.0f;
+      const bool goes_on = c.t_after[p] >= kTransmittanceStop * kTPerUnit;
+      c.weight[p] = goes_on ? reach[p] : 0.0f;
       t[p] = goes_on ? c.t_after[p] : -fabsf(t[p]);
     }
     c.reached = fmaxf(reach[0], reach[1]) > 0.0f;
@@ -179,8 +186,8 @@ struct Quarter {
     const int top = int(tile / grid.tiles_x) * kTileSize + quarter / 2 * kQuarter;
     return {left, top, left + lane % kQuarter, top + lane / kQuarter};
   }
-  __device__ PixelPair pixels(const TileGrid& grid) const {
-    return PixelPair::at(column, row, grid.width, grid.height);
+  __device__ PixelPair pixels(const TileGrid& grid, float alpha_max) const {
+    return PixelPair::at(column, row, grid.width, grid.height, alpha_max);
   }
 };
 

@@ -42,13 +42,15 @@ __device__ Touched tiles_of(const Splat& splat, const Grid& grid, const NearSide
   if (touched.is_far) return touched;
   for (int row = tiles.rows.begin; row < tiles.rows.end; ++row) {
     const TileSpan columns = tiles.columns(row);
-    for (int column = columns.begin; column < columns.end; ++column) {
-      touched.is_seen = true;
-      if (!near_side.holds(row * grid.tiles_x + column)) continue;
-      ++touched.tiles.n;
-      touched.tiles.bits |= uint64_t(1) << ((row - tiles.rows.begin) * kTileBoxSide + column - box.begin);
+    if (columns.begin >= columns.end) continue;
+    touched.is_seen = true;
+    uint64_t of_row = (uint64_t(1) << (columns.end - columns.begin)) - 1;
+    for (int column = columns.begin; near_side.limits != nullptr && column < columns.end; ++column) {
+      if (!near_side.holds(row * grid.tiles_x + column)) of_row &= ~(uint64_t(1) << (column - columns.begin));
     }
+    touched.tiles.bits |= of_row << ((row - tiles.rows.begin) * kTileBoxSide + columns.begin - box.begin);
   }
+  touched.tiles.n = unsigned(__popcll(touched.tiles.bits));
   return touched;
 }
 

@@ -12,7 +12,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kListThreads = 512;  // long blocks: fewer that wait for each other
+constexpr int kListThreads = 256;
 static_assert(kListThreads >= kLookBackRows, "a LookBack of the splats suffices");
 
 struct Grid {
@@ -42,7 +42,7 @@ struct TileScratch {
 };
 
 // What a block lists before it writes it out, so that neighbouring lanes write neighbouring places.
-constexpr unsigned kStaged = 5120;
+constexpr unsigned kStaged = 4096;
 
 template <class Key>
 struct List {

@@ -29,7 +29,7 @@ HOST_DEVICE TileSpan tile_span(float low, float high, int n_tiles) {
 
 // The rows of tiles that a splat touches, and of each the columns.
 struct TileRows {
-  float x, y, extent_x, extent_y;
+  float x, y, extent_x, extent_y, per_extent_y;
   float half_width;    // of the chord through the centre
   float slant;         // middle of the chord at dy is slant * dy
   float rightmost_dy;  // where the ellipse reaches furthest right
@@ -41,6 +41,7 @@ struct TileRows {
         y(s.y),
         extent_x(s.extent_x),
         extent_y(s.extent_y),
+        per_extent_y(1.0f / s.extent_y),
         half_width(sqrtf(ellipse_level(s.opacity) / s.a)),
         slant(-s.b / s.a),
         rightmost_dy(-s.b / s.c * s.extent_x),
@@ -52,7 +53,7 @@ struct TileRows {
     const float bottom = smaller(float((row + 1) * kTileSize) - 0.5f - y, extent_y);
     const float dy_right = smaller(larger(rightmost_dy, top), bottom);
     const float dy_left = smaller(larger(-rightmost_dy, top), bottom);
-    const float up_right = dy_right / extent_y, up_left = dy_left / extent_y;
+    const float up_right = dy_right * per_extent_y, up_left = dy_left * per_extent_y;
     const float right = slant * dy_right + half_width * sqrtf(larger(1.0f - up_right * up_right, 0.0f));
     const float left = slant * dy_left - half_width * sqrtf(larger(1.0f - up_left * up_left, 0.0f));
     return tile_span(x + larger(left, -extent_x), x + smaller(right, extent_x), tiles_x);
