@@ -439,7 +439,7 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "blend": lambda i: ops.blend(projected[i], tiles[i], views[i], settings),
         "blend, with depths": lambda i: ops.blend(projected[i], tiles[i], views[i], deep),
         "forward (project, tile, blend)": forward,
-        "renderer, a batch of views": lambda i: renderer.render(views),
+        f"renderer, a batch of {RENDER_BATCH} images": lambda i: renderer.render(views * (RENDER_BATCH // N_VIEWS)),
         "loss and gradient": lambda i: ops.loss(images[i].color, photo, ops.LossSettings()),
         "loss with valid padding": lambda i: ops.loss(images[i].color, photo, valid),
         "loss with a mask and an exposure": lambda i: ops.loss(images[i].color, target, ops.LossSettings()),

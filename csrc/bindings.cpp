@@ -364,7 +364,7 @@ void bind_step(py::module_& m) {
   py::class_<StepGraph>(m, "StepGraph", "A training step for images of one size, recorded.")
       .def(py::init([](const Cuda& cuda, py::object values, py::object first, py::object second, py::object sums,
                        py::object up_to_date, py::object sh_log, py::object statistics, py::object scratch,
-                       int64_t n_instances, int width, int height, bool has_mask, bool has_exposure,
+                       int64_t n_instances, int width, int height, bool has_mask, bool has_exposure, bool has_limits,
                        py::object settings, py::object loss, py::object progress, py::object progress_on_host) {
         const Reader read = reader_of(cuda);
         const Gaussians v = read.gaussians(values);
@@ -388,8 +388,8 @@ void bind_step(py::module_& m) {
             reinterpret_cast<StepProgress*>(read.array<uint8_t>(progress, "progress", {n_bytes}).data),
             reinterpret_cast<StepProgress*>(
                 Reader("cpu").array<uint8_t>(progress_on_host, "progress_on_host", {n_bytes}).data)};
-        return new StepGraph(buffers, size, {has_mask, has_exposure}, raster, loss_settings_of(loss, width, height),
-                             book);
+        return new StepGraph(buffers, size, {has_mask, has_exposure, has_limits}, raster,
+                             loss_settings_of(loss, width, height), book);
       }))
       .def("launch", [](const StepGraph& graph, const Cuda& cuda, const StepView& view, py::object adam,
                         bool gathers_statistics) {

@@ -154,9 +154,11 @@ __device__ float sum_of_moments(const PairMoments& m, float dx, int lane) {
 // the other. `instances` are a group's.
 template <int kColumns, class Put>
 __device__ void visit(StagedSplats<has_depth(kColumns)>& staged, const Splat* splats, const int32_t* instances,
-                      unsigned hit, PixelPair& pixels, PairGradient<kColumns>& gradient, Put&& put) {
+                      unsigned word, PixelPair& pixels, PairGradient<kColumns>& gradient, Put&& put) {
   const int lane = int(kept(threadIdx.x % 32));
-  if ((hit >> lane & 1u) != 0) {
+  const bool takes = (word >> lane & 1u) != 0;
+  const unsigned hit = __ballot_sync(kAllLanes, takes);  // the word again, but now the compiler knows that lanes agree
+  if (takes) {
     const int32_t number = instances[lane];
     staged.set(__popc(hit & ((1u << lane) - 1u)), load_splat(splats + number), number, kColumns);
   }

@@ -5,6 +5,8 @@
 // The kernels are compiled twice: for a plain loss, and for one with a mask, an exposure or no padding.
 #define SPACEPORT_ISA cuda
 
+#include <type_traits>
+
 #include "queued.cuh"
 #include "ssim_math.h"
 
@@ -69,12 +71,21 @@ __device__ double block_sum(double value) {
   return sum;
 }
 
+// What is filtered across takes the place of what it is made of.
+template <int kLoaded, int kFiltered>
+union Filtering {
+  Plane planes[kLoaded];
+  FilteredPlane across[kFiltered];
+};
+
 // Filters `kPlanes` quantities across: value(loaded, values) makes them of what the `kLoaded` planes hold at one place.
-template <int kPlanes, int kLoaded, class Value>
-__device__ void filter_across(const Plane* planes, Value&& value, FilteredPlane* across) {
-  for (int task = int(threadIdx.x); task < kHaloHeight * (kWidth / kAcross); task += kThreads) {
-    const int row = task / (kWidth / kAcross), first = task % (kWidth / kAcross) * kAcross;
-    float sums[kPlanes][kAcross] = {};
+template <int kLoaded, int kPlanes, class Value>
+__device__ void filter_across(Filtering<kLoaded, kPlanes>& memory, Value&& value) {
+  constexpr int kTasks = kHaloHeight * (kWidth / kAcross);
+  static_assert(kTasks <= kThreads, "a task each");
+  const int row = int(threadIdx.x) / (kWidth / kAcross), first = int(threadIdx.x) % (kWidth / kAcross) * kAcross;
+  float sums[kPlanes][kAcross] = {};
+  if (int(threadIdx.x) < kTasks) {
     float4 fours[kLoaded];
 #pragma unroll
     for (int i = 0; i < kAcross + kTaps - 1; ++i) {
@@ -82,7 +93,7 @@ __device__ void filter_across(const Plane* planes, Value&& value, FilteredPlane*
       const int at = kLead + i, of_four = at % 4;
 #pragma unroll
       for (int plane = 0; plane < kLoaded; ++plane) {
-        const float* row_of = planes[plane][row] + first;
+        const float* row_of = memory.planes[plane][row] + first;
         if (i == 0 || of_four == 0) fours[plane] = *reinterpret_cast<const float4*>(row_of + at - of_four);
         const float4& four = fours[plane];
         loaded[plane] = of_four == 0 ? four.x : of_four == 1 ? four.y : of_four == 2 ? four.z : four.w;
@@ -97,11 +108,13 @@ __device__ void filter_across(const Plane* planes, Value&& value, FilteredPlane*
         }
       }
     }
+  }
+  __syncthreads();  // the planes are read, and may be written over
+  if (int(threadIdx.x) >= kTasks) return;
 #pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) {
+  for (int plane = 0; plane < kPlanes; ++plane) {
 #pragma unroll
-      for (int pixel = 0; pixel < kAcross; ++pixel) across[plane][row][first + pixel] = sums[plane][pixel];
-    }
+    for (int pixel = 0; pixel < kAcross; ++pixel) memory.across[plane][row][first + pixel] = sums[plane][pixel];
   }
 }
 
@@ -198,8 +211,9 @@ struct Comparison {
   __device__ float weight(int at) const {
     return kIsPlain || target.mask == nullptr ? 1.0f : shade_of(target.mask[at]);
   }
+  __device__ float shade(int at, int channel) const { return shade_of(target.photo[kChannels * at + channel]); }
   __device__ Pair pair(int at, int channel) const {
-    const float y = shade_of(target.photo[kChannels * at + channel]);
+    const float y = shade(at, channel);
     if (kIsPlain) return {color[kChannels * at + channel], y};
     const float x = target.exposure == nullptr ? color[kChannels * at + channel]
                                                : exposed(target.exposure, color + kChannels * at, channel);
@@ -208,11 +222,10 @@ struct Comparison {
 };
 
 template <bool kIsPlain>
-__global__ __launch_bounds__(kThreads, kIsPlain ? 5 : 3) void moments_kernel(LossImages images, Late<LossTarget> target,
+__global__ __launch_bounds__(kThreads, kIsPlain ? 6 : 3) void moments_kernel(LossImages images, Late<LossTarget> target,
                                                                              int margin, LossScratch scratch) {
-  __shared__ __align__(16) Plane planes[2];
-  Plane &x = planes[0], &y = planes[1];
-  __shared__ FilteredPlane across[kMoments];
+  __shared__ __align__(16) Filtering<2, kMoments> memory;
+  const Plane &x = memory.planes[0], &y = memory.planes[1];
   const Comparison<kIsPlain> comparison = {images.color, target.get()};
   const int column = int(blockIdx.x) * kWidth + column_of(), top = int(blockIdx.y) * kHeight;
   const int stride = int(gridDim.x) * kWidth;
@@ -227,20 +240,24 @@ __global__ __launch_bounds__(kThreads, kIsPlain ? 5 : 3) void moments_kernel(Los
           values[0] = pair.x;
           values[1] = pair.y;
         },
-        planes);
+        memory.planes);
     __syncthreads();
-    filter_across<kMoments, 2>(  // E[x^2] and E[y^2] are only ever needed as their sum
-        planes,
-        [](const float* loaded, float* values) {
+#pragma unroll
+    for (int i = 0; i < kDown; ++i) {
+      if (column >= images.width || top + row_of(i) >= images.height) continue;
+      constexpr int kCenter = kLead + kRadius;
+      l1 += fabsf(x[row_of(i) + kRadius][column_of() + kCenter] - y[row_of(i) + kRadius][column_of() + kCenter]);
+    }
+    filter_across<2, kMoments>(  // E[x^2] and E[y^2] are only ever needed as their sum
+        memory, [](const float* loaded, float* values) {
           values[0] = loaded[0];
           values[1] = loaded[1];
           values[2] = fmaf(loaded[0], loaded[0], loaded[1] * loaded[1]);
           values[3] = loaded[0] * loaded[1];
-        },
-        across);
+        });
     __syncthreads();
     float moments[kMoments][kDown];
-    filter_down<kMoments>(across, moments);
+    filter_down<kMoments>(memory.across, moments);
 #pragma unroll
     for (int i = 0; i < kDown; ++i) {
       const int row = top + row_of(i);
@@ -262,8 +279,6 @@ __global__ __launch_bounds__(kThreads, kIsPlain ? 5 : 3) void moments_kernel(Los
         ssim_weight += inner_weight;
       }
       ssim += d.ssim;
-      constexpr int kCenter = kLead + kRadius;
-      l1 += fabsf(x[row_of(i) + kRadius][column_of() + kCenter] - y[row_of(i) + kRadius][column_of() + kCenter]);
       to[0] = d.by_mean;
       to[kChannels * of_map] = d.by_square;
       to[2 * kChannels * of_map] = d.by_product;
@@ -300,6 +315,35 @@ __global__ __launch_bounds__(kThreads) void weigh_kernel(LossScratch scratch, in
                       weights.ssim > 0.0 ? float(shares.ssim / weights.ssim) : 0.0f};
 }
 
+// A block's colours or their gradients as they lie in the image: neighbouring lanes read and write neighbouring
+// numbers.
+struct ColorTile {
+  static constexpr int kLength = kChannels * kWidth, kEach = kHeight * kLength / kThreads;
+  static_assert(kEach * kThreads == kHeight * kLength, "as many numbers for each thread");
+  float rows[kHeight][kLength];
+
+  // Calls each(i, number in the tile, number in the image) for the thread's i-th number of the tile at (left, top), as
+  // far as it lies in the image.
+  template <class Each>
+  __device__ void visit(int left, int top, int width, int height, Each&& each) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int number = int(threadIdx.x) + i * kThreads, row = number / kLength, at = number % kLength;
+      const bool is_inside = top + row < height && kChannels * left + at < kChannels * width;
+      if (is_inside) each(i, rows[row][at], (top + row) * kChannels * width + kChannels * left + at);
+    }
+  }
+  __device__ void load(int left, int top, int width, int height, const float* image) {
+    float values[kEach];  // all of them read before any is written
+    visit(left, top, width, height, [&](int i, float&, int at) { values[i] = image[at]; });
+    visit(left, top, width, height, [&](int i, float& own, int) { own = values[i]; });
+  }
+  __device__ void store(int left, int top, int width, int height, float* image) {
+    visit(left, top, width, height, [&](int, const float& own, int at) { image[at] = own; });
+  }
+};
+struct NoTile {};
+
 template <bool kIsPlain>
 __global__ __launch_bounds__(kThreads, kIsPlain ? 4 : 2) void gradient_kernel(LossImages images,
                                                                               Late<LossTarget> target,
@@ -315,36 +359,59 @@ __global__ __launch_bounds__(kThreads, kIsPlain ? 4 : 2) void gradient_kernel(Lo
   }
   if (!kIsPlain) factors = *scratch.factors;
   const Comparison<kIsPlain> comparison = {images.color, target.get()};
-  __shared__ __align__(16) Plane maps[kDerivatives];
-  __shared__ FilteredPlane across[kDerivatives];
+  __shared__ __align__(16) Filtering<kDerivatives, kDerivatives> memory;
   // The last maps first: they are still in the second-level cache.
   const int left = int(gridDim.x - 1 - blockIdx.x) * kWidth, top = int(gridDim.y - 1 - blockIdx.y) * kHeight;
   const int column = left + column_of(), stride = int(gridDim.x) * kWidth;
   const int64_t of_map = map_size(gridDim.x, images.height);
+  // A plain comparison needs the colour of one channel for the gradient of that channel, which then takes its place.
+  __shared__ std::conditional_t<kIsPlain, ColorTile, NoTile> tile;
+  if constexpr (kIsPlain) {
+    tile.load(left, top, images.width, images.height, images.color);
+  }
   for (int channel = 0; channel < kChannels; ++channel) {
     __syncthreads();
-    load_maps(scratch.derivatives + channel * of_map, kChannels * of_map, stride, images.height, left, top, maps);
-    __syncthreads();
-    filter_across<kDerivatives, kDerivatives>(
-        maps,
-        [](const float* loaded, float* values) {
+    float shades[kDown] = {};  // asked for before they are needed
+    if constexpr (kIsPlain) {
 #pragma unroll
-          for (int map = 0; map < kDerivatives; ++map) values[map] = loaded[map];
-        },
-        across);
+      for (int i = 0; i < kDown; ++i) {
+        const int row = top + row_of(i);
+        if (column < images.width && row < images.height) {
+          shades[i] = comparison.shade(row * images.width + column, channel);
+        }
+      }
+    }
+    load_maps(scratch.derivatives + channel * of_map, kChannels * of_map, stride, images.height, left, top,
+              memory.planes);
+    __syncthreads();
+    filter_across<kDerivatives, kDerivatives>(memory, [](const float* loaded, float* values) {
+#pragma unroll
+      for (int map = 0; map < kDerivatives; ++map) values[map] = loaded[map];
+    });
     __syncthreads();
     float d[kDerivatives][kDown];
-    filter_down<kDerivatives>(across, d);
+    filter_down<kDerivatives>(memory.across, d);
 #pragma unroll
     for (int i = 0; i < kDown; ++i) {
       const int row = top + row_of(i);
       if (column >= images.width || row >= images.height) continue;
       const int at = row * images.width + column;
-      const auto [x, y] = comparison.pair(at, channel);
-      const float sign = x > y ? factors.l1 : x < y ? -factors.l1 : 0.0f;
-      out.d_color[kChannels * at + channel] =
-          comparison.weight(at) * fmaf(factors.ssim, d[0][i] + 2.0f * x * d[1][i] + y * d[2][i], sign);
+      const auto gradient = [&](float x, float y) {
+        const float sign = x > y ? factors.l1 : x < y ? -factors.l1 : 0.0f;
+        return fmaf(factors.ssim, d[0][i] + 2.0f * x * d[1][i] + y * d[2][i], sign);
+      };
+      if constexpr (kIsPlain) {
+        float& own = tile.rows[row_of(i)][kChannels * column_of() + channel];
+        own = gradient(own, shades[i]);
+      } else {
+        const auto [x, y] = comparison.pair(at, channel);
+        out.d_color[kChannels * at + channel] = comparison.weight(at) * gradient(x, y);
+      }
     }
+  }
+  if constexpr (kIsPlain) {
+    __syncthreads();
+    tile.store(left, top, images.width, images.height, out.d_color);
   }
 }
 

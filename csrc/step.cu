@@ -117,9 +117,10 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
                 const StepBook& book) {
   const Camera& camera = recipe.camera;
   const RasterSettings& raster = recipe.raster;
+  // Without conditions nothing would make up for limits that prove wrong.
+  const bool uses_limits = recipe.parts.has_limits && has_conditions();
   const auto queue_image = [&](cudaStream_t stream) {
-    // Without conditions nothing would make up for limits that prove wrong.
-    const auto limits = has_conditions() ? Late<uint32_t*>::at(&s.inputs->depth_limits) : Late<uint32_t*>(nullptr);
+    const auto limits = uses_limits ? Late<uint32_t*>::at(&s.inputs->depth_limits) : Late<uint32_t*>(nullptr);
     check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
     queue_project(stream, buffers.values, Late<View<float>>::at(&s.inputs->update.view), limits, camera, raster,
                   s.projected, s.counts);
@@ -127,7 +128,7 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
     queue_blend(stream, s.projected, s.tiles, camera, raster, {limits, s.is_undone}, Late<Image>(s.image));
   };
   queue_image(stream);
-  if (has_conditions()) record_if(stream, s.is_undone, &book.device->n_rendered_again, queue_image);
+  if (uses_limits) record_if(stream, s.is_undone, &book.device->n_rendered_again, queue_image);
   const LossImages images = {s.image.color, {}, camera.width, camera.height};
   const LateTarget target = {Late<LossTarget>::at(&s.inputs->target), recipe.parts.has_mask, recipe.parts.has_exposure};
   queue_loss(stream, images, target, recipe.loss, s.work, {s.means, s.d_image.color, s.d_exposure});
@@ -181,8 +182,9 @@ void StepGraph::launch(const Cuda& backend, const StepInputs& inputs) const {
   }
   const StepParts& parts = recorded_->parts;
   const LossTarget& target = inputs.view.target;
-  if ((target.mask != nullptr) != parts.has_mask || (target.exposure != nullptr) != parts.has_exposure) {
-    throw std::invalid_argument("view: the step was recorded for views with another mask or exposure");
+  if ((target.mask != nullptr) != parts.has_mask || (target.exposure != nullptr) != parts.has_exposure ||
+      (inputs.view.depth_limits != nullptr) != parts.has_limits) {
+    throw std::invalid_argument("view: the step was recorded for views with another mask, exposure or limits");
   }
   const cudaStream_t stream = stream_of(backend);
   const cuda::DeviceInputs on_device = {

@@ -61,9 +61,9 @@ struct StepView {
   // [n_tiles] what the view's last visit knows for the next, all bits set before the first; or null.
   uint32_t* depth_limits;
 };
-// Whether the views of a recorded step have a mask, and an exposure.
+// Whether the views of a recorded step have a mask, an exposure, and limits of depth.
 struct StepParts {
-  bool has_mask, has_exposure;
+  bool has_mask, has_exposure, has_limits;
 };
 struct StepInputs {
   StepView view;

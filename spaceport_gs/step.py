@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import numpy as np
@@ -90,6 +90,7 @@ class _Kind:
     has_exposure: bool
     raster: RasterSettings
     loss: ops.LossSettings
+    has_limits: bool = True
 
 
 class TrainingStep:
@@ -204,7 +205,7 @@ class TrainingStep:
         graph.launch(ops.backend_of(self._sums), prepared, adam, gathers_statistics)
 
     def _prepare(self, view: StepView) -> tuple[_engine.StepGraph, _engine.StepView]:
-        kind = view.kind
+        kind = replace(view.kind, has_limits=self.uses_depth_limits)
         graph = self._graphs.get(kind) or self._record(kind)
         limits = view.depth_limits if self.uses_depth_limits else None
         backend = ops.backend_of(self._sums)
@@ -239,6 +240,7 @@ class TrainingStep:
             kind.height,
             kind.has_mask,
             kind.has_exposure,
+            kind.has_limits,
             kind.raster,
             kind.loss,
             self._progress,
