@@ -49,6 +49,7 @@ N_POINTS, N_CENTROIDS = 20_000, 4_096  # of the palette for SH coefficients
 GPU_CENTROIDS = 65_536  # for all Gaussians of a cloud
 REPEATS = 9
 N_VIEWS, GPU_WARM_UP, GPU_REPEATS = 8, 24, 64
+RENDER_BATCH = 32  # images that a renderer is asked for at once
 
 
 @dataclass(frozen=True)

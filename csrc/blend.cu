@@ -71,9 +71,9 @@ struct PairDepths {
 };
 
 template <bool kDepth, bool kKeepsHits>
-__global__ __launch_bounds__(kThreads) void blend_kernel(const Splat* splats, Tiles tiles, TileGrid grid,
-                                                         RasterSettings settings, DepthLimits depth_limits,
-                                                         Late<Image> late_out) {
+__global__ __launch_bounds__(kThreads, at_least(kDepth ? 8 : 10, kThreads)) void blend_kernel(
+    const Splat* splats, Tiles tiles, TileGrid grid, RasterSettings settings, DepthLimits depth_limits,
+    Late<Image> late_out) {
   __shared__ StagedSplats<kDepth> staged_by_warp[kQuarters];
   __shared__ int n_groups_of[kQuarters];
   const int lane = int(threadIdx.x % 32), number_of_quarter = int(threadIdx.x / 32);

@@ -173,7 +173,7 @@ __device__ void visit(StagedSplats<has_depth(kColumns)>& staged, const Splat* sp
 }
 
 template <int kColumns>
-__global__ __launch_bounds__(kThreads, kColumns == kMomentCount ? 20 : 16) void blend_vjp_kernel(
+__global__ __launch_bounds__(kThreads, at_least(kColumns == kMomentCount ? 20 : 16, kThreads)) void blend_vjp_kernel(
     const Splat* splats, Tiles tiles, TileGrid grid, float alpha_max, Image image, Image d_image, float* moments_of) {
   __shared__ StagedSplats<has_depth(kColumns)> staged[kWarps];
   const int lane = int(threadIdx.x % 32);

@@ -28,6 +28,17 @@ inline unsigned n_blocks_of(int64_t n, int64_t per_block) {
   return unsigned((n + per_block - 1) / per_block);
 }
 
+// Blocks that a multiprocessor shall hold at least, for __launch_bounds__: where it cannot hold as many threads, the
+// compiler would take no heed of it at all.
+constexpr int at_least(int n_blocks, int n_threads) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  constexpr int kMostThreads = 1024;
+#else
+  constexpr int kMostThreads = 1536;
+#endif
+  return n_blocks * n_threads <= kMostThreads ? n_blocks : kMostThreads / n_threads;
+}
+
 // Hands out parts of one piece of memory, each aligned for any use; with a null base it only counts.
 class Arena {
  public:

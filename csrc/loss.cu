@@ -5,8 +5,6 @@
 // The kernels are compiled twice: for a plain loss, and for one with a mask, an exposure or no padding.
 #define SPACEPORT_ISA cuda
 
-#include <type_traits>
-
 #include "queued.cuh"
 #include "ssim_math.h"
 
@@ -211,9 +209,8 @@ struct Comparison {
   __device__ float weight(int at) const {
     return kIsPlain || target.mask == nullptr ? 1.0f : shade_of(target.mask[at]);
   }
-  __device__ float shade(int at, int channel) const { return shade_of(target.photo[kChannels * at + channel]); }
   __device__ Pair pair(int at, int channel) const {
-    const float y = shade(at, channel);
+    const float y = shade_of(target.photo[kChannels * at + channel]);
     if (kIsPlain) return {color[kChannels * at + channel], y};
     const float x = target.exposure == nullptr ? color[kChannels * at + channel]
                                                : exposed(target.exposure, color + kChannels * at, channel);
@@ -222,8 +219,8 @@ struct Comparison {
 };
 
 template <bool kIsPlain>
-__global__ __launch_bounds__(kThreads, kIsPlain ? 6 : 3) void moments_kernel(LossImages images, Late<LossTarget> target,
-                                                                             int margin, LossScratch scratch) {
+__global__ __launch_bounds__(kThreads, at_least(kIsPlain ? 6 : 3, kThreads)) void moments_kernel(
+    LossImages images, Late<LossTarget> target, int margin, LossScratch scratch) {
   __shared__ __align__(16) Filtering<2, kMoments> memory;
   const Plane &x = memory.planes[0], &y = memory.planes[1];
   const Comparison<kIsPlain> comparison = {images.color, target.get()};
@@ -315,40 +312,9 @@ __global__ __launch_bounds__(kThreads) void weigh_kernel(LossScratch scratch, in
                       weights.ssim > 0.0 ? float(shares.ssim / weights.ssim) : 0.0f};
 }
 
-// A block's colours or their gradients as they lie in the image: neighbouring lanes read and write neighbouring
-// numbers.
-struct ColorTile {
-  static constexpr int kLength = kChannels * kWidth, kEach = kHeight * kLength / kThreads;
-  static_assert(kEach * kThreads == kHeight * kLength, "as many numbers for each thread");
-  float rows[kHeight][kLength];
-
-  // Calls each(i, number in the tile, number in the image) for the thread's i-th number of the tile at (left, top), as
-  // far as it lies in the image.
-  template <class Each>
-  __device__ void visit(int left, int top, int width, int height, Each&& each) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int number = int(threadIdx.x) + i * kThreads, row = number / kLength, at = number % kLength;
-      const bool is_inside = top + row < height && kChannels * left + at < kChannels * width;
-      if (is_inside) each(i, rows[row][at], (top + row) * kChannels * width + kChannels * left + at);
-    }
-  }
-  __device__ void load(int left, int top, int width, int height, const float* image) {
-    float values[kEach];  // all of them read before any is written
-    visit(left, top, width, height, [&](int i, float&, int at) { values[i] = image[at]; });
-    visit(left, top, width, height, [&](int i, float& own, int) { own = values[i]; });
-  }
-  __device__ void store(int left, int top, int width, int height, float* image) {
-    visit(left, top, width, height, [&](int, const float& own, int at) { image[at] = own; });
-  }
-};
-struct NoTile {};
-
 template <bool kIsPlain>
-__global__ __launch_bounds__(kThreads, kIsPlain ? 4 : 2) void gradient_kernel(LossImages images,
-                                                                              Late<LossTarget> target,
-                                                                              LossScratch scratch, LossFactors factors,
-                                                                              LossOutput out) {
+__global__ __launch_bounds__(kThreads, at_least(kIsPlain ? 5 : 2, kThreads)) void gradient_kernel(
+    LossImages images, Late<LossTarget> target, LossScratch scratch, LossFactors factors, LossOutput out) {
   if (kIsPlain && blockIdx.x == 0 && blockIdx.y == 0) {
     const LossSums sums = total_of(scratch.sums, int64_t(gridDim.x) * gridDim.y);
     const double n_values = double(images.width) * images.height * kChannels;
@@ -364,23 +330,8 @@ __global__ __launch_bounds__(kThreads, kIsPlain ? 4 : 2) void gradient_kernel(Lo
   const int left = int(gridDim.x - 1 - blockIdx.x) * kWidth, top = int(gridDim.y - 1 - blockIdx.y) * kHeight;
   const int column = left + column_of(), stride = int(gridDim.x) * kWidth;
   const int64_t of_map = map_size(gridDim.x, images.height);
-  // A plain comparison needs the colour of one channel for the gradient of that channel, which then takes its place.
-  __shared__ std::conditional_t<kIsPlain, ColorTile, NoTile> tile;
-  if constexpr (kIsPlain) {
-    tile.load(left, top, images.width, images.height, images.color);
-  }
   for (int channel = 0; channel < kChannels; ++channel) {
     __syncthreads();
-    float shades[kDown] = {};  // asked for before they are needed
-    if constexpr (kIsPlain) {
-#pragma unroll
-      for (int i = 0; i < kDown; ++i) {
-        const int row = top + row_of(i);
-        if (column < images.width && row < images.height) {
-          shades[i] = comparison.shade(row * images.width + column, channel);
-        }
-      }
-    }
     load_maps(scratch.derivatives + channel * of_map, kChannels * of_map, stride, images.height, left, top,
               memory.planes);
     __syncthreads();
@@ -396,22 +347,11 @@ __global__ __launch_bounds__(kThreads, kIsPlain ? 4 : 2) void gradient_kernel(Lo
       const int row = top + row_of(i);
       if (column >= images.width || row >= images.height) continue;
       const int at = row * images.width + column;
-      const auto gradient = [&](float x, float y) {
-        const float sign = x > y ? factors.l1 : x < y ? -factors.l1 : 0.0f;
-        return fmaf(factors.ssim, d[0][i] + 2.0f * x * d[1][i] + y * d[2][i], sign);
-      };
-      if constexpr (kIsPlain) {
-        float& own = tile.rows[row_of(i)][kChannels * column_of() + channel];
-        own = gradient(own, shades[i]);
-      } else {
-        const auto [x, y] = comparison.pair(at, channel);
-        out.d_color[kChannels * at + channel] = comparison.weight(at) * gradient(x, y);
-      }
+      const auto [x, y] = comparison.pair(at, channel);
+      const float sign = x > y ? factors.l1 : x < y ? -factors.l1 : 0.0f;
+      out.d_color[kChannels * at + channel] =
+          comparison.weight(at) * fmaf(factors.ssim, d[0][i] + 2.0f * x * d[1][i] + y * d[2][i], sign);
     }
-  }
-  if constexpr (kIsPlain) {
-    __syncthreads();
-    tile.store(left, top, images.width, images.height, out.d_color);
   }
 }
 

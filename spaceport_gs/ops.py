@@ -133,9 +133,17 @@ def n_tiles(camera: Camera) -> int:
     return -(-camera.width // size) * -(-camera.height // size)
 
 
+def check_instances(n: int) -> None:
+    """MemoryError if a GPU cannot list so many instances for one image."""
+    if n > _engine.MOST_INSTANCES:
+        raise MemoryError(f"{n} pairs of splats and tiles in one image; at most {_engine.MOST_INSTANCES} are possible")
+
+
 def tile(projected: Projected, camera: Camera) -> Tiles:
-    """For every tile its instances, front to back."""
+    """For every tile its instances, front to back; MemoryError if there are too many for a GPU."""
     like, n = projected.splats, projected.n_instances
+    if like.is_cuda:
+        check_instances(n)
     out = Tiles(
         offsets=_empty(like, n_tiles(camera) + 1, dtype=torch.int64),
         splat_from_instance=_empty(like, n, dtype=torch.int32),

@@ -103,12 +103,9 @@ class _Recorded:
         return out
 
     def _make_room(self, needed: int) -> None:
-        from spaceport_gs import _engine
+        from spaceport_gs import _engine, ops
 
-        if needed > _engine.MOST_INSTANCES:
-            raise MemoryError(
-                f"{needed} pairs of splats and tiles in one image; at most {_engine.MOST_INSTANCES} are possible"
-            )
+        ops.check_instances(needed)
         self._n_instances = min(needed + needed // 10, _engine.MOST_INSTANCES)
         self._graphs.clear()
 

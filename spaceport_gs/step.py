@@ -179,10 +179,8 @@ class TrainingStep:
         self._judge_limits()
         if is_halted:
             needed = int(self._seen["n_instances"][0])
-            most = _engine.MOST_INSTANCES
-            if needed > most:
-                raise MemoryError(f"{needed} pairs of splats and tiles in one image; at most {most} are possible")
-            self.n_instances = min(int(HEADROOM * needed) + 1, most)
+            ops.check_instances(needed)
+            self.n_instances = min(int(HEADROOM * needed) + 1, _engine.MOST_INSTANCES)
             self._forget()
             for view, *_ in self._unconfirmed:  # where there is no memory for it, the next call tries again
                 self._prepare(view)
