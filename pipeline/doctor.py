@@ -38,7 +38,9 @@ def examine() -> dict[str, Any]:
         "pycolmap": _version("pycolmap"),
         "heic": _version("pillow-heif"),
         "npm": _output("npm", "--version"),
-        "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
+        "gpu": _output(
+            "nvidia-smi", "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv,noheader"
+        ),
         "cuda_missing": cuda_missing(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": memory,

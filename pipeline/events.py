@@ -19,7 +19,7 @@ TELL_SECONDS = 0.2  # events of one stage and message come at most this often
 def progress_of(events: Path, show: str = "auto") -> Iterator[Listener]:
     """A listener that appends to `events` and, where `show` is `auto` and stderr a terminal, draws a bar."""
     with open(events, "a", encoding="utf-8") as file, _bar(show) as draw:
-        clock = _Clock()
+        clock = Clock()
 
         def listen(progress: Progress) -> None:
             event = clock.event(progress)
@@ -32,7 +32,7 @@ def progress_of(events: Path, show: str = "auto") -> Iterator[Listener]:
         yield listen
 
 
-class _Clock:
+class Clock:
     """Turns progress into events with times; drops those that come too fast."""
 
     def __init__(self) -> None:

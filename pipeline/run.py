@@ -254,17 +254,20 @@ def train_stage(workspace: Workspace, settings: RunSettings, listen: Listener) -
     workspace.stage("train", key, work, outputs=("scene.ply", "pictures"))
 
 
-def compress_stage(workspace: Workspace, settings: RunSettings, listen: Listener) -> None:
+def compress_stage(workspace: Workspace, settings: RunSettings, listen: Listener, scores: bool = True) -> None:
+    """`scores`: of the held-out views as the compressed scene shows them; they need torch, and the scene's photos."""
     before = workspace.record_of("train")
     assert before is not None
     sog = workspace.folder / "scene.sog"
 
     def work() -> dict[str, Any]:
+        chosen = CompressSettings(seed=settings.seed, device=device_of(settings.device))
+        figures: dict[str, Any] = compress(read_ply(workspace.folder / "scene.ply"), sog, chosen, listen)
+        if not scores:
+            return figures
         from spaceport_gs.evaluate import evaluate
         from spaceport_gs.scene import load_scene, split
 
-        chosen = CompressSettings(seed=settings.seed, device=device_of(settings.device))
-        figures = compress(read_ply(workspace.folder / "scene.ply"), sog, chosen, listen)
         _, held_out = split(load_scene(workspace.folder / "sfm", settings.downscale), settings.eval_every)
         score = evaluate(read_sog(sog), held_out)
         return {**figures, "psnr": score.psnr, "ssim": score.ssim}

@@ -78,6 +78,7 @@ class StepGraph:
         height: int,
         has_mask: bool,
         has_exposure: bool,
+        has_limits: bool,
         settings: RasterSettings,
         loss: Any,
         progress: Array,

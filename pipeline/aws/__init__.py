@@ -1,0 +1,1 @@
+"""The pipeline on AWS: the stages of `pipeline.run` as SageMaker jobs."""

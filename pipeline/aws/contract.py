@@ -1,0 +1,156 @@
+"""What a SageMaker job finds and leaves below /opt/ml, and how it says what went wrong.
+
+Training jobs get channels, hyperparameters and checkpoints, and leave a model; processing jobs get inputs and arguments, and
+leave outputs. SAGEMAKER_BASE_DIR stands in for /opt/ml.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from spaceport_gs.errors import InputError
+from spaceport_gs.files import write_json, write_text
+from spaceport_gs.pipeline.events import Clock
+from spaceport_gs.pipeline.run import RunSettings
+from spaceport_gs.progress import Progress
+
+STAGES = ("sfm", "train", "compress")
+MOST_FAILURE_BYTES = 1024  # that SageMaker takes of a reason
+TELL_SECONDS = 2.0
+MODEL = "model.tar.gz"  # what SageMaker makes of a training job's model
+
+
+@dataclass(frozen=True)
+class Places:
+    """Of one job."""
+
+    base: Path
+    stage: str
+
+    @staticmethod
+    def of(stage: str) -> Places:
+        return Places(Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml")), stage)
+
+    @property
+    def is_training(self) -> bool:
+        return self.stage == "train"
+
+    def channel(self, name: str) -> Path:
+        """An input; InputError if there is nothing in it."""
+        folder = self.base / ("input/data" if self.is_training else "processing/input") / name
+        if not folder.is_dir() or not any(folder.iterdir()):
+            raise InputError(f"{folder}: no files; the job of the stage {self.stage} needs the input {name}")
+        return folder
+
+    @property
+    def output(self) -> Path:
+        return self.base / ("model" if self.is_training else "processing/output")
+
+    @property
+    def progress(self) -> Path:
+        """Copied to S3 while the job runs."""
+        return self.base / ("checkpoints" if self.is_training else "processing/progress")
+
+    @property
+    def work(self) -> Path:
+        return self.base / "work"
+
+    def write_failure(self, reason: str) -> None:
+        """`class: sentence`; the first that is written stays."""
+        path = self.base / "output" / ("failure" if self.is_training else "message")
+        if not path.exists():
+            write_text(path, reason.encode()[:MOST_FAILURE_BYTES].decode(errors="ignore"))
+
+
+def settings_of(places: Places, arguments: Sequence[str]) -> RunSettings:
+    """From hyperparameters.json, if there is one, and arguments NAME=VALUE; values are JSON, or text as it stands."""
+    given: dict[str, str] = {}
+    path = places.base / "input/config/hyperparameters.json"
+    if path.is_file():
+        try:
+            given = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: not a JSON object of hyperparameters") from error
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals:
+            raise InputError(f"argument {argument}: expected NAME=VALUE, such as seed=1")
+        given[name] = value
+    types = {field.name: str(field.type) for field in fields(RunSettings)}
+    own = {name: value for name, value in given.items() if not name.startswith("sagemaker_")}
+    return RunSettings(**{name: _value(name, value, types) for name, value in own.items()})
+
+
+def _value(name: str, text: Any, types: Mapping[str, str]) -> Any:
+    if name not in types:
+        raise InputError(f"{name}: no such setting; there are {', '.join(types)}")
+    wanted, value = types[name], text
+    if isinstance(text, str) and wanted != "str":
+        try:
+            value = json.loads(text)
+        except ValueError:
+            pass
+    elif isinstance(text, str) and text.startswith('"'):
+        try:
+            value = json.loads(text)
+        except ValueError:
+            pass
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if wanted == "float" and is_number:
+        return float(value)
+    if (wanted == "int" and isinstance(value, int) and is_number) or (wanted == "str" and isinstance(value, str)):
+        return value
+    raise InputError(f"{name}: expected {'text' if wanted == 'str' else 'a number'}, not {text!r}")
+
+
+def unpacked(channel: Path, work: Path) -> Path:
+    """The folder of a training job's results: the channel, or what its archive holds. Only plain files are taken."""
+    archive = channel / MODEL
+    if not archive.is_file():
+        return channel
+    target = work / "unpacked"
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                parts = PurePosixPath(member.name)
+                if member.isdir():
+                    continue
+                if not member.isreg() or parts.is_absolute() or ".." in parts.parts:
+                    raise InputError(f"{archive}: {member.name} is no plain file in it")
+                source, path = tar.extractfile(member), target / member.name
+                assert source is not None
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with source, open(path, "wb") as file:
+                    shutil.copyfileobj(source, file)
+    except (tarfile.TarError, EOFError) as error:
+        raise InputError(f"{archive}: not a readable archive; run the stage train again") from error
+    return target
+
+
+class Reporter:
+    """A listener: one JSON line and progress.json every few seconds, and a line of metrics for CloudWatch."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._clock, self._told, self._stage = folder, Clock(), 0.0, ""
+
+    def __call__(self, progress: Progress) -> None:
+        event = self._clock.event(progress)
+        is_over = progress.step >= progress.n_steps
+        if event is None or (
+            progress.stage == self._stage and not is_over and time.monotonic() - self._told < TELL_SECONDS
+        ):
+            return
+        self._told, self._stage = time.monotonic(), progress.stage
+        write_json(self._folder / "progress.json", event)
+        print(json.dumps(event, ensure_ascii=False), flush=True)
+        if progress.figures:
+            metrics = {"step": progress.step, **progress.figures}
+            print("metric " + " ".join(f"{name}={value:g}" for name, value in metrics.items()), flush=True)
