@@ -52,7 +52,8 @@ def run_job(base: Path, *job_of: str) -> int:
 
 def process(base: Path, arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "spaceport_gs.pipeline.aws.entrypoint", *arguments],
+        [sys.executable, "-m", "spaceport_gs.pipeline.aws.entrypoint", *arguments],
+        cwd=base,
         env={**os.environ, "SAGEMAKER_BASE_DIR": str(base)},
         stdout=subprocess.PIPE,
         text=True,

@@ -1,0 +1,223 @@
+"""A stage of a scene as SageMaker is asked for it, and the same as a container or a process on this machine.
+
+Keys in the bucket begin with their class, because lifecycle rules know no wildcards: inputs, work, checkpoints, published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spaceport_gs import __version__
+from spaceport_gs.errors import InputError
+from spaceport_gs.pipeline.aws.contract import STAGES
+
+INPUTS: Mapping[str, tuple[str, ...]] = {"sfm": ("photos",), "train": ("sfm",), "compress": ("train", "sfm")}
+"""Of each stage, by name; `train` is what a training job left."""
+SCENE_ID = re.compile(r"[a-z0-9]{1,24}")
+MOST_ARGUMENT = 256  # characters
+MOUNT = "/opt/ml"
+METRICS = ("psnr", "loss", "gaussians", "step")
+
+
+@dataclass(frozen=True)
+class Account:
+    """Where jobs run: what the stack in an account and a region says of itself."""
+
+    bucket: str
+    role: str
+    """ARN of the role that the job takes on."""
+    kms_key: str = ""
+    """ARN of the key for what is stored; empty: the bucket's own."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a job runs on, and for how long."""
+
+    instance: str
+    volume_gb: int = 100
+    """Instances with disks of their own do not look at it."""
+    max_seconds: int = 2 * 3600
+    is_spot: bool = False
+    """Training only: cheaper, and may be interrupted."""
+    max_wait_seconds: int = 6 * 3600
+    """Of a spot job, for hardware and work together."""
+
+
+DEFAULT_MACHINES: Mapping[str, Machine] = {
+    "sfm": Machine("ml.c6i.2xlarge"),
+    "train": Machine("ml.g5.xlarge"),
+    "compress": Machine("ml.c6i.2xlarge", max_seconds=3600),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of one scene."""
+
+    stage: str
+    scene: str
+    """Its id: lower-case letters and digits."""
+    image: str
+    """Of the container, with its digest."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of RunSettings."""
+    attempt: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise InputError(f"stage {self.stage}: choose {', '.join(STAGES)}")
+        if not SCENE_ID.fullmatch(self.scene):
+            raise InputError(f"scene {self.scene!r}: an id has 1 to 24 lower-case letters and digits")
+        for argument in self._arguments:
+            if len(argument) > MOST_ARGUMENT:
+                raise InputError(
+                    f"{argument.partition('=')[0]}: too long; at most {MOST_ARGUMENT} characters with its name"
+                )
+
+    @property
+    def name(self) -> str:
+        """Never used twice: it tells the attempts of a stage apart."""
+        return f"spaceport-{self.stage}-{self.scene}-r{self.attempt}"
+
+    @property
+    def result(self) -> str:
+        """Key of the folder that the stage's results go to."""
+        return f"work/{self.scene}/{self.stage}"
+
+    @property
+    def checkpoints(self) -> str:
+        """Key of the folder of checkpoints: another one for other settings."""
+        text = json.dumps({**self._hyperparameters, "version": __version__}, sort_keys=True)
+        return f"checkpoints/{self.scene}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def input_key(self, name: str) -> str:
+        return f"inputs/{self.scene}/photos" if name == "photos" else f"work/{self.scene}/{name}"
+
+    @property
+    def _hyperparameters(self) -> dict[str, str]:
+        return {name: json.dumps(value) for name, value in sorted(self.settings.items())}
+
+    @property
+    def _arguments(self) -> list[str]:
+        return [f"{name}={value}" for name, value in self._hyperparameters.items()]
+
+    def operation(self) -> str:
+        """What SageMaker calls the request."""
+        return "CreateTrainingJob" if self.stage == "train" else "CreateProcessingJob"
+
+    def request(self, account: Account, machine: Machine | None = None) -> dict[str, Any]:
+        """The parameters of `operation`."""
+        chosen = machine or DEFAULT_MACHINES[self.stage]
+        if chosen.is_spot and self.stage != "train":
+            raise InputError(f"stage {self.stage}: only the training can run on spot instances")
+        tags = {"Project": "spaceport", "Stage": self.stage, "JobId": self.scene, "Version": __version__}
+        common = {"RoleArn": account.role, "Tags": [{"Key": key, "Value": value} for key, value in tags.items()]}
+        specific = self._training if self.stage == "train" else self._processing
+        return {**common, **specific(account, chosen)}
+
+    def _training(self, account: Account, machine: Machine) -> dict[str, Any]:
+        stopping = {"MaxRuntimeInSeconds": machine.max_seconds}
+        if machine.is_spot:
+            stopping["MaxWaitTimeInSeconds"] = max(machine.max_wait_seconds, machine.max_seconds)
+        return {
+            "TrainingJobName": self.name,
+            "HyperParameters": self._hyperparameters,
+            "AlgorithmSpecification": {
+                "TrainingImage": self.image,
+                "TrainingInputMode": "File",
+                "MetricDefinitions": [{"Name": name, "Regex": rf"^metric .*\b{name}=([-+0-9.e]+)"} for name in METRICS],
+            },
+            "InputDataConfig": [
+                {
+                    "ChannelName": name,
+                    "DataSource": {
+                        "S3DataSource": {
+                            "S3DataType": "S3Prefix",
+                            "S3Uri": f"s3://{account.bucket}/{self.input_key(name)}/",
+                            "S3DataDistributionType": "FullyReplicated",
+                        }
+                    },
+                }
+                for name in INPUTS[self.stage]
+            ],
+            "OutputDataConfig": {"S3OutputPath": f"s3://{account.bucket}/{self.result}", **_key_of(account)},
+            "CheckpointConfig": {
+                "S3Uri": f"s3://{account.bucket}/{self.checkpoints}/",
+                "LocalPath": f"{MOUNT}/checkpoints",
+            },
+            "ResourceConfig": {
+                "InstanceCount": 1,
+                "InstanceType": machine.instance,
+                "VolumeSizeInGB": machine.volume_gb,
+                **({"VolumeKmsKeyId": account.kms_key} if account.kms_key else {}),
+            },
+            "StoppingCondition": stopping,
+            "EnableManagedSpotTraining": machine.is_spot,
+            "EnableNetworkIsolation": True,
+        }
+
+    def _processing(self, account: Account, machine: Machine) -> dict[str, Any]:
+        def output(name: str, key: str, folder: str, mode: str) -> dict[str, Any]:
+            uri = f"s3://{account.bucket}/{key}/"
+            return {
+                "OutputName": name,
+                "S3Output": {"S3Uri": uri, "LocalPath": f"{MOUNT}/processing/{folder}", "S3UploadMode": mode},
+            }
+
+        return {
+            "ProcessingJobName": self.name,
+            "ProcessingInputs": [
+                {
+                    "InputName": name,
+                    "S3Input": {
+                        "S3Uri": f"s3://{account.bucket}/{self.input_key(name)}/",
+                        "LocalPath": f"{MOUNT}/processing/input/{name}",
+                        "S3DataType": "S3Prefix",
+                        "S3InputMode": "File",
+                    },
+                }
+                for name in INPUTS[self.stage]
+            ],
+            "ProcessingOutputConfig": {
+                "Outputs": [
+                    output("result", self.result, "output", "EndOfJob"),
+                    output("progress", f"work/{self.scene}/progress/{self.stage}", "progress", "Continuous"),
+                ],
+                **_key_of(account),
+            },
+            "ProcessingResources": {
+                "ClusterConfig": {
+                    "InstanceCount": 1,
+                    "InstanceType": machine.instance,
+                    "VolumeSizeInGB": machine.volume_gb,
+                    **({"VolumeKmsKeyId": account.kms_key} if account.kms_key else {}),
+                }
+            },
+            "StoppingCondition": {"MaxRuntimeInSeconds": machine.max_seconds},
+            "AppSpecification": {"ImageUri": self.image, "ContainerArguments": [self.stage, *self._arguments]},
+            "NetworkConfig": {"EnableNetworkIsolation": True},
+        }
+
+    def container_command(self, folder: Path, tool: str = "podman") -> list[str]:
+        """The job in its container here, over a folder laid out as /opt/ml: no network, nothing of the host writable."""
+        return [
+            tool, "run", "--rm", "--network=none", "--read-only", "--cap-drop=all", "--tmpfs=/tmp",
+            f"--volume={folder}:{MOUNT}", self.image, self.stage, *self._arguments,
+        ]  # fmt: skip
+
+    def process(self, folder: Path) -> tuple[list[str], dict[str, str]]:
+        """The job as a process here: its command, and what it needs in its environment."""
+        command = [sys.executable, "-m", "spaceport_gs.pipeline.aws.entrypoint", self.stage, *self._arguments]
+        return command, {"SAGEMAKER_BASE_DIR": str(folder)}
+
+
+def _key_of(account: Account) -> dict[str, str]:
+    return {"KmsKeyId": account.kms_key} if account.kms_key else {}

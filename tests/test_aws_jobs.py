@@ -1,0 +1,140 @@
+"""Requests for SageMaker, checked against the model of its API that botocore brings along."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.model import Shape
+from botocore.session import Session
+from botocore.validate import ParamValidator
+
+from spaceport_gs.errors import InputError
+from spaceport_gs.pipeline.aws.contract import Places, settings_of
+from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machine
+from spaceport_gs.pipeline.run import RunSettings
+
+IMAGE = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/spaceport/3dgs@sha256:" + 64 * "a"
+ACCOUNT = Account("data-of-ours", "arn:aws:iam::123456789012:role/spaceport-train")
+ENCRYPTED = Account(ACCOUNT.bucket, ACCOUNT.role, "arn:aws:kms:eu-central-1:123456789012:key/0a1b-2c")
+SETTINGS = {"steps": 7000, "preset": "baseline", "title": 'Quarry "3"', "downscale": 2.0}
+STAGES = ["sfm", "train", "compress"]
+
+
+def wrong(operation: str, request: dict[str, Any]) -> list[str]:
+    """What SageMaker would refuse: types, names and ranges, and what botocore does not look at, patterns and enums."""
+    shape = Session().get_service_model("sagemaker").operation_model(operation).input_shape
+    assert shape is not None
+    report = ParamValidator().validate(request, shape).generate_report()
+    return [report] if report else list(_unmatched(shape, request))
+
+
+def _unmatched(shape: Shape, value: Any) -> Iterator[str]:
+    if shape.type_name == "structure":
+        for name, part in value.items():
+            yield from _unmatched(shape.members[name], part)  # type: ignore[attr-defined]
+    elif shape.type_name == "list":
+        for part in value:
+            yield from _unmatched(shape.member, part)  # type: ignore[attr-defined]
+    elif shape.type_name == "map":
+        for name, part in value.items():
+            yield from _unmatched(shape.key, name)  # type: ignore[attr-defined]
+            yield from _unmatched(shape.value, part)  # type: ignore[attr-defined]
+    elif shape.type_name == "string":
+        pattern, enum = shape.metadata.get("pattern"), shape.metadata.get("enum")
+        if pattern and not re.fullmatch(_in_python(pattern), value):
+            yield f"{shape.name}: {value}"
+        if enum and value not in enum:
+            yield f"{shape.name}: {value}"
+        if not shape.metadata.get("min", 0) <= len(value) <= shape.metadata.get("max", 1 << 20):
+            yield f"{shape.name}: {len(value)} characters"
+
+
+def _in_python(pattern: str) -> str:
+    """Without the classes of Unicode that `re` does not know."""
+    return pattern.replace(r"\p{L}", "a-zA-Z").replace(r"\p{Z}", " ").replace(r"\p{N}", "0-9")
+
+
+@pytest.mark.parametrize("account", [ACCOUNT, ENCRYPTED])
+@pytest.mark.parametrize("stage", STAGES)
+def test_requests_are_what_the_service_takes(stage: str, account: Account) -> None:
+    job = Job(stage, 24 * "z", IMAGE, SETTINGS, attempt=999_999)
+    assert not any(wrong(job.operation(), job.request(account)))
+    spot = Machine("ml.g5.2xlarge", is_spot=True, max_seconds=3600, max_wait_seconds=60)
+    if stage == "train":
+        request = job.request(account, spot)
+        assert not any(wrong(job.operation(), request))
+        assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 3600, "MaxWaitTimeInSeconds": 3600}
+    else:
+        with pytest.raises(InputError, match="only the training"):
+            job.request(account, spot)
+
+
+def test_the_check_sees_what_is_wrong() -> None:
+    job = Job("train", "a1", IMAGE)
+    assert any(wrong(job.operation(), {**job.request(ACCOUNT), "TrainingJobName": "-no"}))
+    assert any(wrong(job.operation(), job.request(ACCOUNT, Machine("ml.abacus.xlarge"))))
+    assert any(wrong(job.operation(), {**job.request(ACCOUNT), "Nmae": "x"}))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_job_ends_and_is_cut_off_from_the_network(stage: str) -> None:
+    request = Job(stage, "a1", IMAGE).request(ACCOUNT)
+    isolated = request.get("NetworkConfig", request)["EnableNetworkIsolation"]
+    assert isolated and request["StoppingCondition"]["MaxRuntimeInSeconds"] == DEFAULT_MACHINES[stage].max_seconds
+    assert {tag["Key"] for tag in request["Tags"]} == {"Project", "Stage", "JobId", "Version"}
+
+
+def test_attempts_have_names_of_their_own_and_settings_their_checkpoints() -> None:
+    job = Job("train", "a1", IMAGE, SETTINGS)
+    again = Job("train", "a1", IMAGE, SETTINGS, attempt=1)
+    assert job.name != again.name and job.checkpoints == again.checkpoints
+    assert Job("train", "a1", IMAGE, {**SETTINGS, "seed": 1}).checkpoints != job.checkpoints
+
+
+def test_metrics_are_found_in_what_a_job_prints() -> None:
+    line = "metric step=3000 loss=0.0213 gaussians=248490 psnr=27.31"
+    definitions = Job("train", "a1", IMAGE).request(ACCOUNT)["AlgorithmSpecification"]["MetricDefinitions"]
+    found = {d["Name"]: re.search(d["Regex"], line) for d in definitions}
+    assert {name: match and float(match[1]) for name, match in found.items()} == {
+        "psnr": 27.31, "loss": 0.0213, "gaussians": 248490, "step": 3000,
+    }  # fmt: skip
+
+
+def test_settings_arrive_as_they_were_given(tmp_path: Path) -> None:
+    """As hyperparameters of a training job, and as arguments of the others."""
+    wanted = RunSettings(**SETTINGS)  # type: ignore[arg-type]
+    request = Job("train", "a1", IMAGE, SETTINGS).request(ACCOUNT)
+    (tmp_path / "input/config").mkdir(parents=True)
+    (tmp_path / "input/config/hyperparameters.json").write_text(json.dumps(request["HyperParameters"]))
+    assert settings_of(Places(tmp_path, "train"), []) == wanted
+    arguments = Job("sfm", "a1", IMAGE, SETTINGS).request(ACCOUNT)["AppSpecification"]["ContainerArguments"]
+    assert arguments[0] == "sfm" and settings_of(Places(tmp_path / "none", "sfm"), arguments[1:]) == wanted
+
+
+def test_the_same_job_as_a_process(tmp_path: Path) -> None:
+    command, environment = Job("sfm", "a1", IMAGE, {"stepz": 1}).process(tmp_path)
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True)
+    assert done.returncode == 2 and "stepz: no such setting" in (tmp_path / "output/message").read_text()
+    container = Job("sfm", "a1", IMAGE, SETTINGS).container_command(tmp_path)
+    assert container[-5:] == ["sfm", "downscale=2.0", 'preset="baseline"', "steps=7000", 'title="Quarry \\"3\\""']
+    assert {"--network=none", "--read-only", f"--volume={tmp_path}:/opt/ml"} < set(container)
+
+
+@pytest.mark.parametrize("scene", ["", "A1", "a_1", "a-1", 25 * "a", "a1\n", "../a"])
+def test_odd_ids_are_refused(scene: str) -> None:
+    with pytest.raises(InputError, match="an id has"):
+        Job("sfm", scene, IMAGE)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(InputError, match="title: too long"):
+        Job("sfm", "a1", IMAGE, {"title": 250 * "x"})
+    with pytest.raises(InputError, match="stage bake"):
+        Job("bake", "a1", IMAGE)
