@@ -210,7 +210,8 @@ def _drop_copies(capture: Capture, out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def train_stage(workspace: Workspace, settings: RunSettings, listen: Listener) -> None:
+def train_stage(workspace: Workspace, settings: RunSettings, listen: Listener, preview: Path | None = None) -> None:
+    """`preview`: see `train`; None: preview.jpg in the workspace."""
     from spaceport_gs.schedule import TrainSettings
     from spaceport_gs.train import train
 
@@ -233,7 +234,7 @@ def train_stage(workspace: Workspace, settings: RunSettings, listen: Listener) -
         from spaceport_gs.scene import load_scene, split
 
         scene = load_scene(workspace.folder / "sfm", settings.downscale)
-        trained = train(scene, chosen, workspace.folder, listen)
+        trained = train(scene, chosen, workspace.folder, listen, preview or workspace.folder / "preview.jpg")
         write_ply(trained.gaussians, workspace.folder / "scene.ply")
         views, held_out = split(scene, settings.eval_every)
         score = evaluate(trained.gaussians, held_out)

@@ -24,9 +24,10 @@ COSTLY = ("sfm", "train")  # stages that are not done again with other settings 
 EVERY_COMMAND = ("stages", "events.jsonl", "spaceport.log", MARK)
 WRITTEN = {
     "sfm": ("images", "masks", "sparse", "photos", "unzipped", "given", "work", "sfm.json"),
-    "train": ("scene.ply", "report.json", "sfm", "pictures", "checkpoints"),
+    "train": ("scene.ply", "report.json", "sfm", "pictures", "checkpoints", "preview.jpg"),
     "reconstruct": (
         "scene.ply", "scene.sog", "index.html", "report.html", "report.json", "sfm", "pictures", "checkpoints",
+        "preview.jpg",
     ),
 }  # fmt: skip
 """What each command writes to its folder, beside EVERY_COMMAND."""

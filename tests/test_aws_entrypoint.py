@@ -121,7 +121,9 @@ def test_a_stopped_training_goes_on(number: signal.Signals, sfm: Path, trained: 
     wait_for(lambda: [path for path in (first / "checkpoints").glob("step_*.npz") if int(path.stem[5:]) >= 40])
     stopped.send_signal(number)
     out, _ = stopped.communicate(timeout=120)
-    assert re.search(r"^metric step=\d+ loss=[\d.]+ gaussians=\d+ psnr=[\d.]+$", out, re.MULTILINE)
+    assert re.search(
+        r"^metric step=\d+ loss=[\d.]+ gaussians=\d+ psnr=[\d.]+ steps_per_second=[\d.]+$", out, re.MULTILINE
+    )
     assert stopped.returncode == (0 if number is signal.SIGTERM else -number)
     assert not (first / "model/manifest.json").exists() and not (first / "output/failure").exists()
     shutil.copytree(first / "checkpoints", second / "checkpoints")

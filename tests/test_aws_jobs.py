@@ -99,11 +99,11 @@ def test_attempts_have_names_of_their_own_and_settings_their_checkpoints() -> No
 
 
 def test_metrics_are_found_in_what_a_job_prints() -> None:
-    line = "metric step=3000 loss=0.0213 gaussians=248490 psnr=27.31"
+    line = "metric step=3000 loss=0.0213 gaussians=248490 psnr=27.31 steps_per_second=812.5"
     definitions = Job("train", "a1", IMAGE).request(ACCOUNT)["AlgorithmSpecification"]["MetricDefinitions"]
     found = {d["Name"]: re.search(d["Regex"], line) for d in definitions}
     assert {name: match and float(match[1]) for name, match in found.items()} == {
-        "psnr": 27.31, "loss": 0.0213, "gaussians": 248490, "step": 3000,
+        "psnr": 27.31, "loss": 0.0213, "gaussians": 248490, "step": 3000, "steps_per_second": 812.5,
     }  # fmt: skip
 
 

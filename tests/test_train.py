@@ -154,6 +154,18 @@ def test_held_out_photos_change_nothing(project: Path, tmp_path: Path) -> None:
     assert same(plain.gaussians, train(scene, settings(), tmp_path / "black").gaussians)
 
 
+def test_a_preview_shows_the_scene_and_changes_nothing(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spaceport_gs.train.PREVIEW_SECONDS", 0.0)
+    scene = load_scene(project)
+    plain = train(scene, settings(), tmp_path / "plain")
+    shown = train(scene, settings(), tmp_path / "shown", preview=tmp_path / "preview.jpg")
+    assert same(plain.gaussians, shown.gaussians)
+    with Pillow.open(tmp_path / "preview.jpg") as picture:
+        assert psnr(np.array(picture), split(scene, 8)[1][0].photo) > 18
+
+
 def test_a_time_budget_is_kept_and_the_schedule_completes(project: Path, tmp_path: Path) -> None:
     scene = load_scene(project)
     report = train(scene, settings(steps=10**6, max_seconds=2.0), tmp_path)

@@ -139,7 +139,7 @@ class Reporter:
     """A listener: one JSON line and progress.json every few seconds, and a line of metrics for CloudWatch."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._clock, self._told, self._stage = folder, Clock(), 0.0, ""
+        self._folder, self._clock, self._told, self._stage, self._step = folder, Clock(), 0.0, "", 0
 
     def __call__(self, progress: Progress) -> None:
         event = self._clock.event(progress)
@@ -148,9 +148,11 @@ class Reporter:
             progress.stage == self._stage and not is_over and time.monotonic() - self._told < TELL_SECONDS
         ):
             return
-        self._told, self._stage = time.monotonic(), progress.stage
+        now, is_same = time.monotonic(), progress.stage == self._stage
+        rate = (progress.step - self._step) / (now - self._told) if is_same else 0.0
+        self._told, self._stage, self._step = now, progress.stage, progress.step
         write_json(self._folder / "progress.json", event)
         print(json.dumps(event, ensure_ascii=False), flush=True)
         if progress.figures:
-            metrics = {"step": progress.step, **progress.figures}
+            metrics = {"step": progress.step, **progress.figures, "steps_per_second": rate}
             print("metric " + " ".join(f"{name}={value:g}" for name, value in metrics.items()), flush=True)

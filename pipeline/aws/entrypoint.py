@@ -108,7 +108,7 @@ def _train(places: Places, settings: RunSettings) -> None:
         places.progress.mkdir(parents=True, exist_ok=True)
         _link(workspace.folder / "checkpoints", places.progress)
         _take(workspace, before, "sfm")
-        run.train_stage(workspace, settings, reporter)
+        run.train_stage(workspace, settings, reporter, places.progress / "preview.jpg")
         _deliver(places, workspace, ("scene.ply", "pictures"), settings, {"sfm": before})
 
 

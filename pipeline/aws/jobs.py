@@ -23,7 +23,7 @@ INPUTS: Mapping[str, tuple[str, ...]] = {"sfm": ("photos",), "train": ("sfm",), 
 SCENE_ID = re.compile(r"[a-z0-9]{1,24}")
 MOST_ARGUMENT = 256  # characters
 MOUNT = "/opt/ml"
-METRICS = ("psnr", "loss", "gaussians", "step")
+METRICS = ("psnr", "loss", "gaussians", "step", "steps_per_second")
 
 
 @dataclass(frozen=True)
