@@ -21,7 +21,7 @@ from spaceport_gs import __version__
 from spaceport_gs.errors import BackendError, InputError, Interrupted
 
 EXCLUSIVE = "--resume and --overwrite exclude each other"
-EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+EXIT_SOME_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 app = typer.Typer(
     name="spaceport",
@@ -246,6 +246,42 @@ def reconstruct_command(
         f" {_decibels(report['psnr'])}{_unused(report)}"
         f"\npage    {output / 'index.html'}\nreport  {output / 'report.html'}"
     ))  # fmt: skip
+
+
+@app.command(name="batch")
+def batch_command(
+    captures: Input, output: Output,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Captures at a time.")] = 1,
+    device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard", steps: Steps = 0,
+    max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8, resume: Resume = False,
+    overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+) -> None:  # fmt: skip
+    """Many captures: the main job for every folder of photos and every .zip in INPUT."""
+    import os
+
+    from spaceport_gs.pipeline import run as stages
+    from spaceport_gs.pipeline.batch import SUMMARY, captures_in, run_batch
+
+    if resume and overwrite:
+        raise InputError(EXCLUSIVE)
+    settings = stages.RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every)
+    stages.check(settings)
+    found = captures_in(captures)
+    done = [name for name in found if (output / name).exists()]
+    if done and not (resume or overwrite):
+        raise InputError(f"{output / done[0]}: exists; go on with --resume, or replace results with --overwrite")
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    arguments = [
+        f"--device={device}", f"--seed={seed}", f"--preset={preset}", f"--steps={steps}",
+        f"--max-seconds={max_seconds}", f"--downscale={downscale}", f"--eval-every={eval_every}", f"--threads={threads}",
+        *(["--resume"] if resume else []), *(["--overwrite"] if overwrite else []),
+    ]  # fmt: skip
+    outcomes = run_batch(found, output, arguments, jobs, lambda line: _tell(line, quiet or json))
+    n_failed = sum(bool(outcome.error) for outcome in outcomes)
+    result = {"captures": [asdict(outcome) for outcome in outcomes], "failed": n_failed}
+    _finish(result, json, quiet, lambda: f"{len(outcomes) - n_failed} of {len(outcomes)} captures: {output / SUMMARY}")
+    if n_failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
 
 
 @app.command(name="sfm")
