@@ -98,6 +98,17 @@ def test_attempts_have_names_of_their_own_and_settings_their_checkpoints() -> No
     assert Job("train", "a1", IMAGE, {**SETTINGS, "seed": 1}).checkpoints != job.checkpoints
 
 
+def test_a_job_looks_where_the_one_before_left_its_results() -> None:
+    """For a training job that is OUTPUT/NAME/output/model.tar.gz."""
+    sfm, train = (Job(stage, "a1", IMAGE).request(ACCOUNT) for stage in ("sfm", "train"))
+    again = Job("train", "a1", IMAGE, attempt=2)
+    compress = Job("compress", "a1", IMAGE, trained=again.name).request(ACCOUNT)
+    inputs = {i["InputName"]: i["S3Input"]["S3Uri"] for i in compress["ProcessingInputs"]}
+    left = sfm["ProcessingOutputConfig"]["Outputs"][0]["S3Output"]["S3Uri"]
+    assert inputs["sfm"] == left == train["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"]
+    assert inputs["train"] == f"{train['OutputDataConfig']['S3OutputPath']}/{again.name}/output/"
+
+
 def test_metrics_are_found_in_what_a_job_prints() -> None:
     line = "metric step=3000 loss=0.0213 gaussians=248490 psnr=27.31 steps_per_second=812.5"
     definitions = Job("train", "a1", IMAGE).request(ACCOUNT)["AlgorithmSpecification"]["MetricDefinitions"]

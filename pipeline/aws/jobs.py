@@ -70,6 +70,8 @@ class Job:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of RunSettings."""
     attempt: int = 0
+    trained: str = ""
+    """To compress: the training job whose model it is, by its name; empty: the first attempt."""
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -99,7 +101,12 @@ class Job:
         return f"checkpoints/{self.scene}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def input_key(self, name: str) -> str:
-        return f"inputs/{self.scene}/photos" if name == "photos" else f"work/{self.scene}/{name}"
+        """Key of the folder of an input: where the stage before left it."""
+        if name == "photos":
+            return f"inputs/{self.scene}/photos"
+        before = Job(name, self.scene, self.image)
+        # SageMaker puts a training job's model below the job's name.
+        return f"{before.result}/{self.trained or before.name}/output" if name == "train" else before.result
 
     @property
     def _hyperparameters(self) -> dict[str, str]:
@@ -207,7 +214,7 @@ class Job:
         }
 
     def container_command(self, folder: Path, tool: str = "podman") -> list[str]:
-        """The job in its container here, over a folder laid out as /opt/ml: no network, nothing of the host writable."""
+        """The job in its container here, over a folder laid out as /opt/ml: no network, nothing else of the host writable."""
         return [
             tool, "run", "--rm", "--network=none", "--read-only", "--cap-drop=all", "--tmpfs=/tmp",
             f"--volume={folder}:{MOUNT}", self.image, self.stage, *self._arguments,
