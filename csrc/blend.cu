@@ -106,7 +106,6 @@ __global__ __launch_bounds__(kThreads, at_least(kDepth ? 8 : 10, kThreads)) void
     const int place = __popc(taken & ((1u << lane) - 1u));
     if (takes) staged.set(place, splat, number, kSplatGradientStride);
     __syncwarp();
-    const int n_taken = __popc(taken);
     unsigned hit = 0, bit = 1;  // by this lane, of those taken
     staged.template visit<false>(__popc(taken), false, [&](int i, const StagedSplat& s) {
       const Contribution c = pixels.blend(s);

@@ -26,7 +26,7 @@ __device__ float chosen(int condition, float a, float b) {
   return result;
 }
 
-// Adds to a float in global memory, without a branch around it.
+// Adds to a float in global memory, in the lanes where the condition holds.
 __device__ void add_if(int condition, float* to, float value) {
   asm volatile(
       "{.reg .pred p; setp.ne.s32 p, %2, 0; @p red.global.add.f32 [%0], %1;}" ::"l"(__cvta_generic_to_global(to)),

@@ -23,8 +23,8 @@ from spaceport_gs.density import Growth, grow, logit, reset_opacities
 from spaceport_gs.errors import InputError, Interrupted
 from spaceport_gs.evaluate import mean_psnr
 from spaceport_gs.exposure import Exposure
-from spaceport_gs.files import replacing
 from spaceport_gs.gaussians import Gaussians, Rows, from_points
+from spaceport_gs.preview import Preview
 from spaceport_gs.progress import Listener, Progress, ignore
 from spaceport_gs.scene import Scene, View, extent, farthest_views, split
 from spaceport_gs.schedule import Recipe, TrainSettings
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 STAGE = "train"
 TELL_EVERY = 25  # steps
 CHECKPOINT_SECONDS = 30.0
-PREVIEW_SECONDS = 5.0
-PREVIEW_SIDE = 960  # pixels
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def train(
     folder, fingerprint = out / "checkpoints", _fingerprint(used, settings)
     state = _resumed(folder, fingerprint, settings, listen) or _start(used, run)
     stepper = _Stepper(run)
-    shown = _Preview(preview, (*held_out, *views)[0])
+    shown = Preview(preview, (*held_out, *views)[0].camera)
     saved = state.step, state.seconds
 
     with _signals() as stop:
@@ -97,7 +95,9 @@ def train(
             if state.step % TELL_EVERY == 0 or state.phase.name == "done":
                 stepper.wait(state)
                 listen(_progress(run, state, stepper.last_loss))
-                shown.write(run, state, stepper)
+                if shown.is_due():
+                    stepper.settle(state)
+                    shown.write(state.rows.values, schedule.sh_degree(run.recipe, state.moment))
             if stop:
                 stepper.settle(state)
                 checkpoint.save(folder, state, fingerprint)
@@ -411,32 +411,6 @@ class _Stepper:
             exposure = None if exposures is None else exposures.of(self._run.names.index(view.name))
             self._seen[view.name] = _Seen(torch.from_numpy(view.photo).to(device), mask, exposure)
         return self._seen[view.name]
-
-
-class _Preview:
-    """A picture of what a view shows, every few seconds; what it takes does not count as time of training."""
-
-    def __init__(self, path: Path | None, view: View) -> None:
-        self._path, self._written = path, time.monotonic()
-        side = max(view.camera.width, view.camera.height)
-        share = min(PREVIEW_SIDE / side, 1.0)
-        self._camera = view.camera.resized(
-            max(1, round(view.camera.width * share)), max(1, round(view.camera.height * share))
-        )
-
-    def write(self, run: _Run, state: State, stepper: _Stepper) -> None:
-        if self._path is None or time.monotonic() - self._written < PREVIEW_SECONDS:
-            return
-        from PIL import Image as Pillow
-
-        from spaceport_gs.render import render_8bit
-
-        stepper.settle(state)
-        settings = RasterSettings(sh_degree=schedule.sh_degree(run.recipe, state.moment))
-        with replacing(self._path) as temporary:
-            picture = Pillow.fromarray(render_8bit(state.rows.values, self._camera, settings))
-            picture.save(temporary, "JPEG", quality=85)
-        self._written = time.monotonic()
 
 
 def _next_moment(run: _Run, state: State) -> float:

@@ -157,7 +157,7 @@ def test_held_out_photos_change_nothing(project: Path, tmp_path: Path) -> None:
 def test_a_preview_shows_the_scene_and_changes_nothing(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spaceport_gs.train.PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr("spaceport_gs.preview.SECONDS", 0.0)
     scene = load_scene(project)
     plain = train(scene, settings(), tmp_path / "plain")
     shown = train(scene, settings(), tmp_path / "shown", preview=tmp_path / "preview.jpg")

@@ -93,12 +93,7 @@ def _value(name: str, text: Any, types: Mapping[str, str]) -> Any:
     if name not in types:
         raise InputError(f"{name}: no such setting; there are {', '.join(types)}")
     wanted, value = types[name], text
-    if isinstance(text, str) and wanted != "str":
-        try:
-            value = json.loads(text)
-        except ValueError:
-            pass
-    elif isinstance(text, str) and text.startswith('"'):
+    if isinstance(text, str) and (wanted != "str" or text.startswith('"')):
         try:
             value = json.loads(text)
         except ValueError:
