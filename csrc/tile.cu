@@ -223,7 +223,7 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
     const ProjectedCounts* place = counts.place;
     const SortSize n_splats = {n, place != nullptr ? &place->n_splats : nullptr};
     const SortSize n_instances = {out.n_instances, place != nullptr ? &place->n_instances : nullptr};
-    SortJob<uint32_t> by_depth = {{projected.depth_keys, nullptr}, s.by_depth[0], s.by_depth[1], {}, kHidden};
+    SortJob<uint32_t> by_depth = {{projected.depth_keys, nullptr}, s.by_depth[0], s.by_depth[1], {}, kHidden - 1};
     by_depth.out = {nullptr, s.by_depth[0].values};
     queue_sort(stream, state.by_depth, by_depth, {n}, n_splats);
     list_kernel<Key><<<n_blocks_of(n, kListThreads), kListThreads, 0, stream>>>(
