@@ -48,17 +48,6 @@ struct StagedSplat {
   float red_green[2];
 };
 
-// The same value, of which the compiler knows nothing: it keeps it, where it would work it out anew in a loop.
-__device__ inline uint32_t kept(uint32_t value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-template <class T>
-__device__ T* kept(T* pointer) {
-  asm volatile("" : "+l"(pointer));
-  return pointer;
-}
-
 // In shared memory: loads of sixteen bytes, which all lanes share, and one of eight.
 struct SharedSplat {
   float4 rows[3];

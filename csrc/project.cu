@@ -126,11 +126,11 @@ template <int kDegree>
 __device__ void color(const Gaussians& g, int64_t first_row, Candidate& c, float4* staged_fours) {
   constexpr int kColumns = 3 * n_coefficients_of(kDegree);
   const int lane = int(threadIdx.x % 32), stride = 3 * g.n_coefficients;
-  const StagedRows<kColumns> staged = {staged_fours};
+  const StagedRows<kColumns> staged(staged_fours);
   const unsigned visible = __ballot_sync(kAllLanes, c.touched.n > 0);
   if (StagedRows<kColumns>::fit(stride)) {
-    staged.template load<32, 32>(
-        g.sh, stride, lane, [&](int slot) { return (visible >> slot & 1u) != 0 ? first_row + slot : int64_t(-1); });
+    const float* rows = g.sh + first_row * stride;
+    staged.load(lane, [&](int slot) { return (visible >> slot & 1u) != 0 ? rows + slot * stride : nullptr; });
     __syncwarp();
   }
   if (c.touched.n == 0) return;
@@ -317,9 +317,9 @@ __global__ __launch_bounds__(kThreads) void sum_blocks_kernel(const double* of_b
 }
 
 template <int kDegree, bool kPose>
-__global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View<float> view, float low_pass,
-                                                               Projected projected, SplatGradient d_splats,
-                                                               Gaussians d_g, double* pose_of_blocks) {
+__global__ __launch_bounds__(kThreads, 1) void project_vjp_kernel(Gaussians g, View<float> view, float low_pass,
+                                                                  Projected projected, SplatGradient d_splats,
+                                                                  Gaussians d_g, double* pose_of_blocks) {
   const int64_t splat = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   PoseGradient<float> d_pose = {};
   if (splat < projected.n) d_pose = project_splat_vjp<kDegree>(g, view, low_pass, projected, d_splats, d_g, splat);

@@ -174,20 +174,21 @@ __device__ inline unsigned lanes_with_same(unsigned bit) {
 // in shared memory, and writes them from there: neighbours to neighbouring places. What takes its time is waiting:
 // values are asked for late and other blocks' counts later, so that registers suffice for many blocks.
 template <class Key, int kBits>
-__global__ __launch_bounds__(kSortThreads, 4) void sort_pass_kernel(SortPass<Key> pass) {
+__global__ __launch_bounds__(kSortThreads, at_least(5, kSortThreads)) void sort_pass_kernel(SortPass<Key> pass) {
   __shared__ uint32_t places[kSortWarps][kDigits];
   __shared__ uint32_t target_of[kDigits];  // where the digit's first goes, less its place in the block
   __shared__ Key staged_keys[kSortTile];
   __shared__ int32_t staged_values[kSortTile];
   __shared__ unsigned block_number, n_staged;
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int64_t n = pass.size.get();
+  if (int64_t(blockIdx.x) * kSortTile >= n) return;
   if (thread == 0) block_number = atomicAdd(pass.ticket, 1u);
 #pragma unroll
   for (int w = 0; w < kSortWarps; ++w) places[w][thread] = 0;
   __syncthreads();
   const unsigned block = block_number;
-  const int64_t n = pass.size.get(), first = int64_t(block) * kSortTile;
-  if (first >= n) return;
+  const int64_t first = int64_t(block) * kSortTile;
 
   const auto digit = [&](Key key) { return digit_of(key, pass.shift, kBits); };
   const int of_lane = warp * kSortItems * 32 + lane;  // the first of the block's keys that is this lane's
@@ -241,9 +242,8 @@ __global__ __launch_bounds__(kSortThreads, 4) void sort_pass_kernel(SortPass<Key
   int32_t values[kSortItems];
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {
-    const int64_t at = first + of_lane + i * 32;
-    values[i] = int32_t(at);
-    if (pass.from.values != nullptr && (is_wanted >> i & 1u) != 0) values[i] = pass.from.values[at];
+    values[i] = int32_t(first) + of_lane + i * 32;
+    if (pass.from.values != nullptr && (is_wanted >> i & 1u) != 0) values[i] = pass.from.values[values[i]];
   }
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {

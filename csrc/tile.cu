@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kListThreads = 256;
+constexpr int64_t kManySplats = 600'000;
 static_assert(kListThreads >= kLookBackRows, "a LookBack of the splats suffices");
 
 struct Grid {
@@ -70,11 +71,7 @@ __device__ unsigned list_far_splat(const Splat& splat, int32_t number, const Gri
     TileSpan columns = {0, 0};
     if (row < tiles.rows.end) columns = tiles.columns(row);
     const unsigned own = columns.begin < columns.end ? unsigned(columns.end - columns.begin) : 0;
-    unsigned sum = own;  // of the rows up to this one
-    for (int step = 1; step < 32; step *= 2) {
-      const unsigned below = __shfl_up_sync(kAllLanes, sum, step);
-      if (lane >= step) sum += below;
-    }
+    const unsigned sum = warp_sum_so_far(own);  // of the rows up to this one
     const unsigned total = __shfl_sync(kAllLanes, sum, 31);
     const int first_tile = row * grid.tiles_x + columns.begin - int(sum - own);  // less the place of its first
     for (unsigned at = unsigned(lane); at - unsigned(lane) < total; at += 32) {
@@ -96,9 +93,10 @@ struct FarSplat {
   unsigned n, first;
 };
 
-// A block lists the instances of its splats, which follow each other in the order of depth. What is projected with
-// another camera than `grid` stands for lists no more than its share, and fills what is left of it with no tile.
-template <class Key>
+// A block lists the instances of its splats, kSplats a thread, which follow each other in the order of depth. What is
+// projected with another camera than `grid` stands for lists no more than its share, and fills what is left of it with
+// no tile.
+template <class Key, int kSplats>
 __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected, Late<ProjectedCounts> late_counts,
                                                             const int32_t* by_depth, LookBack look_back, Grid grid,
                                                             List<Key> list) {
@@ -107,25 +105,33 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
   __shared__ int n_far;
   __shared__ unsigned block;
   __shared__ int64_t first_of_block;
+  const int64_t n_splats = late_counts.get().n_splats;
+  if (int64_t(blockIdx.x) * kListThreads * kSplats >= n_splats) return;
   if (threadIdx.x == 0) {
     block = atomicAdd(look_back.ticket, 1u);
     n_far = 0;
   }
   __syncthreads();
-  const ProjectedCounts counts = late_counts.get();
-  if (int64_t(block) * kListThreads >= counts.n_splats) return;
-  const int64_t i = int64_t(block) * kListThreads + threadIdx.x;
-  const int32_t splat = i < counts.n_splats ? by_depth[i] : 0;
-  const TileSet touched = i < counts.n_splats ? projected.touched[splat] : TileSet{};
-  const BlockSums sums = block_sums<kListThreads>({0, touched.n});
+  const int64_t first_of_thread = (int64_t(block) * kListThreads + threadIdx.x) * kSplats;
+  int32_t splats[kSplats];
+  TileSet touched[kSplats];
+  unsigned n_of_thread = 0;
+#pragma unroll
+  for (int i = 0; i < kSplats; ++i) splats[i] = first_of_thread + i < n_splats ? by_depth[first_of_thread + i] : -1;
+#pragma unroll
+  for (int i = 0; i < kSplats; ++i) {
+    touched[i] = splats[i] >= 0 ? projected.touched[splats[i]] : TileSet{};
+    n_of_thread += touched[i].n;
+  }
+  const BlockSums sums = block_sums<kListThreads>({0, n_of_thread});
   if (threadIdx.x < 32) {
     const uint64_t before = sum_before(look_back.counts, block, sums.total.instances);
     if (threadIdx.x == 0) first_of_block = int64_t(before);
   }
   const bool is_staged = sums.total.instances <= kStaged;
-  const bool is_far = touched.n > 0 && touched.bits == 0;
+  const auto is_far = [](const TileSet& set) { return set.n > 0 && set.bits == 0; };
   if (!is_staged) __syncthreads();
-  const auto put = [&](unsigned at, int tile) {
+  const auto put = [&](unsigned at, int tile, int32_t splat) {
     if (is_staged) {
       staged_tiles[at] = Key(tile);
       staged_splats[at] = splat;
@@ -133,14 +139,19 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
       list.put(first_of_block + at, tile, splat);
     }
   };
-  if (!is_far) {
-    const unsigned end = sums.before.instances + touched.n;
-    unsigned at = sums.before.instances;
-    for (uint64_t left_over = touched.bits; left_over != 0 && at < end; left_over &= left_over - 1, ++at) {
+  unsigned first = sums.before.instances;
+#pragma unroll
+  for (int i = 0; i < kSplats; ++i) {
+    const TileSet& set = touched[i];
+    const unsigned end = first + set.n;
+    unsigned at = first;
+    for (uint64_t left_over = set.bits; left_over != 0 && at < end; left_over &= left_over - 1, ++at) {
       const int bit = __ffsll(int64_t(left_over)) - 1;
-      const int row = touched.row + bit / kTileBoxSide, column = touched.column + bit % kTileBoxSide;
-      put(at, row < grid.tiles_y && column < grid.tiles_x ? row * grid.tiles_x + column : int(grid.n_tiles()));
+      const int row = set.row + bit / kTileBoxSide, column = set.column + bit % kTileBoxSide;
+      const bool is_inside = row < grid.tiles_y && column < grid.tiles_x;
+      put(at, is_inside ? row * grid.tiles_x + column : int(grid.n_tiles()), splats[i]);
     }
+    first = end;
   }
   __syncthreads();
   if (is_staged) {
@@ -150,9 +161,14 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
     __syncthreads();  // far splats' places above hold nothing yet
   }
   // Splats that reach far come together, where the background begins: the warps of a block share them.
-  static_assert(sizeof(FarSplat) * kListThreads <= sizeof(staged_splats), "written out by now");
+  static_assert(sizeof(FarSplat) * kListThreads * kSplats <= sizeof(staged_splats), "written out by now");
   FarSplat* far_splats = reinterpret_cast<FarSplat*>(staged_splats);
-  if (is_far) far_splats[atomicAdd(&n_far, 1)] = FarSplat{splat, touched.n, sums.before.instances};
+  first = sums.before.instances;
+#pragma unroll
+  for (int i = 0; i < kSplats; ++i) {
+    if (is_far(touched[i])) far_splats[atomicAdd(&n_far, 1)] = FarSplat{splats[i], touched[i].n, first};
+    first += touched[i].n;
+  }
   __syncthreads();
   for (int i = int(threadIdx.x) / 32; i < n_far; i += kListThreads / 32) {
     const FarSplat far = far_splats[i];
@@ -226,7 +242,11 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
     SortJob<uint32_t> by_depth = {{projected.depth_keys, nullptr}, s.by_depth[0], s.by_depth[1], {}, kHidden - 1};
     by_depth.out = {nullptr, s.by_depth[0].values};
     queue_sort(stream, state.by_depth, by_depth, {n}, n_splats);
-    list_kernel<Key><<<n_blocks_of(n, kListThreads), kListThreads, 0, stream>>>(
+    // Blocks wait for each other: where there are many, each does more, if that fits into its registers.
+    constexpr int kMostOfThread = sizeof(Key) == 2 ? 2 : 1;
+    const int n_of_thread = n < kManySplats ? 1 : kMostOfThread;
+    const auto kernel = n_of_thread == 1 ? list_kernel<Key, 1> : list_kernel<Key, kMostOfThread>;
+    kernel<<<n_blocks_of(n, kListThreads * n_of_thread), kListThreads, 0, stream>>>(
         projected, counts, by_depth.out.values, state.look_back, grid,
         List<Key>{s.by_tile[0].keys, s.by_tile[0].values, out.n_instances});
     SortJob<Key> by_tile = {{s.by_tile[0].keys, s.by_tile[0].values}, s.by_tile[1], s.by_tile[0], {}};
