@@ -197,7 +197,7 @@ struct Compacted {
     write(out, before.n_splats, c);
     out.gaussian_from_splat[before.n_splats] = int32_t(row);
     out.instance_offsets[before.n_splats] = before.n_instances;
-    out.depth_keys[before.n_splats] = c.depth_key;
+    out.depth_keys[before.n_splats] = with_count(c.depth_key, c.touched.n);
   }
 };
 
@@ -207,7 +207,7 @@ struct InPlace {
   __device__ void place(unsigned, int64_t row, int64_t n_rows, const Candidate& c, const Projected& out,
                         ProjectedCounts* counts) const {
     if (c.touched.n > 0) write(out, row, c);
-    if (row < n_rows) out.depth_keys[row] = c.depth_key;
+    if (row < n_rows) out.depth_keys[row] = with_count(c.depth_key, c.touched.n);
     const BlockSums sums = block_sums<kThreads>({c.touched.n > 0, c.touched.n});
     if (threadIdx.x == 0 && sums.total.splats > 0) {
       using Word = unsigned long long;

@@ -192,7 +192,7 @@ struct AllRows {
   __device__ Item item(const UpdateJob& job, int64_t i) const {
     if (job.projected.gaussian_from_splat == nullptr) {
       const uint32_t depth_key = job.projected.depth_keys[i];
-      return {i, depth_key < kHidden ? i : -1, depth_key != kNoDepth};
+      return {i, is_listed(depth_key) ? i : -1, depth_key != kNoDepth};
     }
     const int64_t splat = splat_of(job.projected, i);
     return {i, splat, splat >= 0};

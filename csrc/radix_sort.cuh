@@ -34,7 +34,7 @@ __device__ unsigned digit_of(Key key, int shift, int n_bits) {
 struct Digits {
   int n_passes, n_bits;
 
-  static Digits of(int n_key_bits) {
+  static constexpr Digits of(int n_key_bits) {
     const int n_passes = (n_key_bits + kMostDigitBits - 1) / kMostDigitBits;
     return {n_passes, n_key_bits <= n_passes * (kMostDigitBits - 1) ? kMostDigitBits - 1 : kMostDigitBits};
   }
@@ -69,7 +69,7 @@ struct SortPass {
   SortPair<const Key> from;  // values null: 0, 1, 2, ...
   SortPair<Key> to;          // keys null: not wanted
   SortSize size;
-  uint32_t last;  // what has a larger key is left out
+  uint32_t mask, last;  // what has a larger key below the mask is left out
   int shift;
   const uint32_t* totals;
   uint32_t* counts;
@@ -79,13 +79,13 @@ struct SortPass {
 // How many keys have each value of each digit. Copies keep lanes apart that count the same.
 template <class Key>
 __global__ __launch_bounds__(kSortThreads) void count_digits_kernel(const Key* keys, SortSize size, Digits digits,
-                                                                    uint32_t last, uint32_t* totals) {
+                                                                    uint32_t mask, uint32_t last, uint32_t* totals) {
   constexpr int kCopies = 8, kKeys = 16 / int(sizeof(Key));
   __shared__ uint32_t counts[kMostSortPasses][kDigits][kCopies];
   for (int i = int(threadIdx.x); i < digits.n_passes * kDigits * kCopies; i += kSortThreads) (&counts[0][0][0])[i] = 0;
   __syncthreads();
   const auto count = [&](Key key) {
-    if (uint32_t(key) > last) return;
+    if ((uint32_t(key) & mask) > last) return;
     for (int pass = 0; pass < digits.n_passes; ++pass) {
       const unsigned digit = digit_of(key, pass * digits.n_bits, digits.n_bits);
       atomicAdd(&counts[pass][digit][threadIdx.x % kCopies], 1u);
@@ -204,7 +204,7 @@ __global__ __launch_bounds__(kSortThreads, at_least(5, kSortThreads)) void sort_
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {
     const unsigned own_digit = digit(keys[i]);
-    const bool takes_part = of_lane + i * 32 < n_of_block && uint32_t(keys[i]) <= pass.last;
+    const bool takes_part = of_lane + i * 32 < n_of_block && (uint32_t(keys[i]) & pass.mask) <= pass.last;
     if (takes_part) is_wanted |= 1u << i;
     unsigned peers = __ballot_sync(kAllLanes, takes_part);
 #pragma unroll
@@ -264,7 +264,7 @@ template <class Key>
 struct SortJob {
   SortPair<const Key> from;
   SortPair<Key> there, back, out;
-  uint32_t last = UINT32_MAX;  // see SortPass
+  uint32_t mask = UINT32_MAX, last = UINT32_MAX;  // see SortPass
 };
 
 // `n` is the number before the sort, `n_sorted` after it: less than that where keys are left out.
@@ -274,14 +274,15 @@ void queue_sort(cudaStream_t stream, const SortState& state, const SortJob<Key>&
   const Digits& digits = state.digits;
   const unsigned n_blocks = unsigned(state.n_blocks());
   constexpr unsigned kMostCountBlocks = 512;
-  count_digits_kernel<<<std::min(n_blocks, kMostCountBlocks), kSortThreads, 0, stream>>>(job.from.keys, n, digits,
-                                                                                         job.last, state.totals);
+  count_digits_kernel<<<std::min(n_blocks, kMostCountBlocks), kSortThreads, 0, stream>>>(
+      job.from.keys, n, digits, job.mask, job.last, state.totals);
   SortPair<const Key> from = job.from;
   for (int i = 0; i < digits.n_passes; ++i) {
     const SortPair<Key>& to = i == digits.n_passes - 1 ? job.out : i % 2 == 0 ? job.there : job.back;
     const SortPass<Key> pass = {from,
                                 to,
                                 i == 0 ? n : n_sorted,
+                                job.mask,
                                 job.last,
                                 i * digits.n_bits,
                                 state.totals + i * kDigits,

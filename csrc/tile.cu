@@ -13,8 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kListThreads = 256;
-constexpr int64_t kManySplats = 600'000;
-static_assert(kListThreads >= kLookBackRows, "a LookBack of the splats suffices");
+constexpr int kSplatsOfThread = 2, kSplatsOfList = kListThreads * kSplatsOfThread;  // that a block lists
 
 struct Grid {
   int tiles_x, tiles_y;
@@ -32,11 +31,13 @@ int bits_for(uint64_t largest) {
 template <class Key>
 struct TileScratch {
   SortPair<uint32_t> by_depth[2];  // [M]
+  int64_t* first_instances;        // [lists]
   SortPair<Key> by_tile[2];        // [I]
 
   static TileScratch of(Arena& arena, int64_t n_splats, int64_t n_instances) {
     TileScratch s;
     for (auto& pair : s.by_depth) pair = {arena.take<uint32_t>(n_splats), arena.take<int32_t>(n_splats)};
+    s.first_instances = arena.take<int64_t>(n_blocks_of(n_splats, kSplatsOfList));
     for (auto& pair : s.by_tile) pair = {arena.take<Key>(n_instances), arena.take<int32_t>(n_instances)};
     return s;
   }
@@ -93,26 +94,66 @@ struct FarSplat {
   unsigned n, first;
 };
 
-// A block lists the instances of its splats, kSplats a thread, which follow each other in the order of depth. What is
-// projected with another camera than `grid` stands for lists no more than its share, and fills what is left of it with
-// no tile.
-template <class Key, int kSplats>
+// The number of the first instance of every kSplatsOfList splats in the order of depth, a warp each. Most keys say
+// themselves how many instances their splats have.
+__global__ __launch_bounds__(kThreads) void first_instances_kernel(Projected projected,
+                                                                   Late<ProjectedCounts> late_counts,
+                                                                   SortPair<uint32_t> by_depth, LookBack look_back,
+                                                                   int64_t* first_instances) {
+  constexpr int kWarps = kThreads / 32, kOfThread = kSplatsOfList / 32;
+  __shared__ uint32_t of_warps[kWarps];
+  __shared__ int64_t first_of_block;
+  __shared__ unsigned block;
+  const int64_t n_splats = late_counts.get().n_splats;
+  if (int64_t(blockIdx.x) * kWarps * kSplatsOfList >= n_splats) return;
+  if (threadIdx.x == 0) block = atomicAdd(look_back.ticket, 1u);
+  __syncthreads();
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+  const int64_t list = int64_t(block) * kWarps + warp, first = list * kSplatsOfList + lane;
+  uint32_t keys[kOfThread];
+#pragma unroll
+  for (int i = 0; i < kOfThread; ++i) {
+    const int64_t at = first + i * 32;
+    keys[i] = at < n_splats ? by_depth.keys[at] : 0;
+  }
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kOfThread; ++i) {
+    const int64_t at = first + i * 32;
+    const uint32_t n = keys[i] >> kDepthKeyBits;
+    if (at < n_splats) sum += n != 0 ? n : projected.touched[by_depth.values[at]].n;
+  }
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  if (lane == 0) of_warps[warp] = sum;
+  __syncthreads();
+  uint32_t before_warp = 0, of_block = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before_warp += of_warps[w];
+    of_block += of_warps[w];
+  }
+  if (warp == 0) {
+    const uint64_t before = sum_before(look_back.counts, block, of_block);
+    if (lane == 0) first_of_block = int64_t(before);
+  }
+  __syncthreads();
+  if (lane == 0 && list * kSplatsOfList < n_splats) first_instances[list] = first_of_block + before_warp;
+}
+
+// A block lists the instances of its splats, which follow each other in the order of depth. What is projected with
+// another camera than `grid` stands for lists no more than its share, and fills what is left of it with no tile.
+template <class Key>
 __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected, Late<ProjectedCounts> late_counts,
-                                                            const int32_t* by_depth, LookBack look_back, Grid grid,
-                                                            List<Key> list) {
+                                                            const int32_t* by_depth, const int64_t* first_instances,
+                                                            Grid grid, List<Key> list) {
+  constexpr int kSplats = kSplatsOfThread;
   __shared__ Key staged_tiles[kStaged];
   __shared__ int32_t staged_splats[kStaged];
   __shared__ int n_far;
-  __shared__ unsigned block;
-  __shared__ int64_t first_of_block;
-  const int64_t n_splats = late_counts.get().n_splats;
-  if (int64_t(blockIdx.x) * kListThreads * kSplats >= n_splats) return;
-  if (threadIdx.x == 0) {
-    block = atomicAdd(look_back.ticket, 1u);
-    n_far = 0;
-  }
-  __syncthreads();
-  const int64_t first_of_thread = (int64_t(block) * kListThreads + threadIdx.x) * kSplats;
+  const int64_t n_splats = late_counts.get().n_splats, first_of_list = int64_t(blockIdx.x) * kSplatsOfList;
+  if (first_of_list >= n_splats) return;
+  if (threadIdx.x == 0) n_far = 0;
+  const int64_t first_of_thread = first_of_list + threadIdx.x * kSplats;
+  const int64_t first_of_block = first_instances[blockIdx.x];
   int32_t splats[kSplats];
   TileSet touched[kSplats];
   unsigned n_of_thread = 0;
@@ -124,13 +165,8 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
     n_of_thread += touched[i].n;
   }
   const BlockSums sums = block_sums<kListThreads>({0, n_of_thread});
-  if (threadIdx.x < 32) {
-    const uint64_t before = sum_before(look_back.counts, block, sums.total.instances);
-    if (threadIdx.x == 0) first_of_block = int64_t(before);
-  }
   const bool is_staged = sums.total.instances <= kStaged;
   const auto is_far = [](const TileSet& set) { return set.n > 0 && set.bits == 0; };
-  if (!is_staged) __syncthreads();
   const auto put = [&](unsigned at, int tile, int32_t splat) {
     if (is_staged) {
       staged_tiles[at] = Key(tile);
@@ -239,15 +275,14 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
     const ProjectedCounts* place = counts.place;
     const SortSize n_splats = {n, place != nullptr ? &place->n_splats : nullptr};
     const SortSize n_instances = {out.n_instances, place != nullptr ? &place->n_instances : nullptr};
-    SortJob<uint32_t> by_depth = {{projected.depth_keys, nullptr}, s.by_depth[0], s.by_depth[1], {}, kHidden - 1};
-    by_depth.out = {nullptr, s.by_depth[0].values};
+    static_assert(Digits::of(kDepthKeyBits).n_passes % 2 == 1, "the last pass writes where the first one did");
+    const SortJob<uint32_t> by_depth = {
+        {projected.depth_keys, nullptr}, s.by_depth[0], s.by_depth[1], s.by_depth[0], kDepthMask, kHidden - 1};
     queue_sort(stream, state.by_depth, by_depth, {n}, n_splats);
-    // Blocks wait for each other: where there are many, each does more, if that fits into its registers.
-    constexpr int kMostOfThread = sizeof(Key) == 2 ? 2 : 1;
-    const int n_of_thread = n < kManySplats ? 1 : kMostOfThread;
-    const auto kernel = n_of_thread == 1 ? list_kernel<Key, 1> : list_kernel<Key, kMostOfThread>;
-    kernel<<<n_blocks_of(n, kListThreads * n_of_thread), kListThreads, 0, stream>>>(
-        projected, counts, by_depth.out.values, state.look_back, grid,
+    first_instances_kernel<<<n_blocks_of(n, kThreads / 32 * kSplatsOfList), kThreads, 0, stream>>>(
+        projected, counts, by_depth.out, state.look_back, s.first_instances);
+    list_kernel<Key><<<n_blocks_of(n, kSplatsOfList), kListThreads, 0, stream>>>(
+        projected, counts, by_depth.out.values, s.first_instances, grid,
         List<Key>{s.by_tile[0].keys, s.by_tile[0].values, out.n_instances});
     SortJob<Key> by_tile = {{s.by_tile[0].keys, s.by_tile[0].values}, s.by_tile[1], s.by_tile[0], {}};
     by_tile.out = {s.by_tile[state.by_tile.digits.n_passes % 2].keys, out.splat_from_instance};
