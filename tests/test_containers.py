@@ -88,14 +88,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     subprocess.run(["mount", "-t", "tmpfs", "spaceport-test", folder], check=True)
     (folder / "storage.conf").write_text(STORAGE.format(folder=folder))
     (folder / "containers.conf").write_text(CONTAINERS)
-    yield Engine(
-        {
-            **os.environ,
-            "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
-            "CONTAINERS_CONF": str(folder / "containers.conf"),
-        }
-    )
-    subprocess.run(["umount", "--recursive", folder], check=True)
+    files = {
+        "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
+        "CONTAINERS_CONF": str(folder / "containers.conf"),
+    }
+    engine = Engine({**os.environ, **files})
+    yield engine
+    engine.run("podman", "rm", "--all", "--force", "--time=0")
+    subprocess.run(["umount", "--recursive", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_a_capture_goes_through_three_containers(
     engine: Engine, built: dict[str, str], orbit_capture: Path, tmp_path: Path
 ) -> None:
     """And makes of the same sparse model what a run without containers makes; the training is stopped on its way."""
-    sfm, train, compress = (tmp_path / stage for stage in images.IMAGES)
+    sfm, train, again, compress = (tmp_path / name for name in ("sfm", "train", "again", "compress"))
     jobs = {stage: Job(stage, "a1", image, SETTINGS) for stage, image in built.items()}
 
     shutil.copytree(orbit_capture / "photos", sfm / "processing/input/photos")
@@ -208,9 +208,12 @@ def test_a_capture_goes_through_three_containers(
     engine.output("podman", "stop", "--time=100", jobs["train"].name)
     assert "SIGTERM" in finish(stopped)
     assert not (train / "model/manifest.json").exists()
-    finish(start(engine, Job("train", "a1", built["train"], SETTINGS, attempt=1), train))
 
-    shutil.copytree(train / "model", compress / "processing/input/train")
+    for name in ("input", "checkpoints"):  # all that SageMaker gives to the next attempt
+        shutil.copytree(train / name, again / name)
+    finish(start(engine, Job("train", "a1", built["train"], SETTINGS, attempt=1), again))
+
+    shutil.copytree(again / "model", compress / "processing/input/train")
     shutil.copytree(placed, compress / "processing/input/sfm")
     finish(start(engine, jobs["compress"], compress))
     published = compress / "processing/output"
@@ -218,7 +221,7 @@ def test_a_capture_goes_through_three_containers(
     assert (published / "index.html").is_file()
 
     local = local_run(placed, tmp_path / "local")
-    assert (local / "scene.ply").read_bytes() == (train / "model/scene.ply").read_bytes()
+    assert (local / "scene.ply").read_bytes() == (again / "model/scene.ply").read_bytes()
     assert (local / "scene.sog").read_bytes() == (published / "scene.sog").read_bytes()
 
 
