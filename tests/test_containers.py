@@ -35,8 +35,7 @@ PYTHON = "3.11"  # of Debian bookworm
 SETTINGS = {"steps": 240, "device": "cpu", "seed": 3, "checkpoint_every": 20}
 NEEDED_KB = 12 << 20
 MOST_BYTES = {"sfm": 700_000_000, "compressor": 600_000_000}
-# As in Debian's own image.
-SLIM = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "locale", "man")]
+SLIM = 'cd "$1/usr/share" && rm -r doc locale man'
 STORAGE = """
 [storage]
 driver = "overlay"
@@ -69,8 +68,10 @@ class Engine:
     def inspect(self, image: str) -> dict[str, Any]:
         return dict(json.loads(self.output("podman", "image", "inspect", image))[0])
 
-    def shell(self, image: str, script: str) -> str:
-        return self.output("podman", "run", "--rm", "--network=none", "--entrypoint=sh", image, "-c", script)
+    def inside(self, image: str, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs a program of an image."""
+        command = ["podman", "run", "--rm", "--network=none", "--read-only", f"--entrypoint={program}", image]
+        return self.run(*command, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +101,16 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def base(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Debian, as its image on the hub has it."""
+    """Debian, as small as the image that the Dockerfiles name."""
     archive = tmp_path_factory.mktemp("base") / "base.tar"
-    engine.output("mmdebstrap", "--variant=minbase", '--aptopt=Acquire::Retries "5"', *SLIM, "bookworm", str(archive))
+    engine.output(
+        "mmdebstrap",
+        "--variant=minbase",
+        '--aptopt=Acquire::Retries "5"',
+        f"--customize-hook={SLIM}",
+        "bookworm",
+        str(archive),
+    )
     engine.output("podman", "import", "-q", str(archive), "localhost/debian:bookworm")
     archive.unlink()
     return "localhost/debian:bookworm"
@@ -155,7 +163,7 @@ def test_what_an_image_says_of_itself(engine: Engine, built: dict[str, str], sta
     assert labels["revision"] == images.commit()
     check = (image.get("Healthcheck") or image["HealthCheck"])["Test"]
     assert check == ["CMD", "spaceport", "doctor", "--stage", stage]
-    engine.output("podman", "run", "--rm", "--read-only", f"--entrypoint={check[1]}", built[stage], *check[2:])
+    assert engine.inside(built[stage], *check[1:]).returncode == 0
     assert image["Size"] <= MOST_BYTES.get(images.IMAGES[stage], image["Size"])
 
 
@@ -163,11 +171,12 @@ def test_what_an_image_says_of_itself(engine: Engine, built: dict[str, str], sta
 def test_what_an_image_holds(engine: Engine, built: dict[str, str], stage: str) -> None:
     """No compiler, no pip; torch only where it trains."""
     tools = "for tool in cc c++ gcc g++ cpp ld make cmake nvcc pip; do command -v $tool; done; true"
-    assert engine.shell(built[stage], tools) == ""
-    has_torch = "python -c 'import importlib.util as u; print(u.find_spec(\"torch\") is not None)'"
-    assert engine.shell(built[stage], has_torch).strip() == str(stage == "train")
+    found = engine.inside(built[stage], "sh", "-c", tools)
+    assert (found.returncode, found.stdout) == (0, "")
+    done = engine.inside(built[stage], "python", "-c", "import torch")
+    assert (done.returncode == 0) == (stage == "train")
     if stage != "train":
-        done = engine.run("podman", "run", "--rm", "--entrypoint=spaceport", built[stage], "doctor", "--stage", "train")
+        done = engine.inside(built[stage], "spaceport", "doctor", "--stage", "train")
         assert done.returncode == 2 and "the stage train needs torch" in done.stderr
 
 
@@ -202,7 +211,7 @@ def test_a_capture_goes_through_three_containers(
     shutil.copytree(placed, train / "input/data/sfm")
     stopped = start(engine, jobs["train"], train)
     end = time.monotonic() + 120
-    while not [path for path in train.glob("checkpoints/step_*.npz") if int(path.stem[5:]) >= 60]:
+    while not [path for path in train.glob("checkpoints/step_*.npz") if int(path.stem[5:]) >= 20]:
         assert stopped.poll() is None and time.monotonic() < end
         time.sleep(0.05)
     engine.output("podman", "stop", "--time=100", jobs["train"].name)

@@ -74,7 +74,7 @@ def locked(path: Path) -> dict[str, str]:
 
 
 def test_locked_lists_hold_what_the_package_asks_for() -> None:
-    """In the versions of constraints.txt; torch is in none of them."""
+    """In the versions of constraints.txt. torch is in none of them: the image for GPUs takes a build for CUDA 12."""
     known = dict(re.findall(r'^([\w-]+)==([^\s;]+)(?:; python_version >= "3.11")?$', CONSTRAINTS, re.MULTILINE))
     project = (REPOSITORY / "pyproject.toml").read_text()
     dependencies = re.search(r"^dependencies = \[(.*?)\]", project, re.DOTALL | re.MULTILINE)
@@ -87,6 +87,8 @@ def test_locked_lists_hold_what_the_package_asks_for() -> None:
     for versions in lists.values():
         assert "torch" not in versions
         assert {name: known[name] for name in versions if name in known}.items() <= versions.items()
+    dockerfile = (images.CONTAINERS / "3dgs/Dockerfile").read_text()
+    assert f"ARG TORCH={known['torch']}+cu12" in dockerfile and "ARG BASE=nvidia/cuda:12." in dockerfile
 
 
 def run_without_torch(base: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
