@@ -220,7 +220,7 @@ def test_a_capture_goes_through_three_containers(
 
     for name in ("input", "checkpoints"):  # all that SageMaker gives to the next attempt
         shutil.copytree(train / name, again / name)
-    finish(start(engine, Job("train", "a1", built["train"], SETTINGS, attempt=1), again))
+    finish(start(engine, jobs["train"], again))
 
     shutil.copytree(again / "model", compress / "processing/input/train")
     shutil.copytree(placed, compress / "processing/input/sfm")
