@@ -33,7 +33,8 @@ benchmark: .venv/installed
 	touch $@
 
 .venv/installed-tests: .venv/installed
-	$(BIN)/python -m pip install -q -c constraints.txt boto3 hypothesis pillow-heif pytest
+	$(BIN)/python -m pip install -q -c constraints.txt boto3 hypothesis jsonata-python 'moto[stepfunctions]' \
+		pillow-heif pytest statelint
 	touch $@
 
 clean:

@@ -108,7 +108,9 @@ class Job:
             return f"inputs/{self.scene}/photos/"
         before = Job(name, self.scene, self.image)
         # SageMaker puts a training job's model below the job's name.
-        return f"{before.result}/{self.trained or before.name}/output/{MODEL}" if name == "train" else f"{before.result}/"
+        return (
+            f"{before.result}/{self.trained or before.name}/output/{MODEL}" if name == "train" else f"{before.result}/"
+        )
 
     @property
     def _hyperparameters(self) -> dict[str, str]:
