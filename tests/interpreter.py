@@ -33,6 +33,7 @@ _ASL = "moto.stepfunctions.parser.asl"
 _TASK = f"{_ASL}.component.state.exec.state_task.service"
 _ERRORS = f"{_ASL}.component.common.error_name"
 PATCH_POINTS = {
+    "parse": (f"{_ASL}.parse.asl_parser", "AmazonStateLanguageParser", "parse"),
     "task": (f"{_TASK}.state_task_service", "StateTaskService", "_eval_execution"),
     "pattern": (f"{_TASK}.state_task_service_callback", "StateTaskServiceCallback", "_assert_integration_pattern_is_supported"),
     "retry": (f"{_ASL}.component.common.retry.retrier_decl", "time"),
@@ -114,12 +115,10 @@ def interpreter(handlers: Mapping[str, Handler]) -> Iterator[Interpreter]:
     with ExitStack() as stack:
         stack.enter_context(mock_aws(config={"stepfunctions": {"execute_state_machine": True}}))
 
-        def put(point: str, value: Any) -> Any:
-            owner, name = found(point)
-            before = getattr(owner, name)
-            stack.enter_context(patch.object(owner, name, value))
-            return before
+        def put(point: str, value: Any) -> None:
+            stack.enter_context(patch.object(*found(point), value))
 
+        put("parse", staticmethod(cache(getattr(*found("parse")))))  # which takes longer than an execution
         ordinary = getattr(*found("task"))
         put("task", lambda task, env: _task(machine, ordinary, task, env))
         put("pattern", lambda task: None)
