@@ -64,7 +64,7 @@ def _in_python(pattern: str) -> str:
 @pytest.mark.parametrize("account", [ACCOUNT, ENCRYPTED])
 @pytest.mark.parametrize("stage", STAGES)
 def test_requests_are_what_the_service_takes(stage: str, account: Account) -> None:
-    job = Job(stage, 24 * "z", IMAGE, SETTINGS, attempt=999_999)
+    job = Job(stage, 24 * "z", IMAGE, SETTINGS, attempt=12 * "f")
     assert not any(wrong(job.operation(), job.request(account)))
     spot = Machine("ml.g5.2xlarge", is_spot=True, max_seconds=3600, max_wait_seconds=60)
     if stage == "train":
@@ -93,7 +93,7 @@ def test_every_job_ends_and_is_cut_off_from_the_network(stage: str) -> None:
 
 def test_attempts_have_names_of_their_own_and_settings_their_checkpoints() -> None:
     job = Job("train", "a1", IMAGE, SETTINGS)
-    again = Job("train", "a1", IMAGE, SETTINGS, attempt=1)
+    again = Job("train", "a1", IMAGE, SETTINGS, attempt="1")
     assert job.name != again.name and job.checkpoints == again.checkpoints
     assert Job("train", "a1", IMAGE, {**SETTINGS, "seed": 1}).checkpoints != job.checkpoints
 
@@ -101,12 +101,12 @@ def test_attempts_have_names_of_their_own_and_settings_their_checkpoints() -> No
 def test_a_job_looks_where_the_one_before_left_its_results() -> None:
     """For a training job that is OUTPUT/NAME/output/model.tar.gz."""
     sfm, train = (Job(stage, "a1", IMAGE).request(ACCOUNT) for stage in ("sfm", "train"))
-    again = Job("train", "a1", IMAGE, attempt=2)
+    again = Job("train", "a1", IMAGE, attempt="2")
     compress = Job("compress", "a1", IMAGE, trained=again.name).request(ACCOUNT)
     inputs = {i["InputName"]: i["S3Input"]["S3Uri"] for i in compress["ProcessingInputs"]}
     left = sfm["ProcessingOutputConfig"]["Outputs"][0]["S3Output"]["S3Uri"]
     assert inputs["sfm"] == left == train["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"]
-    assert inputs["train"] == f"{train['OutputDataConfig']['S3OutputPath']}/{again.name}/output/"
+    assert inputs["train"] == f"{train['OutputDataConfig']['S3OutputPath']}/{again.name}/output/model.tar.gz"
 
 
 def test_metrics_are_found_in_what_a_job_prints() -> None:

@@ -16,13 +16,14 @@ from typing import Any
 
 from spaceport_gs import __version__
 from spaceport_gs.errors import InputError
-from spaceport_gs.pipeline.aws.contract import STAGES
+from spaceport_gs.pipeline.aws.contract import MODEL, STAGES
 
 INPUTS: Mapping[str, tuple[str, ...]] = {"sfm": ("photos",), "train": ("sfm",), "compress": ("train", "sfm")}
 """Of each stage, by name; `train` is what a training job left."""
 SCENE_ID = re.compile(r"[a-z0-9]{1,24}")
 MOST_ARGUMENT = 256  # characters
 MOUNT = "/opt/ml"
+PREFIX = "spaceport"  # of all names, unless the stack is given another one
 METRICS = ("psnr", "loss", "gaussians", "step", "steps_per_second")
 
 
@@ -69,7 +70,8 @@ class Job:
     """Of the container, with its digest."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of RunSettings."""
-    attempt: int = 0
+    attempt: str = "0"
+    """Tells the attempts at a stage apart: letters and digits. In a state machine each has random ones."""
     trained: str = ""
     """To compress: the training job whose model it is, by its name; empty: the first attempt."""
 
@@ -86,8 +88,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Never used twice: it tells the attempts of a stage apart."""
-        return f"spaceport-{self.stage}-{self.scene}-r{self.attempt}"
+        """Never used twice in an account and a region."""
+        return f"{PREFIX}-{self.stage}-{self.scene}-{self.attempt}"
 
     @property
     def result(self) -> str:
@@ -101,12 +103,12 @@ class Job:
         return f"checkpoints/{self.scene}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def input_key(self, name: str) -> str:
-        """Key of the folder of an input: where the stage before left it."""
+        """Key of an input: the folder, or the model's archive, that the stage before left."""
         if name == "photos":
-            return f"inputs/{self.scene}/photos"
+            return f"inputs/{self.scene}/photos/"
         before = Job(name, self.scene, self.image)
         # SageMaker puts a training job's model below the job's name.
-        return f"{before.result}/{self.trained or before.name}/output" if name == "train" else before.result
+        return f"{before.result}/{self.trained or before.name}/output/{MODEL}" if name == "train" else f"{before.result}/"
 
     @property
     def _hyperparameters(self) -> dict[str, str]:
@@ -148,7 +150,7 @@ class Job:
                     "DataSource": {
                         "S3DataSource": {
                             "S3DataType": "S3Prefix",
-                            "S3Uri": f"s3://{account.bucket}/{self.input_key(name)}/",
+                            "S3Uri": f"s3://{account.bucket}/{self.input_key(name)}",
                             "S3DataDistributionType": "FullyReplicated",
                         }
                     },
@@ -185,7 +187,7 @@ class Job:
                 {
                     "InputName": name,
                     "S3Input": {
-                        "S3Uri": f"s3://{account.bucket}/{self.input_key(name)}/",
+                        "S3Uri": f"s3://{account.bucket}/{self.input_key(name)}",
                         "LocalPath": f"{MOUNT}/processing/input/{name}",
                         "S3DataType": "S3Prefix",
                         "S3InputMode": "File",
