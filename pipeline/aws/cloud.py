@@ -16,6 +16,7 @@ try:
     import boto3
     from botocore import exceptions
     from botocore.config import Config
+    from botocore.exceptions import ClientError as ClientError
 except ModuleNotFoundError as error:
     raise InputError("the pipeline on AWS needs boto3: pip install 'spaceport-gs[aws]'") from error
 
@@ -68,7 +69,7 @@ def explained() -> Iterator[None]:
     """What botocore raises leaves as InputError that names cause and remedy. Also a decorator."""
     try:
         yield
-    except (exceptions.BotoCoreError, exceptions.ClientError) as error:
+    except (exceptions.BotoCoreError, ClientError) as error:
         raise InputError(_explanation(error)) from error
 
 
@@ -84,7 +85,7 @@ def _explanation(error: Exception) -> str:
         return "the AWS session has expired: run `aws sso login`"
     if isinstance(error, exceptions.EndpointConnectionError | exceptions.ConnectTimeoutError):
         return f"AWS cannot be reached: {error}; check the network and the region"
-    if not isinstance(error, exceptions.ClientError):
+    if not isinstance(error, ClientError):
         return f"AWS: {error}"
     code, message = code_of(error), str(error.response.get("Error", {}).get("Message", ""))
     if code in EXPIRED:

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from botocore.exceptions import ClientError
-
 from spaceport_gs.errors import InputError
-from spaceport_gs.pipeline.aws.cloud import Cloud, code_of, explained
+from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explained
 from spaceport_gs.pipeline.aws.jobs import Account
 from spaceport_gs.pipeline.aws.template import KEPT, check, names_of, render, skeleton, template
 
