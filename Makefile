@@ -33,7 +33,7 @@ benchmark: .venv/installed
 	touch $@
 
 .venv/installed-tests: .venv/installed
-	$(BIN)/python -m pip install -q -c constraints.txt boto3 hypothesis pillow-heif pytest
+	$(BIN)/python -m pip install -q -c constraints.txt boto3 cfn-lint hypothesis ministack 'moto[server]' pillow-heif pytest pyyaml
 	touch $@
 
 clean:
