@@ -50,7 +50,7 @@ def test_every_job_ends_and_is_cut_off_from_the_network(stage: str) -> None:
     request = Job(stage, "a1", IMAGE).request(ACCOUNT)
     isolated = request.get("NetworkConfig", request)["EnableNetworkIsolation"]
     assert isolated and request["StoppingCondition"]["MaxRuntimeInSeconds"] == DEFAULT_MACHINES[stage].max_seconds
-    assert {tag["Key"] for tag in request["Tags"]} == {"Project", "Stage", "JobId", "Version"}
+    assert {tag["Key"] for tag in request["Tags"]} == {"Project", "Stack", "Stage", "JobId", "Version"}
 
 
 def test_attempts_have_names_of_their_own_and_settings_their_checkpoints() -> None:

@@ -36,6 +36,8 @@ class Account:
     """ARN of the role that the job takes on."""
     kms_key: str = ""
     """ARN of the key for what is stored; empty: the bucket's own."""
+    prefix: str = PREFIX
+    """Of the stack, whose alarms hear of a job that stands still."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Machine:
     """Training only: cheaper, and may be interrupted."""
     max_wait_seconds: int = 6 * 3600
     """Of a spot job, for hardware and work together."""
+    expected_seconds: int = 0
+    """By the estimate, if there is one; a job that takes half as long again says so."""
 
 
 DEFAULT_MACHINES: Mapping[str, Machine] = {
@@ -129,8 +133,19 @@ class Job:
         chosen = machine or DEFAULT_MACHINES[self.stage]
         if chosen.is_spot and self.stage != "train":
             raise InputError(f"stage {self.stage}: only the training can run on spot instances")
-        tags = {"Project": "spaceport", "Stage": self.stage, "JobId": self.scene, "Version": __version__}
-        common = {"RoleArn": account.role, "Tags": [{"Key": key, "Value": value} for key, value in tags.items()]}
+        tags = {
+            "Project": "spaceport",
+            "Stack": account.prefix,
+            "Stage": self.stage,
+            "JobId": self.scene,
+            "Version": __version__,
+        }
+        environment = {"SPACEPORT_PREFIX": account.prefix, "SPACEPORT_EXPECTED_SECONDS": str(chosen.expected_seconds)}
+        common = {
+            "RoleArn": account.role,
+            "Environment": environment,
+            "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
+        }
         specific = self._training if self.stage == "train" else self._processing
         return {**common, **specific(account, chosen)}
 
