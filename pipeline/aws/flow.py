@@ -106,10 +106,10 @@ def batch_input(batch: str, concurrency: int, tolerated_percentage: int = 100) -
     }
 
 
-def batch_manifest(inputs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """(key below the batch's folder, text) of the scenes of a batch; `inputs` are what `scene_input` gives."""
-    scenes = [str(one["scene"]) for one in inputs]
+def batch_manifest(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Text of manifest.json in the batch's folder: for each scene the name of its execution, and what `scene_input` gives."""
+    scenes = [str(given["scene"]) for _, given in runs]
     twice = {scene for scene in scenes if scenes.count(scene) > 1}
     if twice or not scenes:
         raise InputError(f"a batch has one or more scenes, each once; twice: {', '.join(sorted(twice)) or 'none'}")
-    return "manifest.json", json.dumps(inputs, ensure_ascii=False)
+    return json.dumps([{"name": name, "input": given} for name, given in runs], ensure_ascii=False)
