@@ -25,7 +25,17 @@ from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws import scenes, uploads
 from spaceport_gs.pipeline.aws.cloud import Cloud
 from spaceport_gs.pipeline.aws.flow import MACHINES, Scene, definition
-from spaceport_gs.pipeline.aws.scenes import Run, fetch, retry, status, stop, submit, submit_batch
+from spaceport_gs.pipeline.aws.scenes import (
+    Run,
+    batch_scenes,
+    fetch,
+    retry,
+    status,
+    stop,
+    stop_batch,
+    submit,
+    submit_batch,
+)
 from spaceport_gs.pipeline.aws.stack import Stack
 from spaceport_gs.pipeline.aws.uploads import Upload, plan, send
 from spaceport_gs.pipeline.manifest import write_manifest
@@ -562,7 +572,31 @@ def test_scenes_of_a_batch_are_scenes(
     assert retry(cloud, STACK, "m2").name == "m2-2"
     wait_for(cloud, "m2")
     assert submit_batch(cloud, STACK, batch, several, 2) == arn
+    assert batch_scenes(cloud, STACK, batch) == ["m1", "m2"]
     with pytest.raises(InputError, match="other scenes"):
         submit_batch(cloud, STACK, batch, several[:1], 2)
     with pytest.raises(InputError, match="twice: m1"):
         submit_batch(cloud, STACK, "other", 2 * several[:1], 2)
+
+
+def test_a_batch_is_stopped_with_its_scenes(cloud: Cloud, aws: Interpreter, sagemaker: SageMaker) -> None:
+    asked, over = threading.Event(), threading.Event()
+
+    def never(request: dict[str, Any], attempt: int) -> Any:
+        sagemaker.put(request, "InProgress")
+        asked.set()
+        assert over.wait(SECONDS)
+        return described(request, "Stopped", {})
+
+    aws.handlers = {**aws.handlers, "Sfm": never}
+    arn = submit_batch(cloud, STACK, "winter", [replace(SCENE, scene=scene) for scene in ("n1", "n2")], 1)
+    assert asked.wait(SECONDS)
+    (job,) = stop_batch(cloud, STACK, "winter")
+    assert sagemaker.stopped == [job] and job.startswith("spaceport-sfm-n")
+    over.set()
+    waiting = threading.Event()
+    while client_of("stepfunctions").describe_execution(executionArn=arn)["status"] == "RUNNING":
+        waiting.wait(0.01)
+    assert stop_batch(cloud, STACK, "winter") == []
+    with pytest.raises(InputError, match="knows of none"):
+        stop_batch(cloud, STACK, "../winter")

@@ -18,7 +18,7 @@ from typing import Any
 from spaceport_gs.errors import InputError
 from spaceport_gs.files import replacing
 from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explained
-from spaceport_gs.pipeline.aws.flow import Scene, batch_input, batch_manifest, scene_input
+from spaceport_gs.pipeline.aws.flow import BATCH_NAME, Scene, batch_input, batch_manifest, scene_input
 from spaceport_gs.pipeline.aws.jobs import SCENE_ID
 from spaceport_gs.pipeline.aws.stack import Stack
 from spaceport_gs.pipeline.aws.uploads import Upload, send
@@ -134,8 +134,7 @@ def stop(cloud: Cloud, stack: Stack, scene: str) -> list[str]:
     """Stops the latest run and its jobs, by the names in its history; returns those that ran. Twice is as good as once."""
     run = _existing(cloud, stack, scene)
     if run.status == RUNNING:
-        cause = "stopped by its user; retry goes on from there"
-        cloud.client("stepfunctions").stop_execution(executionArn=run.arn, error=STOPPED, cause=cause)
+        _stop_execution(cloud, run.arn)
     ran: dict[str, None] = {}
     for wait in STOP_WAITS:  # the job that was asked for last may not be known to SageMaker yet
         time.sleep(wait)
@@ -207,6 +206,33 @@ def submit_batch(cloud: Cloud, stack: Stack, batch: str, scenes: Sequence[Scene]
         scene, _, number = run["name"].rpartition("-")
         _record(cloud, stack, scene, int(number), run["input"])
     return _execute(cloud, stack.machines[1], batch, given)
+
+
+@explained()
+def batch_scenes(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
+    """Ids of the scenes of a batch."""
+    return [run["input"]["scene"] for run in json.loads(_manifest_of(cloud, stack, batch))]
+
+
+@explained()
+def stop_batch(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
+    """Begins no more scenes, and stops those under way; returns the jobs that ran."""
+    scenes = batch_scenes(cloud, stack, batch)
+    _stop_execution(cloud, _arn_of(stack.machines[1], batch))
+    return [job for scene in scenes for job in stop(cloud, stack, scene)]
+
+
+def _manifest_of(cloud: Cloud, stack: Stack, batch: str) -> str:
+    text = _text(cloud, stack.bucket, f"batches/{batch}/manifest.json") if BATCH_NAME.fullmatch(batch) else None
+    if text is None:
+        raise InputError(f"batch {batch!r}: the stack {stack.prefix} knows of none")
+    return text
+
+
+def _stop_execution(cloud: Cloud, arn: str) -> None:
+    states, cause = cloud.client("stepfunctions"), "stopped by its user; retry goes on from there"
+    if states.describe_execution(executionArn=arn)["status"] == RUNNING:
+        states.stop_execution(executionArn=arn, error=STOPPED, cause=cause)
 
 
 def _next_name(cloud: Cloud, stack: Stack, scene: str) -> str:
