@@ -11,21 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError
-from interpreter import (
-    NO_UUID,
-    PATCH_POINTS,
-    REGION,
-    Execution,
-    Handler,
-    Interpreter,
-    TaskError,
-    client_of,
-    create,
-    execute,
-    found,
-    interpreter,
-)
+from deployed import ARN, BUCKET, IMAGES, JOBS, ROLES, USUAL, VALUES, deployed, described, ended
+from interpreter import NO_UUID, PATCH_POINTS, Execution, Handler, Interpreter, TaskError, client_of, execute, found
 from moto.stepfunctions.parser.asl.component.intrinsic import jsonata as moto_functions
 from service_model import wrong
 from statelint.config import Config
@@ -46,20 +33,7 @@ from spaceport_gs.pipeline.aws.flow import (
 )
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machine
 
-BUCKET, ARN = "data-of-ours", "arn:aws:{}:eu-central-1:123456789012:{}"
 KEY = ARN.format("kms", "key/0a1b-2c")
-ROLES = {stage: f"arn:aws:iam::123456789012:role/{stage}" for stage in ("sfm", "train", "compress")}
-VALUES = {
-    "Prefix": "spaceport",
-    "Bucket": BUCKET,
-    "Topic": ARN.format("sns", "spaceport"),
-    "Site": "https://scenes.example",
-    "SceneMachine": ARN.format("states", "stateMachine:spaceport-scene"),
-    **{f"{stage.capitalize()}Role": role for stage, role in ROLES.items()},
-}
-IMAGES = {
-    stage: f"123456789012.dkr.ecr.eu-central-1.amazonaws.com/spaceport/{stage}@sha256:{64 * 'a'}" for stage in ROLES
-}
 # What users write must not be taken for what SageMaker says.
 SETTINGS = {"steps": 7000, "title": 'é "3" \\ {"FailureReason":"CapacityError: "}'}
 ON_DEMAND = Scene("a1", IMAGES, SETTINGS, {"train": Machine("ml.g6.xlarge", max_seconds=5000)})
@@ -67,38 +41,12 @@ SCENE = replace(ON_DEMAND, spot=spot_of(DEFAULT_MACHINES["train"]))
 ACCOUNT = Account(BUCKET, "", KEY)
 DIGEST = "0123456789abcdef"
 
-JOBS = {"Sfm": "sfm", "TrainSpot": "train", "Train": "train", "Compress": "compress"}
-"""Stage of each state that starts jobs."""
 CAPACITY, THROTTLED = "SageMaker.ResourceLimitExceededException", "SageMaker.AmazonSageMakerException"
 NO_CAPACITY = "CapacityError: Unable to provision requested ML compute capacity."
 HAPPY = [
     "Validate", "From", "Sfm", "SfmDone", "SpotOrNot", "TrainSpot", "TrainDone", "Compress", "CompressDone",
     "ReadManifest", "Publish", "Copy", "Copy", "Point", "Notify", "Done",
 ]  # fmt: skip
-
-
-def described(request: Mapping[str, Any], status: str, said: Mapping[str, str]) -> dict[str, Any]:
-    """What SageMaker says of a job: what was asked, and what became of it."""
-    kind = "Training" if "TrainingJobName" in request else "Processing"
-    name = request[f"{kind}JobName"]
-    answer = {
-        **{key: value for key, value in request.items() if key != "Tags"},
-        f"{kind}JobArn": ARN.format("sagemaker", f"{kind.lower()}-job/{name}"),
-        f"{kind}JobStatus": status,
-        "CreationTime": 1795856400000,
-        **said,
-    }
-    if kind == "Training":
-        answer.setdefault("SecondaryStatus", status)
-        answer["ModelArtifacts"] = {
-            "S3ModelArtifacts": f"{request['OutputDataConfig']['S3OutputPath']}/{name}/output/model.tar.gz"
-        }
-    return answer
-
-
-def ended(status: str = "Completed", **said: str) -> Handler:
-    """A job whose end is no error."""
-    return lambda request, attempt: described(request, status, said)
 
 
 def job_failed(error: str = "SageMaker.JobFailed", status: str = "Failed", **said: str) -> Handler:
@@ -125,38 +73,6 @@ def in_turn(*handlers: Handler) -> Handler:
     return lambda request, attempt: (left.pop(0) if len(left) > 1 else left[0])(request, attempt)
 
 
-def s3(operation: str) -> Handler:
-    """The operation on moto's S3, as Step Functions calls it: moto's own way of it knows no bodies."""
-
-    def handler(request: dict[str, Any], attempt: int) -> Any:
-        body = {"Body": json.dumps(request["Body"]).encode()} if "Body" in request else {}
-        try:
-            answer = getattr(client_of("s3"), operation)(**{**request, **body})
-        except ClientError as error:
-            raise TaskError(f"S3.{error.response['Error']['Code']}Exception", str(error)) from None
-        return {"Body": answer["Body"].read().decode()} if operation == "get_object" else {}
-
-    return handler
-
-
-def scene_execution(request: dict[str, Any], attempt: int) -> Any:
-    """What Step Functions makes of an execution that it waits for."""
-    child = execute(request["StateMachineArn"], request["Input"], request["Name"])
-    if child.status != "SUCCEEDED":
-        raise TaskError("States.TaskFailed", json.dumps({"Name": request["Name"], "Cause": child.cause}))
-    return {"Name": request["Name"], "Status": child.status, "Output": child.output}
-
-
-USUAL: Mapping[str, Handler] = {
-    **dict.fromkeys(JOBS, ended()),
-    "ReadManifest": s3("get_object"),
-    "Copy": s3("copy_object"),
-    "Point": s3("put_object"),
-    "Notify": lambda request, attempt: {"MessageId": "1"},
-    "NotifyFailure": lambda request, attempt: {"MessageId": "2"},
-    "Scene": scene_execution,
-    "Count": lambda request, attempt: {"ItemCounts": {"Total": 3, "Succeeded": 2, "Failed": 1}},
-}
 OPERATIONS = {
     "ReadManifest": ("s3", "GetObject"), "Copy": ("s3", "CopyObject"), "Point": ("s3", "PutObject"),
     "Scene": ("stepfunctions", "StartExecution"),
@@ -166,17 +82,13 @@ OPERATIONS = {
 
 @pytest.fixture(scope="module")
 def aws() -> Iterator[Interpreter]:
-    """With a bucket in which the results of compression lie."""
-    with interpreter(USUAL) as running:
-        client = client_of("s3")
-        client.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
-        for machine in MACHINES:
-            create(f"spaceport-{machine}", definition(machine, VALUES))
+    with deployed() as running:
         yield running
 
 
 @pytest.fixture
 def flow(aws: Interpreter) -> Interpreter:
+    """Where the results of the compression of a scene lie."""
     client = client_of("s3")
     for key in ("scene.sog", "index.html"):
         client.put_object(Bucket=BUCKET, Key=f"work/a1/compress/{key}", Body=key.encode())

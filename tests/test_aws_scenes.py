@@ -18,13 +18,14 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import ClientError
-from interpreter import REGION, Interpreter, TaskError, client_of, create, interpreter
-from test_aws_flow import BUCKET, SCENE, SETTINGS, USUAL, VALUES, described
+from deployed import BUCKET, IMAGES, USUAL, VALUES, deployed, described
+from interpreter import REGION, Interpreter, TaskError, client_of
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws import scenes, uploads
 from spaceport_gs.pipeline.aws.cloud import Cloud
-from spaceport_gs.pipeline.aws.flow import MACHINES, Scene, definition
+from spaceport_gs.pipeline.aws.flow import Scene, spot_of
+from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES
 from spaceport_gs.pipeline.aws.scenes import (
     Run,
     batch_scenes,
@@ -53,6 +54,8 @@ STACK = Stack(
     },
     {},
 )
+SETTINGS = {"steps": 7000, "title": 'Quarry "é"'}
+SCENE = Scene("a1", IMAGES, SETTINGS, spot=spot_of(DEFAULT_MACHINES["train"]))
 SECONDS = 30
 
 
@@ -104,10 +107,7 @@ class SageMaker:
 
 @pytest.fixture(scope="module")
 def aws() -> Iterator[Interpreter]:
-    with interpreter(USUAL) as running:
-        client_of("s3").create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
-        for machine in MACHINES:
-            create(f"spaceport-{machine}", definition(machine, VALUES))
+    with deployed() as running:
         yield running
 
 

@@ -21,7 +21,7 @@ from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explain
 from spaceport_gs.pipeline.aws.flow import BATCH_NAME, Scene, batch_input, batch_manifest, scene_input
 from spaceport_gs.pipeline.aws.jobs import SCENE_ID
 from spaceport_gs.pipeline.aws.stack import Stack
-from spaceport_gs.pipeline.aws.uploads import Upload, send
+from spaceport_gs.pipeline.aws.uploads import Upload, send, sizes
 from spaceport_gs.pipeline.manifest import FORMAT, read_manifest, sha256_of
 from spaceport_gs.pipeline.manifest import NAME as MANIFEST
 from spaceport_gs.pipeline.run import RunSettings
@@ -367,8 +367,8 @@ def _progress(cloud: Cloud, request: Mapping[str, Any]) -> Mapping[str, Any] | N
 
 
 def _where(cloud: Cloud, stack: Stack, last: Run) -> tuple[str, str]:
-    """(stage to go on at, address of the trained model) after what is complete of this and the runs before it that made the
-    same of the photos.
+    """(stage to go on at, address of the trained model) after what is complete. That its stages made the same of the photos
+    is what their manifests say.
     """
     if not _is_complete(cloud, stack, last, "sfm"):
         return "sfm", ""
@@ -395,8 +395,7 @@ def _is_complete(cloud: Cloud, stack: Stack, run: Run, stage: str) -> bool:
         return False
     arguments = run.stages[stage]["AppSpecification"]["ContainerArguments"][1:]
     given = {name: json.loads(value) for name, _, value in (argument.partition("=") for argument in arguments)}
-    pages = cloud.client("s3").get_paginator("list_objects_v2").paginate(Bucket=stack.bucket, Prefix=f"{folder}/")
-    there = {entry["Key"]: entry["Size"] for page in pages for entry in page.get("Contents", [])}
+    there = sizes(cloud.client("s3"), stack.bucket, f"{folder}/")
     return (
         is_ours
         and settings == asdict(RunSettings(**given))

@@ -82,7 +82,7 @@ def _file(path: Path, folder: Path) -> File:
 def send(cloud: Cloud, bucket: str, folder: str, upload: Upload, listen: Listener) -> int:
     """Brings what is missing to the keys below `folder`; returns how many bytes that were. InputError if a file changes."""
     s3 = cloud.client("s3")
-    there = _sizes(s3, bucket, f"{folder}/")
+    there = sizes(s3, bucket, f"{folder}/")
     missing = [file for file in upload.files if there.get(f"{folder}/{file.name}") != file.n_bytes]
     sending = _Sending(s3, bucket, folder, listen, upload.n_bytes)
     sending.tell(upload.n_bytes - sum(file.n_bytes for file in missing))
@@ -97,7 +97,8 @@ def send(cloud: Cloud, bucket: str, folder: str, upload: Upload, listen: Listene
     return sending.sent
 
 
-def _sizes(s3: Any, bucket: str, prefix: str) -> dict[str, int]:
+def sizes(s3: Any, bucket: str, prefix: str) -> dict[str, int]:
+    """Bytes of all objects whose keys begin so, by key."""
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
     return {entry["Key"]: entry["Size"] for page in pages for entry in page.get("Contents", [])}
 
@@ -152,7 +153,7 @@ class _Sending:
         except ClientError as error:  # somebody else may have completed it
             if (
                 code_of(error) != "NoSuchUpload"
-                or _sizes(self._s3, place["Bucket"], place["Key"]).get(place["Key"]) != file.n_bytes
+                or sizes(self._s3, place["Bucket"], place["Key"]).get(place["Key"]) != file.n_bytes
             ):
                 raise
 
