@@ -33,7 +33,8 @@ benchmark: .venv/installed
 	touch $@
 
 .venv/installed-tests: .venv/installed
-	$(BIN)/python -m pip install -q -c constraints.txt boto3 cfn-lint hypothesis ministack 'moto[server]' pillow-heif pytest pyyaml
+	$(BIN)/python -m pip install -q -c constraints.txt boto3 cfn-lint hypothesis jsonata-python ministack \
+		'moto[server,stepfunctions]' pillow-heif pytest pyyaml statelint
 	touch $@
 
 clean:

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -32,9 +33,9 @@ _ASL = "moto.stepfunctions.parser.asl"
 _TASK = f"{_ASL}.component.state.exec.state_task.service"
 _ERRORS = f"{_ASL}.component.common.error_name"
 PATCH_POINTS = {
+    "parse": (f"{_ASL}.parse.asl_parser", "AmazonStateLanguageParser", "parse"),
     "task": (f"{_TASK}.state_task_service", "StateTaskService", "_eval_execution"),
     "pattern": (f"{_TASK}.state_task_service_callback", "StateTaskServiceCallback", "_assert_integration_pattern_is_supported"),
-    "poll": (f"{_TASK}.state_task_service_callback", "_DELAY_SECONDS_SYNC_CONDITION_CHECK"),
     "retry": (f"{_ASL}.component.common.retry.retrier_decl", "time"),
     "jitter": (f"{_ASL}.component.common.retry.jitter_strategy_decl", "random"),
     "wait": (f"{_ASL}.component.state.wait.wait_function.wait_function", "WaitFunction", "_wait_interval"),
@@ -76,32 +77,35 @@ class Interpreter:
     slept: list[float] = field(default_factory=list)
     """Seconds: of retries the longest that jitter allows, and of states that wait."""
 
-    def create(self, name: str, definition: Mapping[str, Any]) -> str:
-        """ARN of a new state machine."""
-        answer = self._client.create_state_machine(name=name, definition=json.dumps(definition), roleArn=ROLE)
-        return answer["stateMachineArn"]
 
-    def run(self, machine: str, given: Any, name: str = "") -> Execution:
-        """An execution, when it has ended."""
-        arn = self._client.start_execution(
-            stateMachineArn=machine, input=json.dumps(given), name=name or str(uuid.uuid4())
-        )["executionArn"]
-        end = time.monotonic() + SECONDS
-        while (execution := self._client.describe_execution(executionArn=arn))["status"] == "RUNNING":
-            assert time.monotonic() < end, "the execution does not end"
-            time.sleep(0.005)
-        history = self._client.get_execution_history(executionArn=arn, maxResults=1000)["events"]
-        return Execution(
-            execution["status"],
-            json.loads(execution.get("output", "null")),
-            execution.get("error", ""),
-            execution.get("cause", ""),
-            [event["stateEnteredEventDetails"]["name"] for event in history if "stateEnteredEventDetails" in event],
-        )
+@cache
+def client_of(service: str) -> Any:
+    """Of moto's AWS; made once, because it takes longer than an execution."""
+    return boto3.client(service, REGION)
 
-    @property
-    def _client(self) -> Any:
-        return boto3.client("stepfunctions", REGION)
+
+def create(name: str, machine: Mapping[str, Any]) -> str:
+    """ARN of a new state machine with this definition."""
+    client = client_of("stepfunctions")
+    return client.create_state_machine(name=name, definition=json.dumps(machine), roleArn=ROLE)["stateMachineArn"]
+
+
+def execute(machine: str, given: Any, name: str = "") -> Execution:
+    """An execution of the state machine with this ARN, when it has ended."""
+    client = client_of("stepfunctions")
+    started = client.start_execution(stateMachineArn=machine, input=json.dumps(given), name=name or str(uuid.uuid4()))
+    arn, end = started["executionArn"], time.monotonic() + SECONDS
+    while (execution := client.describe_execution(executionArn=arn))["status"] == "RUNNING":
+        assert time.monotonic() < end, "the execution does not end"
+        time.sleep(0.005)
+    history = client.get_execution_history(executionArn=arn, maxResults=1000)["events"]
+    return Execution(
+        execution["status"],
+        json.loads(execution.get("output", "null")),
+        execution.get("error", ""),
+        execution.get("cause", ""),
+        [event["stateEnteredEventDetails"]["name"] for event in history if "stateEnteredEventDetails" in event],
+    )
 
 
 @contextmanager
@@ -111,16 +115,13 @@ def interpreter(handlers: Mapping[str, Handler]) -> Iterator[Interpreter]:
     with ExitStack() as stack:
         stack.enter_context(mock_aws(config={"stepfunctions": {"execute_state_machine": True}}))
 
-        def put(point: str, value: Any) -> Any:
-            owner, name = found(point)
-            before = getattr(owner, name)
-            stack.enter_context(patch.object(owner, name, value))
-            return before
+        def put(point: str, value: Any) -> None:
+            stack.enter_context(patch.object(*found(point), value))
 
+        put("parse", staticmethod(cache(getattr(*found("parse")))))  # which takes longer than an execution
         ordinary = getattr(*found("task"))
         put("task", lambda task, env: _task(machine, ordinary, task, env))
         put("pattern", lambda task: None)
-        put("poll", 0.005)
         put("retry", SimpleNamespace(sleep=machine.slept.append))
         put("jitter", SimpleNamespace(uniform=lambda low, high: high))
         put("wait", lambda state, env, wait_seconds: machine.slept.append(wait_seconds))

@@ -6,14 +6,10 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from botocore.model import Shape
-from botocore.session import Session
-from botocore.validate import ParamValidator
+from service_model import wrong
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.contract import Places, settings_of
@@ -25,40 +21,6 @@ ACCOUNT = Account("data-of-ours", "arn:aws:iam::123456789012:role/spaceport-trai
 ENCRYPTED = Account(ACCOUNT.bucket, ACCOUNT.role, "arn:aws:kms:eu-central-1:123456789012:key/0a1b-2c")
 SETTINGS = {"steps": 7000, "preset": "baseline", "title": 'Quarry "3"', "downscale": 2.0}
 STAGES = ["sfm", "train", "compress"]
-
-
-def wrong(operation: str, request: dict[str, Any]) -> list[str]:
-    """What SageMaker would refuse: types, names and ranges, and what botocore does not look at, patterns and enums."""
-    shape = Session().get_service_model("sagemaker").operation_model(operation).input_shape
-    assert shape is not None
-    report = ParamValidator().validate(request, shape).generate_report()
-    return [report] if report else list(_unmatched(shape, request))
-
-
-def _unmatched(shape: Shape, value: Any) -> Iterator[str]:
-    if shape.type_name == "structure":
-        for name, part in value.items():
-            yield from _unmatched(shape.members[name], part)  # type: ignore[attr-defined]
-    elif shape.type_name == "list":
-        for part in value:
-            yield from _unmatched(shape.member, part)  # type: ignore[attr-defined]
-    elif shape.type_name == "map":
-        for name, part in value.items():
-            yield from _unmatched(shape.key, name)  # type: ignore[attr-defined]
-            yield from _unmatched(shape.value, part)  # type: ignore[attr-defined]
-    elif shape.type_name == "string":
-        pattern, enum = shape.metadata.get("pattern"), shape.metadata.get("enum")
-        if pattern and not re.fullmatch(_in_python(pattern), value):
-            yield f"{shape.name}: {value}"
-        if enum and value not in enum:
-            yield f"{shape.name}: {value}"
-        if not shape.metadata.get("min", 0) <= len(value) <= shape.metadata.get("max", 1 << 20):
-            yield f"{shape.name}: {len(value)} characters"
-
-
-def _in_python(pattern: str) -> str:
-    """Without the classes of Unicode that `re` does not know."""
-    return pattern.replace(r"\p{L}", "a-zA-Z").replace(r"\p{Z}", " ").replace(r"\p{N}", "0-9")
 
 
 @pytest.mark.parametrize("account", [ACCOUNT, ENCRYPTED])

@@ -20,7 +20,7 @@ from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machi
 MACHINES = ("scene", "batch")
 FORMAT = 1
 STARTS = (*STAGES, "publish")
-BATCH_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+BATCH_NAME = re.compile(r"[a-z0-9-]{1,40}")
 MOST_SCENES_AT_ONCE = 1000
 _PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
 _FROM_THE_MACHINE = ("ProcessingJobName", "TrainingJobName", "RoleArn")
