@@ -147,9 +147,14 @@ def deploy(
             )
         if not _apply(cloud, prefix, {"TemplateBody": skeleton({**kept, "Bucket": bucket})}, {}, confirm, tell):
             return None
-    keep_job_logs(cloud, int(wanted.get("LogDays", known["LogDays"]["Default"])))
+
+    def agreed(changes: Sequence[Change]) -> bool:
+        if is_wanted := confirm(changes):
+            keep_job_logs(cloud, int(wanted.get("LogDays", known["LogDays"]["Default"])))
+        return is_wanted
+
     if not _apply(
-        cloud, prefix, {"TemplateURL": _uploaded(cloud, bucket, render(names, wanted))}, wanted, confirm, tell
+        cloud, prefix, {"TemplateURL": _uploaded(cloud, bucket, render(names, wanted))}, wanted, agreed, tell
     ):
         return None
     return read(cloud, prefix)
@@ -175,6 +180,8 @@ def destroy(
             raise InputError(f"the stack {prefix} is still there ({status}): {_reasons(cloud, found['StackId'])}")
     if data is Data.DELETE:
         _delete(cloud, kept, tell)
+    elif kept:
+        tell(f"kept, and paid for: {', '.join(kept.values())}")
     return True
 
 
