@@ -337,6 +337,7 @@ def test_a_stack_is_made_and_found_by_its_outputs(cloud: Cloud, prefix: str) -> 
         silent,
     )
     assert made == read(cloud, prefix) and made is not None
+    assert made.account("train") == Account(made.bucket, made.outputs["TrainRole"], prefix=prefix)
     assert [str(change) for change in asked[0]] == ["add Bucket (S3::Bucket)"] and len(asked) == 2
     bucket = made.bucket
     s3, states = cloud.client("s3"), cloud.client("stepfunctions")
@@ -593,13 +594,19 @@ def test_an_older_version_leaves_a_newer_stack_alone(cloud: Cloud, prefix: str) 
 
 
 def test_a_stack_of_somebody_else_is_left_alone(cloud: Cloud) -> None:
-    body = {"Resources": {"A": {"Type": "AWS::SNS::Topic"}}, "Outputs": {"Version": {"Value": "blue"}}}
+    body = {"Description": "A blog", "Resources": {"A": {"Type": "AWS::SNS::Topic"}}}
     cloud.client("cloudformation").create_stack(StackName="foreign", TemplateBody=json.dumps(body))
     cloud.client("cloudformation").get_waiter("stack_create_complete").wait(
         StackName="foreign", WaiterConfig={"Delay": 1}
     )
-    with pytest.raises(InputError, match="not one of Spaceport's"):
-        deploy(cloud, "foreign", {}, agree, silent)
+    for touch in (
+        lambda: deploy(cloud, "foreign", {}, agree, silent),
+        lambda: destroy(cloud, "foreign", agree, silent, Data.DELETE),
+        lambda: read(cloud, "foreign"),
+    ):
+        with pytest.raises(InputError, match="not one of Spaceport's"):
+            touch()
+    assert cloud.client("cloudformation").describe_stack_resources(StackName="foreign")["StackResources"]
 
 
 def test_a_bucket_that_is_gone_is_not_made_anew_under_a_stack(cloud: Cloud, prefix: str) -> None:
@@ -660,8 +667,8 @@ def stub(cloud: Cloud, service: str) -> Stubber:
     return Stubber(cloud.client(service))
 
 
-def described(status: str, **more: Any) -> dict[str, Any]:
-    return {"Stacks": [{"StackName": "spaceport", "StackId": "id", "StackStatus": status, "CreationTime": 0, **more}]}
+def described(status: str) -> dict[str, Any]:
+    return {"Stacks": [{"StackName": "spaceport", "StackId": "id", "StackStatus": status, "CreationTime": 0}]}
 
 
 @pytest.mark.parametrize("status", ["UPDATE_IN_PROGRESS", "DELETE_IN_PROGRESS", "UPDATE_COMPLETE_CLEANUP_IN_PROGRESS"])
@@ -669,6 +676,7 @@ def test_a_stack_that_somebody_else_changes(status: str) -> None:
     cloud = stubbed()
     with stub(cloud, "cloudformation") as client:
         client.add_response("describe_stacks", described(status))
+        client.add_response("get_template_summary", {"Description": stacks.OURS})
         with pytest.raises(InputError, match=f"being changed by someone .{status}"):
             deploy(cloud, "spaceport", {}, agree, silent)
 
@@ -678,6 +686,7 @@ def test_a_stack_that_is_stuck() -> None:
     event = {"StackId": "id", "StackName": "spaceport", "EventId": "1", "Timestamp": 0, "LogicalResourceId": "Bucket"}
     with stub(cloud, "cloudformation") as client:
         client.add_response("describe_stacks", described("DELETE_FAILED"))
+        client.add_response("get_template_summary", {"Description": stacks.OURS})
         client.add_response(
             "describe_stack_events",
             {"StackEvents": [{**event, "ResourceStatus": "DELETE_FAILED", "ResourceStatusReason": "it is not empty"}]},
