@@ -8,6 +8,8 @@ What the estimates are made from, and where that was measured:
 - compression: `compress` of 40,000 and 100,000 Gaussians (32 and 181 seconds of a core of an Intel Xeon).
 - memory: `run.Cost` and the peak memory of the clouds; that of SfM is worked out from the pyramids of SIFT, not measured.
 - what a job takes besides, for its image and its data: from experience with SageMaker, not measured.
+
+Counted are the instances. Volumes, storage and requests come to some per cent of that.
 """
 
 from __future__ import annotations
@@ -209,9 +211,10 @@ def _gaussians(capture: Capture, settings: RunSettings) -> Range:
 
 
 def within(most_usd: float, estimated: Estimate) -> Estimate:
-    """The same on machines with time limits that let the scene cost no more, whatever happens; InputError if it may have to.
+    """The same on machines with time limits that let the scene cost no more; InputError if it may have to.
 
-    A training on spot instances counts twice: what ran there may have to run again on demand.
+    A training on spot instances counts twice: what ran there may have to run again on demand. What is not in it: a job that
+    SageMaker itself broke off, and that the flow starts once more.
     """
     bounds = {
         name: stage.seconds.high * _hourly(name, stage, estimated.prices) / 3600 * (2 if stage.machine.is_spot else 1)
