@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-STARTS = ("ministack", "moto")
+SERVERS = ("ministack", "moto")
 
 
 @contextmanager
 def emulated_aws(log: Path) -> Iterator[dict[str, str]]:
     """The environment in which boto3 finds it. What the servers say goes to `log`."""
-    ports = [_free_port() for _ in STARTS]
+    ports = [_free_port() for _ in SERVERS]
     environment = {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
@@ -38,7 +38,7 @@ def emulated_aws(log: Path) -> Iterator[dict[str, str]]:
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
-            for name, port in zip(STARTS, ports, strict=True)
+            for name, port in zip(SERVERS, ports, strict=True)
         ]
     try:
         for server, port in zip(servers, ports, strict=True):

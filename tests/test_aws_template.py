@@ -27,7 +27,7 @@ from spaceport_gs.pipeline.aws.cloud import Cloud, connect, explained
 from spaceport_gs.pipeline.aws.contract import STAGES
 from spaceport_gs.pipeline.aws.jobs import Account, Job
 from spaceport_gs.pipeline.aws.stack import Change, Data, Running, deploy, destroy, find_kept, read
-from spaceport_gs.pipeline.aws.template import KEPT, check, names_of, render, template
+from spaceport_gs.pipeline.aws.template import KEPT, check, names_of, render, skeleton, template
 
 RESOURCES: Mapping[str, Any] = template()["Resources"]
 NAMES = names_of("spaceport", "123456789012", "eu-central-1")
@@ -69,6 +69,11 @@ TRUSTED = [(name, statement) for name, statement in ALLOWED if "Principal" in st
 
 
 # ---- What it says ------------------------------------------------------------------------------------------------------------
+
+
+def test_cfn_lint_has_nothing_to_say_of_the_kept_resources_alone() -> None:
+    lint = pytest.importorskip("cfnlint.api", reason="cfn-lint is not installed").lint
+    assert not [str(match) for match in lint(skeleton({**NAMES, "Key": "0a1b"}))]
 
 
 @pytest.mark.parametrize("parameters", [{}, {"MonthlyBudget": "20"}])
@@ -116,7 +121,9 @@ def test_nothing_is_open_to_everybody() -> None:
     for name, statement in TRUSTED:
         principal = statement["Principal"]
         assert isinstance(principal, dict) and not {"*"} & {str(p) for v in principal.values() for p in listed(v)}, name
-        if "Service" in principal:
+        if principal.get("Service") == "events.amazonaws.com" and name in ("TopicPolicy", "Key"):
+            assert "Condition" not in statement  # which EventBridge cannot meet, with topics and keys
+        elif "Service" in principal:
             keys = {key.lower() for test in statement["Condition"].values() for key in test}
             assert keys & {"aws:sourceaccount", "aws:sourcearn", "kms:encryptioncontext:aws:logs:arn"}, name
 
@@ -148,6 +155,36 @@ def test_step_functions_may_make_its_rules() -> None:
         ],
         "BatchRole": ["StepFunctionsGetEventsForStepFunctionsExecutionRule"],
     }
+
+
+CALLS = {
+    "sagemaker:createTrainingJob.sync": (
+        "sagemaker:CreateTrainingJob", "sagemaker:DescribeTrainingJob", "sagemaker:StopTrainingJob", "sagemaker:AddTags",
+    ),
+    "sagemaker:createProcessingJob.sync": (
+        "sagemaker:CreateProcessingJob", "sagemaker:DescribeProcessingJob", "sagemaker:StopProcessingJob", "sagemaker:AddTags",
+    ),
+    "aws-sdk:s3:getObject": ("s3:GetObject", "s3:ListBucket"),
+    "s3:getObject": ("s3:GetObject", "s3:ListBucket"),
+    "aws-sdk:s3:copyObject": ("s3:GetObject", "s3:PutObject"),
+    "aws-sdk:s3:putObject": ("s3:PutObject",),
+    "s3:putObject": ("s3:PutObject", "s3:AbortMultipartUpload"),
+    "sns:publish": ("sns:Publish",),
+    "aws-sdk:sfn:describeMapRun": ("states:DescribeMapRun",),
+    "states:startExecution.sync:2": (
+        "states:StartExecution", "states:DescribeExecution", "states:StopExecution", "events:PutRule", "events:PutTargets",
+        "events:DescribeRule",
+    ),
+}  # fmt: skip
+"""What Step Functions has to be allowed for an integration."""
+
+
+@pytest.mark.parametrize(("machine", "role"), [("SceneMachine", "SceneRole"), ("BatchMachine", "BatchRole")])
+def test_a_flow_may_do_what_its_definition_calls(machine: str, role: str) -> None:
+    definition = of_type("StepFunctions::StateMachine")[machine]["DefinitionString"]
+    called = set(re.findall(r'"arn:aws:states:::([^"]+)"', definition))
+    allowed = {action for name, s in ALLOWED if name == role for action in listed(s["Action"])}
+    assert called and {action for call in called for action in CALLS[call]} <= allowed
 
 
 def test_data_is_encrypted_and_closed() -> None:
@@ -300,6 +337,7 @@ def test_a_stack_is_made_and_found_by_its_outputs(cloud: Cloud, prefix: str) -> 
         silent,
     )
     assert made == read(cloud, prefix) and made is not None
+    assert made.account("train") == Account(made.bucket, made.outputs["TrainRole"], prefix=prefix)
     assert [str(change) for change in asked[0]] == ["add Bucket (S3::Bucket)"] and len(asked) == 2
     bucket = made.bucket
     s3, states = cloud.client("s3"), cloud.client("stepfunctions")
@@ -405,7 +443,9 @@ def test_data_outlives_the_stack_and_comes_back_to_the_next(cloud: Cloud, prefix
     cloud.client("s3").put_object(Bucket=first.bucket, Key="published/a1/index.html", Body=b"page")
     push(cloud, f"{prefix}/sfm")
     told: list[Change] = []
-    assert destroy(cloud, prefix, lambda changes: not told.extend(changes), silent)  # type: ignore[func-returns-value]
+    said: list[str] = []
+    assert destroy(cloud, prefix, lambda changes: not told.extend(changes), said.append)  # type: ignore[func-returns-value]
+    assert said[-1].startswith(f"kept, and paid for: {first.bucket}, {prefix}/sfm")
     assert {change.name for change in told if change.action == "Keep"} == set(KEPT) - {"Key"}
     with pytest.raises(InputError, match=f"no stack {prefix} in eu-central-1"):
         read(cloud, prefix)
@@ -470,6 +510,21 @@ def test_nothing_changes_without_consent(cloud: Cloud, prefix: str) -> None:
     assert deploy(cloud, prefix, {"LogDays": "7"}, decline, silent) is None
     assert not destroy(cloud, prefix, decline, silent)
     assert read(cloud, prefix).parameters["LogDays"] == "30"
+
+
+def test_a_deployment_that_stopped_half_way_goes_on(cloud: Cloud, prefix: str) -> None:
+    """With the data back in a stack, and nothing else yet."""
+    first = deploy(cloud, prefix, {}, agree, silent)
+    assert first is not None and destroy(cloud, prefix, agree, silent)
+
+    def only_import(changes: Sequence[Change]) -> bool:
+        return {change.action for change in changes} == {"Import"}
+
+    assert deploy(cloud, prefix, {}, only_import, silent) is None
+    with pytest.raises(InputError, match="is not finished .IMPORT_COMPLETE.: run `spaceport aws deploy` again"):
+        read(cloud, prefix)
+    again = deploy(cloud, prefix, {}, agree, silent)
+    assert again is not None and again.bucket == first.bucket
 
 
 def test_an_update_changes_what_is_given_and_nothing_else(cloud: Cloud, prefix: str) -> None:
@@ -539,13 +594,19 @@ def test_an_older_version_leaves_a_newer_stack_alone(cloud: Cloud, prefix: str) 
 
 
 def test_a_stack_of_somebody_else_is_left_alone(cloud: Cloud) -> None:
-    body = {"Resources": {"A": {"Type": "AWS::SNS::Topic"}}, "Outputs": {"Version": {"Value": "blue"}}}
+    body = {"Description": "A blog", "Resources": {"A": {"Type": "AWS::SNS::Topic"}}}
     cloud.client("cloudformation").create_stack(StackName="foreign", TemplateBody=json.dumps(body))
     cloud.client("cloudformation").get_waiter("stack_create_complete").wait(
         StackName="foreign", WaiterConfig={"Delay": 1}
     )
-    with pytest.raises(InputError, match="not one of Spaceport's"):
-        deploy(cloud, "foreign", {}, agree, silent)
+    for touch in (
+        lambda: deploy(cloud, "foreign", {}, agree, silent),
+        lambda: destroy(cloud, "foreign", agree, silent, Data.DELETE),
+        lambda: read(cloud, "foreign"),
+    ):
+        with pytest.raises(InputError, match="not one of Spaceport's"):
+            touch()
+    assert cloud.client("cloudformation").describe_stack_resources(StackName="foreign")["StackResources"]
 
 
 def test_a_bucket_that_is_gone_is_not_made_anew_under_a_stack(cloud: Cloud, prefix: str) -> None:
@@ -606,8 +667,8 @@ def stub(cloud: Cloud, service: str) -> Stubber:
     return Stubber(cloud.client(service))
 
 
-def described(status: str, **more: Any) -> dict[str, Any]:
-    return {"Stacks": [{"StackName": "spaceport", "StackId": "id", "StackStatus": status, "CreationTime": 0, **more}]}
+def described(status: str) -> dict[str, Any]:
+    return {"Stacks": [{"StackName": "spaceport", "StackId": "id", "StackStatus": status, "CreationTime": 0}]}
 
 
 @pytest.mark.parametrize("status", ["UPDATE_IN_PROGRESS", "DELETE_IN_PROGRESS", "UPDATE_COMPLETE_CLEANUP_IN_PROGRESS"])
@@ -615,6 +676,7 @@ def test_a_stack_that_somebody_else_changes(status: str) -> None:
     cloud = stubbed()
     with stub(cloud, "cloudformation") as client:
         client.add_response("describe_stacks", described(status))
+        client.add_response("get_template_summary", {"Description": stacks.OURS})
         with pytest.raises(InputError, match=f"being changed by someone .{status}"):
             deploy(cloud, "spaceport", {}, agree, silent)
 
@@ -624,6 +686,7 @@ def test_a_stack_that_is_stuck() -> None:
     event = {"StackId": "id", "StackName": "spaceport", "EventId": "1", "Timestamp": 0, "LogicalResourceId": "Bucket"}
     with stub(cloud, "cloudformation") as client:
         client.add_response("describe_stacks", described("DELETE_FAILED"))
+        client.add_response("get_template_summary", {"Description": stacks.OURS})
         client.add_response(
             "describe_stack_events",
             {"StackEvents": [{**event, "ResourceStatus": "DELETE_FAILED", "ResourceStatusReason": "it is not empty"}]},

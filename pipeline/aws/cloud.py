@@ -33,12 +33,13 @@ class Cloud:
         self._session, self._clients = session, dict[str, Any]()
         self.region: str = session.region_name
 
-    def client(self, service: str) -> Any:
+    def client(self, service: str, region: str = "") -> Any:
+        """`region`: of a service that is not everywhere; empty: this one."""
         if service not in self._clients:
             config = Config(
                 retries={"mode": "standard", "max_attempts": 5}, user_agent_extra=f"spaceport/{__version__}"
             )
-            self._clients[service] = self._session.client(service, config=config)
+            self._clients[service] = self._session.client(service, region_name=region or self.region, config=config)
         return self._clients[service]
 
     @cached_property

@@ -193,7 +193,7 @@ class Watchdog:
         def watch() -> None:
             while not over.wait(LOOK_SECONDS):
                 for alarm in self.look(time.monotonic()):
-                    print(json.dumps(alarm), flush=True)
+                    print(f"{json.dumps(alarm)}\n", end="", flush=True)  # in one piece, beside other lines
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()

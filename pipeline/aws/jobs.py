@@ -17,6 +17,7 @@ from typing import Any
 from spaceport_gs import __version__
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.contract import MODEL, STAGES
+from spaceport_gs.pipeline.aws.prices import instances
 
 INPUTS: Mapping[str, tuple[str, ...]] = {"sfm": ("photos",), "train": ("sfm",), "compress": ("train", "sfm")}
 """Of each stage, by name; `train` is what a training job left."""
@@ -183,7 +184,7 @@ class Job:
                 "InstanceCount": 1,
                 "InstanceType": machine.instance,
                 "VolumeSizeInGB": machine.volume_gb,
-                **({"VolumeKmsKeyId": account.kms_key} if account.kms_key else {}),
+                **_volume_key_of(account, machine),
             },
             "StoppingCondition": stopping,
             "EnableManagedSpotTraining": machine.is_spot,
@@ -224,7 +225,7 @@ class Job:
                     "InstanceCount": 1,
                     "InstanceType": machine.instance,
                     "VolumeSizeInGB": machine.volume_gb,
-                    **({"VolumeKmsKeyId": account.kms_key} if account.kms_key else {}),
+                    **_volume_key_of(account, machine),
                 }
             },
             "StoppingCondition": {"MaxRuntimeInSeconds": machine.max_seconds},
@@ -247,3 +248,10 @@ class Job:
 
 def _key_of(account: Account) -> dict[str, str]:
     return {"KmsKeyId": account.kms_key} if account.kms_key else {}
+
+
+def _volume_key_of(account: Account, machine: Machine) -> dict[str, str]:
+    """Disks of an instance's own are encrypted by their hardware, and SageMaker refuses a key for them."""
+    known = instances().get(machine.instance)
+    has_volume = known is None or known.disk_gb == 0
+    return {"VolumeKmsKeyId": account.kms_key} if account.kms_key and has_volume else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -16,6 +16,7 @@ from spaceport_gs.pipeline.aws.template import KEPT, check, names_of, render, sk
 
 VERSION = 1
 """Of what command line and stack expect of each other; the template's output Version."""
+OURS = "Spaceport GS"  # begins the description of every stack of ours
 POLL_SECONDS = 5.0
 KEY_DAYS = 30  # until a key that is to be deleted is gone
 JOB_LOGS = ("/aws/sagemaker/ProcessingJobs", "/aws/sagemaker/TrainingJobs")
@@ -69,9 +70,8 @@ class Stack:
 
     def account(self, stage: str) -> Account:
         """Where the jobs of a stage run."""
-        return Account(
-            self.outputs["Bucket"], self.outputs[f"{stage.capitalize()}Role"], self.outputs.get("KeyArn", "")
-        )
+        role = self.outputs[f"{stage.capitalize()}Role"]
+        return Account(self.bucket, role, self.outputs.get("KeyArn", ""), self.prefix)
 
     def repository(self, stage: str) -> str:
         """Of the images of a stage, without a tag."""
@@ -95,10 +95,9 @@ class Stack:
 @explained()
 def read(cloud: Cloud, prefix: str) -> Stack:
     """InputError unless there is a stack of this version, ready for jobs."""
-    found = _described(cloud, prefix)
-    if found is None or found["StackStatus"] == "REVIEW_IN_PROGRESS":
+    found = _existing(cloud, prefix)
+    if found is None:
         raise InputError(f"no stack {prefix} in {cloud.region}: run `spaceport aws deploy`, or name its region")
-    stack = _stack_of(cloud, prefix, found)
     version = _version_of(found)
     if version == 0:
         raise InputError(
@@ -107,7 +106,7 @@ def read(cloud: Cloud, prefix: str) -> Stack:
     if version < VERSION:
         raise InputError(f"the stack {prefix} is of version {version}, not {VERSION}: run `spaceport aws deploy`")
     _refuse_newer(prefix, version)
-    return stack
+    return Stack(prefix, cloud.region, _outputs_of(found), _parameters_of(found))
 
 
 @explained()
@@ -123,7 +122,7 @@ def deploy(
     shown each change set, says no: then nothing has changed, but data that was kept may have come back to the stack.
     """
     check({**parameters, "Prefix": prefix})
-    found = _cleared(cloud, prefix, _described(cloud, prefix), tell)
+    found = _cleared(cloud, prefix, _existing(cloud, prefix), tell)
     version = 0 if found is None else _version_of(found)
     _refuse_newer(prefix, version)
     if found is not None:
@@ -136,7 +135,7 @@ def deploy(
         raise InputError("Encryption AES256: what is in the bucket can only be read with the stack's key; keep aws:kms")
     check(wanted)
     if found is None and kept:
-        if not _apply(cloud, prefix, {"TemplateBody": skeleton(kept)}, {}, confirm, tell, imports=kept):
+        if not _apply(cloud, prefix, _Wanted({"TemplateBody": skeleton(kept)}, imports=kept), confirm, tell):
             return None
     names = names_of(prefix, cloud.account_id, cloud.region)
     bucket = names["Bucket"]
@@ -145,14 +144,18 @@ def deploy(
             raise InputError(
                 f"{bucket} is gone, and with it what the stack {prefix} needs: destroy it and deploy again"
             )
-        if not _apply(cloud, prefix, {"TemplateBody": skeleton({**kept, "Bucket": bucket})}, {}, confirm, tell):
+        with_bucket = skeleton({**kept, "Bucket": bucket})
+        if not _apply(cloud, prefix, _Wanted({"TemplateBody": with_bucket}), confirm, tell):
             return None
-    keep_job_logs(cloud, int(wanted.get("LogDays", known["LogDays"]["Default"])))
-    if not _apply(
-        cloud, prefix, {"TemplateURL": _uploaded(cloud, bucket, render(names, wanted))}, wanted, confirm, tell
-    ):
-        return None
-    return read(cloud, prefix)
+
+    def agreed(changes: Sequence[Change]) -> bool:
+        if is_wanted := confirm(changes):
+            keep_job_logs(cloud, int(wanted.get("LogDays", known["LogDays"]["Default"])))
+        return is_wanted
+
+    address = _uploaded(cloud, bucket, render(names, wanted))
+    is_done = _apply(cloud, prefix, _Wanted({"TemplateURL": address}, wanted), agreed, tell)
+    return read(cloud, prefix) if is_done else None
 
 
 @explained()
@@ -160,7 +163,7 @@ def destroy(
     cloud: Cloud, prefix: str, confirm: Confirm, tell: Tell, data: Data = Data.KEEP, running: Running = Running.REFUSE
 ) -> bool:
     """Removes the stack, and the data with it only if that is said. False if `confirm` says no."""
-    found = _described(cloud, prefix)
+    found = _existing(cloud, prefix)
     kept = find_kept(cloud, prefix)
     if found is None and not (kept and data is Data.DELETE):
         raise InputError(f"no stack {prefix} in {cloud.region}" + (", only data that was kept" if kept else ""))
@@ -170,11 +173,14 @@ def destroy(
     if not confirm(_removals(cloud, found, kept, data)):
         return False
     if found is not None:
+        _settle(cloud, found, running, tell)  # while the user thought about it
         cloud.client("cloudformation").delete_stack(StackName=found["StackId"])
         if (status := _wait(cloud, found["StackId"], tell)) != "DELETE_COMPLETE":
             raise InputError(f"the stack {prefix} is still there ({status}): {_reasons(cloud, found['StackId'])}")
     if data is Data.DELETE:
         _delete(cloud, kept, tell)
+    elif kept:
+        tell(f"kept, and paid for: {', '.join(kept.values())}")
     return True
 
 
@@ -231,8 +237,15 @@ def _described(cloud: Cloud, name: str) -> dict[str, Any] | None:
         raise
 
 
-def _stack_of(cloud: Cloud, prefix: str, found: Mapping[str, Any]) -> Stack:
-    return Stack(prefix, cloud.region, _outputs_of(found), _parameters_of(found))
+def _existing(cloud: Cloud, prefix: str) -> dict[str, Any] | None:
+    """The stack of this name, if it is more than a change set that nobody carried out; InputError if it is not ours."""
+    found = _described(cloud, prefix)
+    if found is None or found["StackStatus"] == "REVIEW_IN_PROGRESS":
+        return None
+    summary = cloud.client("cloudformation").get_template_summary(StackName=found["StackId"])
+    if not summary.get("Description", "").startswith(OURS):
+        raise InputError(f"the stack {prefix} is not one of Spaceport's; choose another --prefix")
+    return found
 
 
 def _outputs_of(found: Mapping[str, Any]) -> dict[str, str]:
@@ -245,10 +258,7 @@ def _parameters_of(found: Mapping[str, Any]) -> dict[str, str]:
 
 def _version_of(found: Mapping[str, Any]) -> int:
     """0: it has none, because it was never finished."""
-    text = _outputs_of(found).get("Version", "0")
-    if not text.isdecimal():
-        raise InputError(f"the stack {found['StackName']} is not one of Spaceport's; choose another --prefix")
-    return int(text)
+    return int(_outputs_of(found).get("Version", "0"))
 
 
 def _refuse_newer(prefix: str, version: int) -> None:
@@ -260,7 +270,7 @@ def _refuse_newer(prefix: str, version: int) -> None:
 
 def _refuse_busy(prefix: str, found: Mapping[str, Any]) -> None:
     status = found["StackStatus"]
-    if status.endswith("_IN_PROGRESS") and status != "REVIEW_IN_PROGRESS":
+    if status.endswith("_IN_PROGRESS"):
         raise InputError(f"the stack {prefix} is being changed by someone ({status}): wait until that is done")
 
 
@@ -274,7 +284,7 @@ def _cleared(cloud: Cloud, prefix: str, found: dict[str, Any] | None, tell: Tell
         raise InputError(
             f"the stack {prefix} is stuck ({status}): {_reasons(cloud, found['StackId'])}; mend it in the console"
         )
-    if status not in ("ROLLBACK_COMPLETE", "REVIEW_IN_PROGRESS", "ROLLBACK_FAILED", "CREATE_FAILED"):
+    if status not in ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED"):
         return found
     tell(f"removes what is left of a stack {prefix} that was never finished")
     cloud.client("cloudformation").delete_stack(StackName=found["StackId"])
@@ -323,18 +333,21 @@ def _uploaded(cloud: Cloud, bucket: str, body: str) -> str:
     return f"{s3.meta.endpoint_url}/{bucket}/{key}"
 
 
-def _apply(
-    cloud: Cloud,
-    prefix: str,
-    source: Mapping[str, str],
-    parameters: Mapping[str, str],
-    confirm: Confirm,
-    tell: Tell,
-    imports: Mapping[str, str] | None = None,
-) -> bool:
-    """Makes the stack what `source`, a template, says. False if `confirm` does not want that."""
+@dataclass(frozen=True)
+class _Wanted:
+    """What a stack is to become."""
+
+    source: Mapping[str, str]
+    """TemplateBody or TemplateURL."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    imports: Mapping[str, str] = field(default_factory=dict)
+    """Resources that are there already, and nothing else is to change."""
+
+
+def _apply(cloud: Cloud, prefix: str, wanted: _Wanted, confirm: Confirm, tell: Tell) -> bool:
+    """Makes the stack so. False if `confirm` does not want that."""
     client = cloud.client("cloudformation")
-    changes = _change_set(cloud, prefix, source, parameters, imports or {})
+    changes = _change_set(cloud, prefix, wanted)
     if changes["Status"] != "FAILED" and confirm([_change_of(change) for change in changes["Changes"]]):
         client.execute_change_set(ChangeSetName=changes["ChangeSetId"])
         status = _wait(cloud, changes["StackId"], tell)
@@ -353,9 +366,7 @@ def _apply(
     raise InputError(f"the stack {prefix} cannot become so: {changes['StatusReason']}")
 
 
-def _change_set(
-    cloud: Cloud, prefix: str, source: Mapping[str, str], parameters: Mapping[str, str], imports: Mapping[str, str]
-) -> dict[str, Any]:
+def _change_set(cloud: Cloud, prefix: str, wanted: _Wanted) -> dict[str, Any]:
     """Described, once CloudFormation has made up its mind."""
     client = cloud.client("cloudformation")
     identified = [
@@ -364,17 +375,17 @@ def _change_set(
             "LogicalResourceId": name,
             "ResourceIdentifier": {KEPT[name]: identifier},
         }
-        for name, identifier in imports.items()
+        for name, identifier in wanted.imports.items()
     ]
     tags = [{"Key": "Project", "Value": "spaceport"}, {"Key": "Stack", "Value": prefix}]
     made = client.create_change_set(
         StackName=prefix,
         ChangeSetName=f"spaceport-{time.time_ns()}",
-        ChangeSetType="IMPORT" if imports else "UPDATE" if _described(cloud, prefix) else "CREATE",
+        ChangeSetType="IMPORT" if identified else "UPDATE" if _existing(cloud, prefix) else "CREATE",
         Capabilities=["CAPABILITY_IAM"],
-        Parameters=[{"ParameterKey": name, "ParameterValue": value} for name, value in parameters.items()],
-        **source,
-        **({"ResourcesToImport": identified} if imports else {"Tags": tags}),  # an import may not add tags
+        Parameters=[{"ParameterKey": name, "ParameterValue": value} for name, value in wanted.parameters.items()],
+        **wanted.source,
+        **({"ResourcesToImport": identified} if identified else {"Tags": tags}),  # an import may not add tags
     )
     named = {"ChangeSetName": made["Id"], "StackName": made["StackId"]}
     found = client.describe_change_set(**named)

@@ -14,7 +14,13 @@ import yaml
 from spaceport_gs.errors import InputError
 
 FOLDER = Path(__file__).parent
-KEPT = {"Bucket": "BucketName", "Key": "KeyId", "SfmRepository": "RepositoryName", "TrainRepository": "RepositoryName", "CompressRepository": "RepositoryName"}  # fmt: skip
+KEPT = {
+    "Bucket": "BucketName",
+    "Key": "KeyId",
+    "SfmRepository": "RepositoryName",
+    "TrainRepository": "RepositoryName",
+    "CompressRepository": "RepositoryName",
+}
 """Resources that outlive the stack, and the property that tells one from others."""
 
 
