@@ -113,8 +113,8 @@ def list_photos(path: Path) -> list[Path]:
     return [images / name for name in _find_photos(images, images / "work")]
 
 
-def stamp_of(path: Path) -> dict[str, Any]:
-    """What tells a capture from another one: names, sizes and times of its photos, and of a model that came with them."""
+def list_files(path: Path) -> list[Path]:
+    """The photos of a capture, and the model and masks that came with them."""
     files = list_photos(path)
     if path.is_dir():
         root = _single_folder(path)
@@ -122,6 +122,12 @@ def stamp_of(path: Path) -> dict[str, Any]:
         files += sorted(p for p in model.iterdir() if p.suffix in MODEL_SUFFIXES and p.is_file())
         if model != root:
             files += sorted((root / "masks").rglob("*.png"))
+    return files
+
+
+def stamp_of(path: Path) -> dict[str, Any]:
+    """What tells a capture from another one: names, sizes and times of its photos, and of a model that came with them."""
+    files = list_files(path)
     digest = hashlib.sha256()
     for file in files:
         about = file.stat(follow_symlinks=False)

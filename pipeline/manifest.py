@@ -36,9 +36,9 @@ def write_manifest(
     folder: Path, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, Path], metrics: Mapping[str, Any]
 ) -> Manifest:
     """Of all files that lie in `folder` now. `inputs`: folders with manifests of their own."""
-    hashes = {name: _sha256(path / NAME) for name, path in inputs.items() if (path / NAME).is_file()}
+    hashes = {name: sha256_of(path / NAME) for name, path in inputs.items() if (path / NAME).is_file()}
     outputs = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / NAME
     }
@@ -65,12 +65,13 @@ def read_manifest(folder: Path, stage: str) -> Manifest:
         if parts.is_absolute() or ".." in parts.parts:
             raise InputError(f"{path}: names a file outside of its folder, {name}")
         file = folder / name
-        if not file.is_file() or file.stat().st_size != n_bytes or _sha256(file) != sha256:
+        if not file.is_file() or file.stat().st_size != n_bytes or sha256_of(file) != sha256:
             raise InputError(f"{file}: missing, or not what the stage {stage} wrote; {again}")
     return manifest
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file, hexadecimal."""
     known = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -105,7 +105,7 @@ def check(settings: RunSettings) -> None:
 
 
 @dataclass(frozen=True)
-class _Cost:
+class Cost:
     """A coarse model of a run on the CPU, made from runs on two cores of an AMD EPYC (2.6 GHz, AVX2)."""
 
     sfm_per_photo: float = 1.2
@@ -130,7 +130,7 @@ def estimate(source: Path, settings: RunSettings, out: Path) -> str:
 
     from spaceport_gs.schedule import preset
 
-    cost = _Cost()
+    cost = Cost()
     files = list_photos(source)
     n, megapixels = len(files), _megapixels(files)
     if source.is_file():

@@ -19,7 +19,8 @@ import pytest
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline import run as stages
 from spaceport_gs.pipeline.aws import entrypoint
-from spaceport_gs.pipeline.aws.contract import Places, settings_of
+from spaceport_gs.pipeline.aws.contract import Places, Reporter, Watchdog, settings_of
+from spaceport_gs.pipeline.aws.template import template
 from spaceport_gs.pipeline.manifest import read_manifest
 from spaceport_gs.pipeline.workspace import Existing, open_workspace
 from spaceport_gs.progress import ignore
@@ -236,3 +237,35 @@ def test_settings_are_json_or_text(tmp_path: Path) -> None:
 def test_a_stage_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert entrypoint.run_stage([]) == entrypoint.run_stage(["bake"]) == entrypoint.EXIT_MISTAKE
     assert "sfm, train, compress" in capsys.readouterr().err
+
+
+def test_a_job_says_when_it_stands_still_or_is_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, in the words that the stack's alarms wait for."""
+    monkeypatch.setenv("SPACEPORT_PREFIX", "hills")
+    monkeypatch.setenv("SPACEPORT_EXPECTED_SECONDS", "1000")
+    reporter = Reporter(tmp_path)
+    start = time.monotonic()
+    watchdog = Watchdog(Places(tmp_path, "train"), reporter)
+    assert not watchdog.look(start + 1400)
+    reporter.heard = start + 1500
+    assert watchdog.look(start + 1600) == [{"alarm": "late", "prefix": "hills", "stage": "train", "seconds": 1600}]
+    stalled = watchdog.look(start + 3400)
+    assert stalled == [{"alarm": "stalled", "prefix": "hills", "stage": "train", "seconds": 1900}]
+    assert not watchdog.look(start + 9000)
+    reporter.heard = start + 9000
+    assert not watchdog.look(start + 9010) and len(watchdog.look(start + 20000)) == 1
+    patterns = {pattern["Fn::Sub"].replace("${Prefix}", "hills") for pattern in filter_patterns()}
+    assert '{ $.alarm = "stalled" && $.prefix = "hills" }' in patterns and len(patterns) == 2
+
+
+def filter_patterns() -> list[dict[str, str]]:
+    resources = template()["Resources"].values()
+    return [r["Properties"]["FilterPattern"] for r in resources if r["Type"] == "AWS::Logs::MetricFilter"]
+
+
+def test_a_job_without_an_estimate_is_never_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for expected in ("", "0", "soon"):
+        monkeypatch.setenv("SPACEPORT_EXPECTED_SECONDS", expected)
+        reporter = Reporter(tmp_path)
+        watchdog = Watchdog(Places(tmp_path, "sfm"), reporter)
+        assert not watchdog.look(reporter.heard + 1000)

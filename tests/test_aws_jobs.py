@@ -6,14 +6,10 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from botocore.model import Shape
-from botocore.session import Session
-from botocore.validate import ParamValidator
+from service_model import wrong
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.contract import Places, settings_of
@@ -27,44 +23,10 @@ SETTINGS = {"steps": 7000, "preset": "baseline", "title": 'Quarry "3"', "downsca
 STAGES = ["sfm", "train", "compress"]
 
 
-def wrong(operation: str, request: dict[str, Any]) -> list[str]:
-    """What SageMaker would refuse: types, names and ranges, and what botocore does not look at, patterns and enums."""
-    shape = Session().get_service_model("sagemaker").operation_model(operation).input_shape
-    assert shape is not None
-    report = ParamValidator().validate(request, shape).generate_report()
-    return [report] if report else list(_unmatched(shape, request))
-
-
-def _unmatched(shape: Shape, value: Any) -> Iterator[str]:
-    if shape.type_name == "structure":
-        for name, part in value.items():
-            yield from _unmatched(shape.members[name], part)  # type: ignore[attr-defined]
-    elif shape.type_name == "list":
-        for part in value:
-            yield from _unmatched(shape.member, part)  # type: ignore[attr-defined]
-    elif shape.type_name == "map":
-        for name, part in value.items():
-            yield from _unmatched(shape.key, name)  # type: ignore[attr-defined]
-            yield from _unmatched(shape.value, part)  # type: ignore[attr-defined]
-    elif shape.type_name == "string":
-        pattern, enum = shape.metadata.get("pattern"), shape.metadata.get("enum")
-        if pattern and not re.fullmatch(_in_python(pattern), value):
-            yield f"{shape.name}: {value}"
-        if enum and value not in enum:
-            yield f"{shape.name}: {value}"
-        if not shape.metadata.get("min", 0) <= len(value) <= shape.metadata.get("max", 1 << 20):
-            yield f"{shape.name}: {len(value)} characters"
-
-
-def _in_python(pattern: str) -> str:
-    """Without the classes of Unicode that `re` does not know."""
-    return pattern.replace(r"\p{L}", "a-zA-Z").replace(r"\p{Z}", " ").replace(r"\p{N}", "0-9")
-
-
 @pytest.mark.parametrize("account", [ACCOUNT, ENCRYPTED])
 @pytest.mark.parametrize("stage", STAGES)
 def test_requests_are_what_the_service_takes(stage: str, account: Account) -> None:
-    job = Job(stage, 24 * "z", IMAGE, SETTINGS, attempt=999_999)
+    job = Job(stage, 24 * "z", IMAGE, SETTINGS, attempt=12 * "f")
     assert not any(wrong(job.operation(), job.request(account)))
     spot = Machine("ml.g5.2xlarge", is_spot=True, max_seconds=3600, max_wait_seconds=60)
     if stage == "train":
@@ -88,12 +50,12 @@ def test_every_job_ends_and_is_cut_off_from_the_network(stage: str) -> None:
     request = Job(stage, "a1", IMAGE).request(ACCOUNT)
     isolated = request.get("NetworkConfig", request)["EnableNetworkIsolation"]
     assert isolated and request["StoppingCondition"]["MaxRuntimeInSeconds"] == DEFAULT_MACHINES[stage].max_seconds
-    assert {tag["Key"] for tag in request["Tags"]} == {"Project", "Stage", "JobId", "Version"}
+    assert {tag["Key"] for tag in request["Tags"]} == {"Project", "Stack", "Stage", "JobId", "Version"}
 
 
 def test_attempts_have_names_of_their_own_and_settings_their_checkpoints() -> None:
     job = Job("train", "a1", IMAGE, SETTINGS)
-    again = Job("train", "a1", IMAGE, SETTINGS, attempt=1)
+    again = Job("train", "a1", IMAGE, SETTINGS, attempt="1")
     assert job.name != again.name and job.checkpoints == again.checkpoints
     assert Job("train", "a1", IMAGE, {**SETTINGS, "seed": 1}).checkpoints != job.checkpoints
 
@@ -101,12 +63,12 @@ def test_attempts_have_names_of_their_own_and_settings_their_checkpoints() -> No
 def test_a_job_looks_where_the_one_before_left_its_results() -> None:
     """For a training job that is OUTPUT/NAME/output/model.tar.gz."""
     sfm, train = (Job(stage, "a1", IMAGE).request(ACCOUNT) for stage in ("sfm", "train"))
-    again = Job("train", "a1", IMAGE, attempt=2)
+    again = Job("train", "a1", IMAGE, attempt="2")
     compress = Job("compress", "a1", IMAGE, trained=again.name).request(ACCOUNT)
     inputs = {i["InputName"]: i["S3Input"]["S3Uri"] for i in compress["ProcessingInputs"]}
     left = sfm["ProcessingOutputConfig"]["Outputs"][0]["S3Output"]["S3Uri"]
     assert inputs["sfm"] == left == train["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"]
-    assert inputs["train"] == f"{train['OutputDataConfig']['S3OutputPath']}/{again.name}/output/"
+    assert inputs["train"] == f"{train['OutputDataConfig']['S3OutputPath']}/{again.name}/output/model.tar.gz"
 
 
 def test_metrics_are_found_in_what_a_job_prints() -> None:

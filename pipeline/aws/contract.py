@@ -7,11 +7,14 @@ leave outputs. SAGEMAKER_BASE_DIR stands in for /opt/ml.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tarfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +28,9 @@ from spaceport_gs.progress import Progress
 STAGES = ("sfm", "train", "compress")
 MOST_FAILURE_BYTES = 1024  # that SageMaker takes of a reason
 TELL_SECONDS = 2.0
+STALLED_SECONDS = 1800.0  # without a word from the stage
+LATE = 1.5  # times the estimate
+LOOK_SECONDS = 15.0
 MODEL = "model.tar.gz"  # what SageMaker makes of a training job's model
 
 
@@ -135,8 +141,11 @@ class Reporter:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._clock, self._told, self._stage, self._step = folder, Clock(), 0.0, "", 0
+        self.heard = time.monotonic()
+        """When there was progress last, whether or not it was told."""
 
     def __call__(self, progress: Progress) -> None:
+        self.heard = time.monotonic()
         event = self._clock.event(progress)
         is_over = progress.step >= progress.n_steps
         if event is None or (
@@ -151,3 +160,45 @@ class Reporter:
         if progress.figures:
             metrics = {"step": progress.step, **progress.figures, "steps_per_second": rate}
             print("metric " + " ".join(f"{name}={value:g}" for name, value in metrics.items()), flush=True)
+
+
+class Watchdog:
+    """What the stack's alarms go by: lines in the log for a job that stands still, or takes half as long again as estimated.
+
+    SPACEPORT_PREFIX says whose alarms, SPACEPORT_EXPECTED_SECONDS what was estimated.
+    """
+
+    def __init__(self, places: Places, reporter: Reporter) -> None:
+        self._common = {"prefix": os.environ.get("SPACEPORT_PREFIX", ""), "stage": places.stage}
+        expected = os.environ.get("SPACEPORT_EXPECTED_SECONDS", "")
+        self._limit = LATE * float(expected) if expected.isdecimal() and int(expected) else math.inf
+        self._reporter, self._began, self._is_late, self._stalled_since = reporter, time.monotonic(), False, math.nan
+
+    def look(self, now: float) -> list[dict[str, Any]]:
+        """What is to be told at this time of the monotonic clock: each stop and being late once."""
+        alarms = []
+        if now - self._reporter.heard > STALLED_SECONDS and self._stalled_since != self._reporter.heard:
+            self._stalled_since = self._reporter.heard
+            alarms.append({"alarm": "stalled", **self._common, "seconds": round(now - self._reporter.heard)})
+        if now - self._began > self._limit and not self._is_late:
+            self._is_late = True
+            alarms.append({"alarm": "late", **self._common, "seconds": round(now - self._began)})
+        return alarms
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Looks every few seconds, from a thread of its own."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(LOOK_SECONDS):
+                for alarm in self.look(time.monotonic()):
+                    print(f"{json.dumps(alarm)}\n", end="", flush=True)  # in one piece, beside other lines
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()

@@ -24,7 +24,7 @@ from typing import Any
 from spaceport_gs import __version__
 from spaceport_gs.errors import BackendError, InputError, Interrupted
 from spaceport_gs.pipeline import doctor, run
-from spaceport_gs.pipeline.aws.contract import STAGES, Places, Reporter, settings_of, unpacked
+from spaceport_gs.pipeline.aws.contract import STAGES, Places, Reporter, Watchdog, settings_of, unpacked
 from spaceport_gs.pipeline.manifest import read_manifest, write_manifest
 from spaceport_gs.pipeline.run import RunSettings
 from spaceport_gs.pipeline.workspace import Existing, Workspace, open_workspace
@@ -134,8 +134,10 @@ _STAGES: Mapping[str, Callable[[Places, RunSettings], None]] = {"sfm": _sfm, "tr
 @contextmanager
 def _workspace(places: Places, source: Path) -> Iterator[tuple[Workspace, Reporter]]:
     config = {"version": __version__, "command": "reconstruct", "input": str(source)}
+    reporter = Reporter(places.progress)
     with open_workspace(places.work, source, Existing.RESUME, config) as workspace:
-        yield workspace, Reporter(places.progress)
+        with Watchdog(places, reporter).watching():
+            yield workspace, reporter
 
 
 def _take(workspace: Workspace, results: Path, stage: str) -> None:

@@ -16,13 +16,15 @@ from typing import Any
 
 from spaceport_gs import __version__
 from spaceport_gs.errors import InputError
-from spaceport_gs.pipeline.aws.contract import STAGES
+from spaceport_gs.pipeline.aws.contract import MODEL, STAGES
+from spaceport_gs.pipeline.aws.prices import instances
 
 INPUTS: Mapping[str, tuple[str, ...]] = {"sfm": ("photos",), "train": ("sfm",), "compress": ("train", "sfm")}
 """Of each stage, by name; `train` is what a training job left."""
 SCENE_ID = re.compile(r"[a-z0-9]{1,24}")
 MOST_ARGUMENT = 256  # characters
 MOUNT = "/opt/ml"
+PREFIX = "spaceport"  # of all names, unless the stack is given another one
 METRICS = ("psnr", "loss", "gaussians", "step", "steps_per_second")
 
 
@@ -35,6 +37,8 @@ class Account:
     """ARN of the role that the job takes on."""
     kms_key: str = ""
     """ARN of the key for what is stored; empty: the bucket's own."""
+    prefix: str = PREFIX
+    """Of the stack, whose alarms hear of a job that stands still."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Machine:
     """Training only: cheaper, and may be interrupted."""
     max_wait_seconds: int = 6 * 3600
     """Of a spot job, for hardware and work together."""
+    expected_seconds: int = 0
+    """By the estimate, if there is one; a job that takes half as long again says so."""
 
 
 DEFAULT_MACHINES: Mapping[str, Machine] = {
@@ -69,7 +75,8 @@ class Job:
     """Of the container, with its digest."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of RunSettings."""
-    attempt: int = 0
+    attempt: str = "0"
+    """Tells the attempts at a stage apart: letters and digits. In a state machine each has random ones."""
     trained: str = ""
     """To compress: the training job whose model it is, by its name; empty: the first attempt."""
 
@@ -86,8 +93,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Never used twice: it tells the attempts of a stage apart."""
-        return f"spaceport-{self.stage}-{self.scene}-r{self.attempt}"
+        """Never used twice in an account and a region."""
+        return f"{PREFIX}-{self.stage}-{self.scene}-{self.attempt}"
 
     @property
     def result(self) -> str:
@@ -101,12 +108,14 @@ class Job:
         return f"checkpoints/{self.scene}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def input_key(self, name: str) -> str:
-        """Key of the folder of an input: where the stage before left it."""
+        """Key of an input: the folder, or the model's archive, that the stage before left."""
         if name == "photos":
-            return f"inputs/{self.scene}/photos"
+            return f"inputs/{self.scene}/photos/"
         before = Job(name, self.scene, self.image)
         # SageMaker puts a training job's model below the job's name.
-        return f"{before.result}/{self.trained or before.name}/output" if name == "train" else before.result
+        return (
+            f"{before.result}/{self.trained or before.name}/output/{MODEL}" if name == "train" else f"{before.result}/"
+        )
 
     @property
     def _hyperparameters(self) -> dict[str, str]:
@@ -125,8 +134,19 @@ class Job:
         chosen = machine or DEFAULT_MACHINES[self.stage]
         if chosen.is_spot and self.stage != "train":
             raise InputError(f"stage {self.stage}: only the training can run on spot instances")
-        tags = {"Project": "spaceport", "Stage": self.stage, "JobId": self.scene, "Version": __version__}
-        common = {"RoleArn": account.role, "Tags": [{"Key": key, "Value": value} for key, value in tags.items()]}
+        tags = {
+            "Project": "spaceport",
+            "Stack": account.prefix,
+            "Stage": self.stage,
+            "JobId": self.scene,
+            "Version": __version__,
+        }
+        environment = {"SPACEPORT_PREFIX": account.prefix, "SPACEPORT_EXPECTED_SECONDS": str(chosen.expected_seconds)}
+        common = {
+            "RoleArn": account.role,
+            "Environment": environment,
+            "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
+        }
         specific = self._training if self.stage == "train" else self._processing
         return {**common, **specific(account, chosen)}
 
@@ -148,7 +168,7 @@ class Job:
                     "DataSource": {
                         "S3DataSource": {
                             "S3DataType": "S3Prefix",
-                            "S3Uri": f"s3://{account.bucket}/{self.input_key(name)}/",
+                            "S3Uri": f"s3://{account.bucket}/{self.input_key(name)}",
                             "S3DataDistributionType": "FullyReplicated",
                         }
                     },
@@ -164,7 +184,7 @@ class Job:
                 "InstanceCount": 1,
                 "InstanceType": machine.instance,
                 "VolumeSizeInGB": machine.volume_gb,
-                **({"VolumeKmsKeyId": account.kms_key} if account.kms_key else {}),
+                **_volume_key_of(account, machine),
             },
             "StoppingCondition": stopping,
             "EnableManagedSpotTraining": machine.is_spot,
@@ -185,7 +205,7 @@ class Job:
                 {
                     "InputName": name,
                     "S3Input": {
-                        "S3Uri": f"s3://{account.bucket}/{self.input_key(name)}/",
+                        "S3Uri": f"s3://{account.bucket}/{self.input_key(name)}",
                         "LocalPath": f"{MOUNT}/processing/input/{name}",
                         "S3DataType": "S3Prefix",
                         "S3InputMode": "File",
@@ -205,7 +225,7 @@ class Job:
                     "InstanceCount": 1,
                     "InstanceType": machine.instance,
                     "VolumeSizeInGB": machine.volume_gb,
-                    **({"VolumeKmsKeyId": account.kms_key} if account.kms_key else {}),
+                    **_volume_key_of(account, machine),
                 }
             },
             "StoppingCondition": {"MaxRuntimeInSeconds": machine.max_seconds},
@@ -232,3 +252,10 @@ class Job:
 
 def _key_of(account: Account) -> dict[str, str]:
     return {"KmsKeyId": account.kms_key} if account.kms_key else {}
+
+
+def _volume_key_of(account: Account, machine: Machine) -> dict[str, str]:
+    """Disks of an instance's own are encrypted by their hardware, and SageMaker refuses a key for them."""
+    known = instances().get(machine.instance)
+    has_volume = known is None or known.disk_gb == 0
+    return {"VolumeKmsKeyId": account.kms_key} if account.kms_key and has_volume else {}

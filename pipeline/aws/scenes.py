@@ -1,0 +1,424 @@
+"""Scenes on AWS: submitted, followed, stopped, gone on with and fetched.
+
+A scene's id stands for the content of its photos. Every run of its flow has a record in the bucket, jobs/SCENE/0001.json and
+so on, written before the execution starts and never again: so who submits twice, or at the same time as somebody else, gets
+the run that is there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from spaceport_gs.errors import InputError
+from spaceport_gs.files import replacing
+from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explained
+from spaceport_gs.pipeline.aws.flow import BATCH_NAME, Scene, batch_input, batch_manifest, scene_input
+from spaceport_gs.pipeline.aws.jobs import SCENE_ID
+from spaceport_gs.pipeline.aws.stack import Stack
+from spaceport_gs.pipeline.aws.uploads import Upload, send, sizes
+from spaceport_gs.pipeline.manifest import FORMAT, read_manifest, sha256_of
+from spaceport_gs.pipeline.manifest import NAME as MANIFEST
+from spaceport_gs.pipeline.run import RunSettings
+from spaceport_gs.progress import Listener, Progress
+
+RUNNING, SUCCEEDED = "RUNNING", "SUCCEEDED"
+UNSTARTED = "UNSTARTED"  # recorded, and then somebody was cut off
+STOPPED = "Spaceport.stopped"
+STOP_WAITS = (0.0, 1.0, 2.0, 4.0)  # seconds
+UNKNOWN_JOB = {"ValidationException", "ResourceNotFound"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a scene's flow."""
+
+    scene: str
+    number: int
+    given: str
+    """Its input, JSON."""
+    recorded: datetime
+    arn: str
+    status: str
+    """What Step Functions calls it, or UNSTARTED."""
+    error: str = ""
+    reason: str = ""
+    """Why it failed, in one sentence."""
+    output: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.scene}-{self.number}"
+
+    @property
+    def stages(self) -> Mapping[str, Any]:
+        """Requests of its jobs."""
+        return json.loads(self.given)["stages"]
+
+
+@dataclass(frozen=True)
+class JobState:
+    """Of one attempt at a stage."""
+
+    name: str
+    is_training: bool
+    status: str
+    """InProgress, Completed, Failed, Stopping or Stopped."""
+    detail: str
+    """What it is about, such as Downloading; of a training job only."""
+    reason: str
+    request: Mapping[str, Any]
+    description: Mapping[str, Any]
+    """All that SageMaker says of it."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Of a scene, by its latest run."""
+
+    run: Run
+    jobs: tuple[JobState, ...]
+    """In the order in which they were asked for."""
+    progress: Mapping[str, Any] | None
+    """What the latest job said last: an event as in progress.json."""
+
+
+@explained()
+def submit(cloud: Cloud, stack: Stack, scene: Scene, upload: Upload, listen: Listener) -> Run:
+    """Uploads what is missing and starts the flow, or returns the run that does the same already. InputError if one with
+    other settings is under way.
+    """
+    scene = replace(scene, scene=upload.scene)
+    send(cloud, stack.bucket, f"inputs/{scene.scene}/photos", upload, listen)
+    given = scene_input(scene, stack.account("sfm"))
+    while True:
+        last = _latest(cloud, stack, scene.scene)
+        if last and last.stages == given["stages"]:
+            return _start(cloud, stack, last)
+        if last and (last.status == RUNNING or _is_being_started(last)):
+            raise InputError(f"scene {scene.scene}: {last.name} makes it with other settings; stop that one first")
+        run = _record(cloud, stack, scene.scene, last.number + 1 if last else 1, given)
+        if run:
+            return _start(cloud, stack, run)
+
+
+@explained()
+def retry(cloud: Cloud, stack: Stack, scene: str) -> Run:
+    """Goes on after the last stage that is complete; a training goes on from its checkpoint."""
+    last = _existing(cloud, stack, scene)
+    if last.status == UNSTARTED:
+        return _start(cloud, stack, last)
+    if last.status in (RUNNING, SUCCEEDED):
+        raise InputError(f"scene {scene}: {last.name} {'still runs' if last.status == RUNNING else 'is done'}")
+    start, model = _where(cloud, stack, last)
+    given = {**json.loads(last.given), "from": start, "model": model}
+    run = _record(cloud, stack, scene, last.number + 1, given)
+    return _start(cloud, stack, run) if run else _start(cloud, stack, _existing(cloud, stack, scene))
+
+
+@explained()
+def status(cloud: Cloud, stack: Stack, scene: str) -> Status:
+    """Where the latest run of a scene stands."""
+    run = _existing(cloud, stack, scene)
+    jobs = tuple(_jobs(cloud, run))
+    return Status(run, jobs, _progress(cloud, jobs[-1].request) if jobs else None)
+
+
+@explained()
+def stop(cloud: Cloud, stack: Stack, scene: str) -> list[str]:
+    """Stops the latest run and its jobs, by the names in its history; returns those that ran. Twice is as good as once."""
+    run = _existing(cloud, stack, scene)
+    if run.status == RUNNING:
+        _stop_execution(cloud, run.arn)
+    ran: dict[str, None] = {}
+    for wait in STOP_WAITS:  # the job that was asked for last may not be known to SageMaker yet
+        time.sleep(wait)
+        jobs = [_job(cloud, request) for request in _requests(cloud, run)]
+        for job in jobs:
+            if job and job.status == "InProgress":
+                _stop(cloud, job)
+                ran[job.name] = None
+        if not jobs or jobs[-1]:
+            break
+    return list(ran)
+
+
+def _stop(cloud: Cloud, job: JobState) -> None:
+    sagemaker = cloud.client("sagemaker")
+    try:
+        if job.is_training:
+            sagemaker.stop_training_job(TrainingJobName=job.name)
+        else:
+            sagemaker.stop_processing_job(ProcessingJobName=job.name)
+    except ClientError as error:  # it has just ended
+        if code_of(error) not in UNKNOWN_JOB:
+            raise
+
+
+@explained()
+def fetch(cloud: Cloud, stack: Stack, scene: str, out: Path, listen: Listener) -> None:
+    """The scene's file, its page and the manifest, checked, in `out`; what is there already is not fetched again."""
+    s3, folder = cloud.client("s3"), f"work/{_checked(scene)}/compress"
+    text = _text(cloud, stack.bucket, f"{folder}/{MANIFEST}")
+    if text is None:
+        raise InputError(f"scene {scene}: there is no finished result; see its status")
+    try:
+        files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in json.loads(text)["outputs"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"scene {scene}: {folder}/{MANIFEST} is not a manifest; retry it") from error
+    total, done = sum(n_bytes for n_bytes, _ in files.values()), 0
+    for name, (n_bytes, sha256) in files.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise InputError(f"scene {scene}: its manifest names a file outside of its folder, {name}")
+        listen(Progress("fetch", done, total, name))
+        if not (out / name).is_file() or sha256_of(out / name) != sha256:
+            with replacing(out / name) as path:
+                s3.download_file(stack.bucket, f"{folder}/{name}", str(path))
+        done += n_bytes
+    with replacing(out / MANIFEST) as path:
+        path.write_text(text, encoding="utf-8")
+    read_manifest(out, "compress")
+    listen(Progress("fetch", total, total))
+
+
+@explained()
+def submit_batch(cloud: Cloud, stack: Stack, batch: str, scenes: Sequence[Scene], concurrency: int) -> str:
+    """ARN of the execution that makes many scenes, whose photos are uploaded, some at a time. Each is followed and stopped
+    as one that was submitted alone. The same batch twice is one.
+    """
+    given = json.dumps(batch_input(batch, concurrency))
+    key = f"batches/{batch}/manifest.json"
+    wanted = [scene_input(scene, stack.account("sfm")) for scene in scenes]
+    text = _text(cloud, stack.bucket, key)
+    if text is None:
+        text = batch_manifest([(_next_name(cloud, stack, one["scene"]), one) for one in wanted])
+        if not _put_once(cloud, stack.bucket, key, text):
+            raise InputError(f"batch {batch}: somebody has just submitted one of this name; take another name")
+    runs = json.loads(text)
+    if [run["input"] for run in runs] != wanted:
+        raise InputError(f"batch {batch}: there is one of this name with other scenes; take another name")
+    for run in runs:
+        scene, _, number = run["name"].rpartition("-")
+        _record(cloud, stack, scene, int(number), run["input"])
+    return _execute(cloud, stack.machines[1], batch, given)
+
+
+@explained()
+def batch_scenes(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
+    """Ids of the scenes of a batch."""
+    return [run["input"]["scene"] for run in json.loads(_manifest_of(cloud, stack, batch))]
+
+
+@explained()
+def stop_batch(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
+    """Begins no more scenes, and stops those under way; returns the jobs that ran."""
+    scenes = batch_scenes(cloud, stack, batch)
+    _stop_execution(cloud, _arn_of(stack.machines[1], batch))
+    return [job for scene in scenes for job in stop(cloud, stack, scene)]
+
+
+def _manifest_of(cloud: Cloud, stack: Stack, batch: str) -> str:
+    text = _text(cloud, stack.bucket, f"batches/{batch}/manifest.json") if BATCH_NAME.fullmatch(batch) else None
+    if text is None:
+        raise InputError(f"batch {batch!r}: the stack {stack.prefix} knows of none")
+    return text
+
+
+def _stop_execution(cloud: Cloud, arn: str) -> None:
+    states, cause = cloud.client("stepfunctions"), "stopped by its user; retry goes on from there"
+    if states.describe_execution(executionArn=arn)["status"] == RUNNING:
+        states.stop_execution(executionArn=arn, error=STOPPED, cause=cause)
+
+
+def _next_name(cloud: Cloud, stack: Stack, scene: str) -> str:
+    """Of a run that nothing stands in the way of."""
+    last = _latest(cloud, stack, scene)
+    if last and (last.status == RUNNING or _is_being_started(last)):
+        raise InputError(f"scene {scene}: {last.name} makes it already; leave it out, or stop it")
+    return f"{scene}-{last.number + 1 if last else 1}"
+
+
+def _record(cloud: Cloud, stack: Stack, scene: str, number: int, given: Mapping[str, Any]) -> Run | None:
+    """Takes the number for a run; None if somebody else has it."""
+    text = json.dumps(given, sort_keys=True)
+    if not _put_once(cloud, stack.bucket, f"jobs/{scene}/{number:04}.json", text):
+        return None
+    now = datetime.now(timezone.utc)
+    return Run(scene, number, text, now, _arn_of(stack.machines[0], f"{scene}-{number}"), UNSTARTED)
+
+
+def _is_being_started(run: Run) -> bool:
+    """By somebody, just now; who was cut off half an hour ago does not come back."""
+    return run.status == UNSTARTED and datetime.now(timezone.utc) - run.recorded < timedelta(minutes=30)
+
+
+def _start(cloud: Cloud, stack: Stack, run: Run) -> Run:
+    if run.status != UNSTARTED:
+        return run
+    return _described(cloud, replace(run, arn=_execute(cloud, stack.machines[0], run.name, run.given)))
+
+
+def _execute(cloud: Cloud, machine: str, name: str, given: str) -> str:
+    """ARN of the execution of this name, which is started unless it was."""
+    try:
+        answer = cloud.client("stepfunctions").start_execution(stateMachineArn=machine, name=name, input=given)
+        return str(answer["executionArn"])
+    except ClientError as error:
+        if code_of(error) != "ExecutionAlreadyExists":
+            raise
+        return _arn_of(machine, name)
+
+
+def _arn_of(machine: str, name: str) -> str:
+    return f"{machine.replace(':stateMachine:', ':execution:')}:{name}"
+
+
+def _existing(cloud: Cloud, stack: Stack, scene: str) -> Run:
+    run = _latest(cloud, stack, _checked(scene))
+    if run is None:
+        raise InputError(f"scene {scene}: the stack {stack.prefix} knows of none; submit its photos")
+    return run
+
+
+def _checked(scene: str) -> str:
+    if not SCENE_ID.fullmatch(scene):
+        raise InputError(f"scene {scene!r}: an id has 1 to 24 lower-case letters and digits")
+    return scene
+
+
+def _latest(cloud: Cloud, stack: Stack, scene: str) -> Run | None:
+    pages = cloud.client("s3").get_paginator("list_objects_v2").paginate(Bucket=stack.bucket, Prefix=f"jobs/{scene}/")
+    records = {entry["Key"]: entry["LastModified"] for page in pages for entry in page.get("Contents", [])}
+    if not records:
+        return None
+    key = max(records)
+    number, given = int(PurePosixPath(key).stem), _text(cloud, stack.bucket, key) or ""
+    arn = _arn_of(stack.machines[0], f"{scene}-{number}")
+    return _described(cloud, Run(scene, number, given, records[key], arn, UNSTARTED))
+
+
+def _described(cloud: Cloud, run: Run) -> Run:
+    try:
+        found = cloud.client("stepfunctions").describe_execution(executionArn=run.arn)
+    except ClientError as error:
+        if code_of(error) != "ExecutionDoesNotExist":
+            raise
+        return run
+    output = json.loads(found["output"]) if found.get("output") else None
+    return replace(
+        run, status=found["status"], error=found.get("error", ""), reason=found.get("cause", ""), output=output
+    )
+
+
+def _jobs(cloud: Cloud, run: Run) -> Iterator[JobState]:
+    """Those that it asked for and SageMaker knows."""
+    return filter(None, (_job(cloud, request) for request in _requests(cloud, run)))
+
+
+def _requests(cloud: Cloud, run: Run) -> Iterator[Mapping[str, Any]]:
+    """For jobs, from its history: with the names that no one can guess."""
+    if run.status == UNSTARTED:
+        return
+    pages = cloud.client("stepfunctions").get_paginator("get_execution_history").paginate(executionArn=run.arn)
+    for event in (event for page in pages for event in page["events"]):
+        task = event.get("taskScheduledEventDetails", {})
+        if task.get("resourceType") == "sagemaker":
+            yield json.loads(task["parameters"])
+
+
+def _job(cloud: Cloud, request: Mapping[str, Any]) -> JobState | None:
+    """None if there is no such job: it was refused."""
+    sagemaker, is_training = cloud.client("sagemaker"), "TrainingJobName" in request
+    kind = "Training" if is_training else "Processing"
+    name = str(request[f"{kind}JobName"])
+    try:
+        if is_training:
+            found = sagemaker.describe_training_job(TrainingJobName=name)
+        else:
+            found = sagemaker.describe_processing_job(ProcessingJobName=name)
+    except ClientError as error:
+        if code_of(error) not in UNKNOWN_JOB:
+            raise
+        return None
+    reason = found.get("ExitMessage") or found.get("FailureReason") or ""
+    detail = found.get("SecondaryStatus", "") if is_training else ""
+    return JobState(name, is_training, found[f"{kind}JobStatus"], detail, reason, request, found)
+
+
+def _progress(cloud: Cloud, request: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a job writes every few seconds to its checkpoints or to an output of its own."""
+    if "CheckpointConfig" in request:
+        folder = request["CheckpointConfig"]["S3Uri"]
+    else:
+        outputs = request["ProcessingOutputConfig"]["Outputs"]
+        folder = next(output["S3Output"]["S3Uri"] for output in outputs if output["OutputName"] == "progress")
+    bucket, _, key = folder.removeprefix("s3://").partition("/")
+    text = _text(cloud, bucket, f"{key}progress.json")
+    try:
+        event = json.loads(text or "null")
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _where(cloud: Cloud, stack: Stack, last: Run) -> tuple[str, str]:
+    """(stage to go on at, address of the trained model) after what is complete. That its stages made the same of the photos
+    is what their manifests say.
+    """
+    if not _is_complete(cloud, stack, last, "sfm"):
+        return "sfm", ""
+    model = json.loads(last.given)["model"]
+    for job in _jobs(cloud, last):
+        if job.is_training and job.status == "Completed":
+            model = job.description["ModelArtifacts"]["S3ModelArtifacts"]
+    if not model:
+        return "train", ""
+    if _is_complete(cloud, stack, last, "compress") and last.error == "Spaceport.publish":
+        return "publish", model
+    return "compress", model
+
+
+def _is_complete(cloud: Cloud, stack: Stack, run: Run, stage: str) -> bool:
+    """Whether a manifest says so, and what it names is there, made with the settings of this run."""
+    folder = f"work/{run.scene}/{stage}"
+    try:
+        manifest = json.loads(_text(cloud, stack.bucket, f"{folder}/{MANIFEST}") or "null")
+        wanted = {f"{folder}/{name}": file["bytes"] for name, file in manifest["outputs"].items()}
+        is_ours = manifest["format"] == FORMAT and manifest["stage"] == stage
+        settings = manifest["settings"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+    arguments = run.stages[stage]["AppSpecification"]["ContainerArguments"][1:]
+    given = {name: json.loads(value) for name, _, value in (argument.partition("=") for argument in arguments)}
+    there = sizes(cloud.client("s3"), stack.bucket, f"{folder}/")
+    return (
+        is_ours
+        and settings == asdict(RunSettings(**given))
+        and all(there.get(key) == n_bytes for key, n_bytes in wanted.items())
+    )
+
+
+def _text(cloud: Cloud, bucket: str, key: str) -> str | None:
+    """Of an object; None if it is not there."""
+    try:
+        return str(cloud.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read().decode())
+    except ClientError as error:
+        if code_of(error) != "NoSuchKey":
+            raise
+        return None
+
+
+def _put_once(cloud: Cloud, bucket: str, key: str, text: str) -> bool:
+    """False if something is there already."""
+    try:
+        cloud.client("s3").put_object(Bucket=bucket, Key=key, Body=text.encode(), IfNoneMatch="*")
+        return True
+    except ClientError as error:
+        if code_of(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
+            raise
+        return False

@@ -1,0 +1,94 @@
+"""AWS in two processes on this machine: ministack for what the template makes, moto for SageMaker, which ministack lacks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SERVERS = ("ministack", "moto")
+
+
+@contextmanager
+def emulated_aws(log: Path) -> Iterator[dict[str, str]]:
+    """The environment in which boto3 finds it. What the servers say goes to `log`."""
+    ports = [_free_port() for _ in SERVERS]
+    environment = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "eu-central-1",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "AWS_CONFIG_FILE": "/dev/null",
+        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports[0]}",
+        "AWS_ENDPOINT_URL_SAGEMAKER": f"http://127.0.0.1:{ports[1]}",
+    }
+    with open(log, "w") as file:
+        servers = [
+            subprocess.Popen(
+                [sys.executable, __file__, name, str(port)],
+                env={**os.environ, **environment, "BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port)},
+                cwd=log.parent,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            for name, port in zip(SERVERS, ports, strict=True)
+        ]
+    try:
+        for server, port in zip(servers, ports, strict=True):
+            _wait_for(server, port, log)
+        yield environment
+    finally:
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            server.wait(timeout=30)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _wait_for(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    end = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert server.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+
+
+def _serve_ministack() -> None:
+    """With what it lacks: the import of a repository into a stack."""
+    from ministack.app import main
+    from ministack.services import ecr
+    from ministack.services.cloudformation import provisioners
+
+    def import_repository(identifier: dict[str, str]) -> tuple[str, dict[str, str]]:
+        found = ecr._repositories[identifier["RepositoryName"]]
+        return found["repositoryName"], {"Arn": found["repositoryArn"], "RepositoryUri": found["repositoryUri"]}
+
+    provisioners._RESOURCE_HANDLERS["AWS::ECR::Repository"]["import"] = import_repository
+    main()
+
+
+def _serve_moto(port: int) -> None:
+    from moto.server import main
+
+    main(["-H", "127.0.0.1", "-p", str(port)])
+
+
+if __name__ == "__main__":
+    name, port = sys.argv[1:]
+    sys.argv[1:] = []
+    _serve_ministack() if name == "ministack" else _serve_moto(int(port))

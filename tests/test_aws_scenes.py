@@ -1,0 +1,602 @@
+"""Scenes submitted, followed, stopped, gone on with and fetched, on the state machines that are deployed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+from deployed import BUCKET, IMAGES, USUAL, VALUES, deployed, described
+from interpreter import REGION, Interpreter, TaskError, client_of
+
+from spaceport_gs.errors import InputError
+from spaceport_gs.pipeline.aws import scenes, uploads
+from spaceport_gs.pipeline.aws.cloud import Cloud
+from spaceport_gs.pipeline.aws.flow import Scene, spot_of
+from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES
+from spaceport_gs.pipeline.aws.scenes import (
+    Run,
+    batch_scenes,
+    fetch,
+    retry,
+    status,
+    stop,
+    stop_batch,
+    submit,
+    submit_batch,
+)
+from spaceport_gs.pipeline.aws.stack import Stack
+from spaceport_gs.pipeline.aws.uploads import Upload, plan, send
+from spaceport_gs.pipeline.manifest import write_manifest
+from spaceport_gs.pipeline.run import RunSettings
+from spaceport_gs.progress import Progress, ignore
+
+STACK = Stack(
+    "spaceport",
+    REGION,
+    {
+        "Bucket": BUCKET,
+        "SfmRole": VALUES["SfmRole"],
+        "SceneMachine": VALUES["SceneMachine"],
+        "BatchMachine": VALUES["SceneMachine"].replace("scene", "batch"),
+    },
+    {},
+)
+SETTINGS = {"steps": 7000, "title": 'Quarry "é"'}
+SCENE = Scene("a1", IMAGES, SETTINGS, spot=spot_of(DEFAULT_MACHINES["train"]))
+SECONDS = 30
+
+
+class SageMaker:
+    """The service as far as jobs are looked at and stopped, which moto's are not; tests say what becomes of them."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.stopped: list[str] = []
+
+    def described(self, name: str) -> dict[str, Any]:
+        if name not in self.jobs:
+            raise ClientError({"Error": {"Code": "ValidationException", "Message": "not found"}}, "Describe")
+        return self.jobs[name]
+
+    def describe_training_job(self, TrainingJobName: str) -> dict[str, Any]:
+        return self.described(TrainingJobName)
+
+    def describe_processing_job(self, ProcessingJobName: str) -> dict[str, Any]:
+        return self.described(ProcessingJobName)
+
+    def stop_training_job(self, TrainingJobName: str) -> None:
+        self.stop(TrainingJobName, "TrainingJobStatus")
+
+    def stop_processing_job(self, ProcessingJobName: str) -> None:
+        self.stop(ProcessingJobName, "ProcessingJobStatus")
+
+    def stop(self, name: str, kind: str) -> None:
+        if self.described(name)[kind] != "InProgress":
+            raise ClientError({"Error": {"Code": "ValidationException", "Message": "has ended"}}, "Stop")
+        self.jobs[name][kind] = "Stopped"
+        self.stopped.append(name)
+
+    def run(self, request: dict[str, Any], attempt: int) -> Any:
+        """A handler: the job is done at once."""
+        return self.put(request, "Completed")
+
+    def put(self, request: Mapping[str, Any], state: str, **said: str) -> dict[str, Any]:
+        job = described(request, state, said)
+        self.jobs[request.get("TrainingJobName") or request["ProcessingJobName"]] = job
+        return dict(job)
+
+    def fail(self, **said: str) -> Callable[[dict[str, Any], int], Any]:
+        def handler(request: dict[str, Any], attempt: int) -> Any:
+            raise TaskError("SageMaker.JobFailed", json.dumps(self.put(request, "Failed", **said)))
+
+        return handler
+
+
+@pytest.fixture(scope="module")
+def aws() -> Iterator[Interpreter]:
+    with deployed() as running:
+        yield running
+
+
+@pytest.fixture
+def sagemaker(aws: Interpreter) -> SageMaker:
+    service = SageMaker()
+    aws.handlers = {**USUAL, **dict.fromkeys(("Sfm", "TrainSpot", "Train", "Compress"), service.run)}
+    return service
+
+
+@pytest.fixture
+def cloud(sagemaker: SageMaker, monkeypatch: pytest.MonkeyPatch) -> Cloud:
+    monkeypatch.setattr(scenes, "STOP_WAITS", (0.0, 0.0))
+    cloud = Cloud(boto3.Session(region_name=REGION))
+    cloud._clients["sagemaker"] = sagemaker
+    return cloud
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Of another scene for each test."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for name in ("a.jpg", "b c é.jpg", "more/d.png"):
+        (folder / name).write_bytes(f"{tmp_path} {name}".encode())
+    (folder / "notes.md").write_text("not a photo")
+    return folder
+
+
+def put_results(scene: str, stage: str, tmp_path: Path, settings: Mapping[str, Any] = SETTINGS) -> Path:
+    """As the job of a stage would leave them in the bucket."""
+    folder = tmp_path / scene / stage
+    folder.mkdir(parents=True)
+    for name in ("scene.sog", "index.html") if stage == "compress" else ("sparse.bin",):
+        (folder / name).write_text(f"{name} of {scene}")
+    write_manifest(folder, stage, asdict(RunSettings(**settings)), {}, {})
+    for path in folder.iterdir():
+        client_of("s3").put_object(Bucket=BUCKET, Key=f"work/{scene}/{stage}/{path.name}", Body=path.read_bytes())
+    return folder
+
+
+def wait_for(cloud: Cloud, scene: str, wanted: str = "SUCCEEDED") -> scenes.Status:
+    """Of a scene whose run ends."""
+    waiting = threading.Event()
+    for _ in range(100 * SECONDS):
+        found = status(cloud, STACK, scene)
+        if found.run.status != "RUNNING":
+            assert found.run.status == wanted, found.run
+            return found
+        waiting.wait(0.01)
+    raise AssertionError("the execution does not end")
+
+
+def make(cloud: Cloud, photos: Path, tmp_path: Path, scene: Scene = SCENE) -> tuple[Upload, Run]:
+    """Submits a scene whose jobs leave results."""
+    upload = plan(photos)
+    if not (tmp_path / upload.scene).exists():
+        put_results(upload.scene, "sfm", tmp_path)
+        put_results(upload.scene, "compress", tmp_path)
+    return upload, submit(cloud, STACK, scene, upload, ignore)
+
+
+# Uploads
+
+
+def test_a_scene_is_what_its_photos_hold(photos: Path, tmp_path: Path) -> None:
+    upload = plan(photos)
+    assert [file.name for file in upload.files] == ["a.jpg", "b c é.jpg", "more/d.png"]
+    assert upload.n_bytes == sum(path.stat().st_size for path in photos.rglob("*.*g"))
+    moved = photos.rename(tmp_path / "elsewhere")
+    assert plan(moved).scene == upload.scene
+    (moved / "a.jpg").rename(moved / "z.jpg")
+    renamed = plan(moved).scene
+    (moved / "z.jpg").write_bytes(b"other")
+    assert len({upload.scene, renamed, plan(moved).scene}) == 3
+
+
+def test_what_is_no_capture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a folder of photos"):
+        plan(tmp_path / "none")
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match="2 photos; at least 3"):
+        plan(tmp_path)
+    (tmp_path / "c\n.jpg").write_bytes(b"x")
+    with pytest.raises(InputError, match="rename it"):
+        plan(tmp_path)
+
+
+def test_only_what_is_missing_is_sent(cloud: Cloud, photos: Path) -> None:
+    upload, told = plan(photos), list[Progress]()
+    folder = f"inputs/{upload.scene}/photos"
+    assert send(cloud, BUCKET, folder, upload, told.append) == upload.n_bytes
+    assert told[-1].step == told[-1].n_steps == upload.n_bytes
+    found = client_of("s3").get_object(Bucket=BUCKET, Key=f"{folder}/b c é.jpg")
+    assert found["Body"].read() == (photos / "b c é.jpg").read_bytes()
+    assert send(cloud, BUCKET, folder, upload, told.append) == 0 and told[-1].step == upload.n_bytes
+    client_of("s3").put_object(Bucket=BUCKET, Key=f"{folder}/a.jpg", Body=b"half")
+    assert send(cloud, BUCKET, folder, upload, ignore) == (photos / "a.jpg").stat().st_size
+
+
+def test_a_large_file_goes_on_where_it_was_cut_off(cloud: Cloud, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 5 << 20
+    monkeypatch.setattr(uploads, "PART_BYTES", size)
+    content = b"".join(bytes([number]) * size for number in range(3)) + b"end"
+    (photos / "a.jpg").write_bytes(content)
+    upload = plan(photos)
+    folder, s3 = f"inputs/{upload.scene}/photos", client_of("s3")
+    place = {"Bucket": BUCKET, "Key": f"{folder}/a.jpg"}
+    begun = s3.create_multipart_upload(**place, ChecksumAlgorithm="SHA256")["UploadId"]
+    s3.upload_part(**place, UploadId=begun, PartNumber=1, Body=content[:size])
+    s3.upload_part(**place, UploadId=begun, PartNumber=2, Body=b"\7" * size)  # of another file
+    small = upload.n_bytes - len(content)
+    assert send(cloud, BUCKET, folder, upload, ignore) == len(content) - size + small
+    assert s3.get_object(**place)["Body"].read() == content
+    assert not s3.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
+
+
+@pytest.mark.parametrize("n_bytes", [10, 20 << 20])
+def test_a_file_that_changes_under_way(n_bytes: int, cloud: Cloud, photos: Path) -> None:
+    (photos / "a.jpg").write_bytes(bytes(n_bytes))
+    upload = plan(photos)
+    (photos / "a.jpg").write_bytes(b"\1" * n_bytes)
+    folder = f"inputs/{upload.scene}/photos"
+    with pytest.raises(InputError, match=r"a\.jpg: changed while it was uploaded"):
+        send(cloud, BUCKET, folder, upload, ignore)
+    keys = [entry["Key"] for entry in client_of("s3").list_objects_v2(Bucket=BUCKET, Prefix=folder).get("Contents", [])]
+    assert f"{folder}/a.jpg" not in keys and not client_of("s3").list_multipart_uploads(Bucket=BUCKET).get("Uploads")
+
+
+UPLOADER = """
+import sys
+from pathlib import Path
+from spaceport_gs.pipeline.aws.cloud import connect
+from spaceport_gs.pipeline.aws.uploads import plan, send
+upload = plan(Path(sys.argv[1]))
+sent = send(connect(), "killed", "inputs", upload, lambda progress: print(progress.step, progress.n_steps, flush=True))
+print("sent", sent)
+"""
+
+
+def test_an_upload_of_300_mb_that_is_killed_goes_on(tmp_path: Path) -> None:
+    """In another process, against a server; no part that had arrived is sent again."""
+    pytest.importorskip("ministack", reason="ministack is not installed")
+    from emulator import emulated_aws
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    with open(folder / "large.tif", "wb") as file:
+        for number in range(300):
+            file.write(hashlib.sha256(bytes([number % 256, number // 256])).digest() * (1_000_000 // 32))
+    for name in ("b.jpg", "c.jpg"):
+        (folder / name).write_bytes(name.encode())
+    n_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    with emulated_aws(tmp_path / "log") as environment:
+        s3 = boto3.client(
+            "s3", REGION, endpoint_url=environment["AWS_ENDPOINT_URL"], aws_access_key_id="test", aws_secret_access_key="test"
+        )  # fmt: skip
+        s3.create_bucket(Bucket="killed", CreateBucketConfiguration={"LocationConstraint": REGION})
+        command = [sys.executable, "-c", UPLOADER, str(folder)]
+        first = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+        assert first.stdout
+        for line in first.stdout:
+            if int(line.split()[0]) > n_bytes // 2:
+                break
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+        (begun,) = s3.list_multipart_uploads(Bucket="killed")["Uploads"]
+        parts = s3.list_parts(Bucket="killed", Key="inputs/large.tif", UploadId=begun["UploadId"])["Parts"]
+        there = sum(part["Size"] for part in parts) + len("b.jpg" + "c.jpg")
+        second = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+        assert n_bytes // 2 < there < n_bytes and int(second.stdout.split()[-1]) == n_bytes - there
+        with open(folder / "large.tif", "rb") as file:
+            wanted = hashlib.sha256(file.read()).digest()
+        assert hashlib.sha256(s3.get_object(Bucket="killed", Key="inputs/large.tif")["Body"].read()).digest() == wanted
+
+
+# Scenes
+
+
+def test_photos_become_a_scene(cloud: Cloud, photos: Path, tmp_path: Path) -> None:
+    upload, run = make(cloud, photos, tmp_path)
+    assert run.name == f"{upload.scene}-1" and run.arn.endswith(f":execution:spaceport-scene:{run.name}")
+    done = wait_for(cloud, upload.scene)
+    assert done.run.output and done.run.output["scene"] == upload.scene
+    assert [(job.is_training, job.status) for job in done.jobs] == [
+        (False, "Completed"), (True, "Completed"), (False, "Completed"),
+    ]  # fmt: skip
+    assert done.jobs[1].detail == "Completed" and done.jobs[1].request["EnableManagedSpotTraining"]
+    inputs = json.loads(done.run.given)["stages"]["sfm"]["ProcessingInputs"]
+    assert inputs[0]["S3Input"]["S3Uri"] == f"s3://{BUCKET}/inputs/{upload.scene}/photos/"
+
+
+def test_twice_is_once(cloud: Cloud, photos: Path, tmp_path: Path) -> None:
+    """While it runs and when it is done; at the same time as well."""
+    upload = plan(photos)
+    put_results(upload.scene, "compress", tmp_path)
+    runs: list[Run] = []
+    users = [
+        threading.Thread(target=lambda: runs.append(submit(cloud, STACK, SCENE, upload, ignore))) for _ in range(4)
+    ]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    wait_for(cloud, upload.scene)
+    runs.append(submit(cloud, STACK, SCENE, upload, ignore))
+    assert {run.name for run in runs} == {f"{upload.scene}-1"} and len(runs) == 5
+    assert runs[-1].status == "SUCCEEDED"
+
+
+def test_other_settings_are_another_run(
+    cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
+) -> None:
+    """When the first has ended."""
+    upload, goes_on = plan(photos), threading.Event()
+    put_results(upload.scene, "compress", tmp_path)
+
+    def sfm(request: dict[str, Any], attempt: int) -> Any:
+        assert goes_on.wait(SECONDS)
+        return sagemaker.run(request, attempt)
+
+    aws.handlers = {**aws.handlers, "Sfm": sfm}
+    submit(cloud, STACK, SCENE, upload, ignore)
+    other = replace(SCENE, settings={"steps": 100})
+    with pytest.raises(InputError, match=rf"{upload.scene}-1 makes it with other settings"):
+        submit(cloud, STACK, other, upload, ignore)
+    with pytest.raises(InputError, match="still runs"):
+        retry(cloud, STACK, upload.scene)
+    goes_on.set()
+    wait_for(cloud, upload.scene)
+    assert submit(cloud, STACK, other, upload, ignore).name == f"{upload.scene}-2"
+    wait_for(cloud, upload.scene)
+
+
+def test_who_was_cut_off_after_the_record(cloud: Cloud, photos: Path, tmp_path: Path) -> None:
+    """Goes on by the same command, and is in nobody's way for long."""
+    upload = plan(photos)
+    put_results(upload.scene, "compress", tmp_path)
+    scene = replace(SCENE, scene=upload.scene)
+    given = scenes.scene_input(scene, STACK.account("sfm"))
+    assert scenes._record(cloud, STACK, upload.scene, 1, given)
+    assert status(cloud, STACK, upload.scene).run.status == scenes.UNSTARTED and stop(cloud, STACK, upload.scene) == []
+    with pytest.raises(InputError, match="other settings"):
+        submit(cloud, STACK, replace(SCENE, settings={"steps": 100}), upload, ignore)
+    run = submit(cloud, STACK, SCENE, upload, ignore)
+    assert run.name == f"{upload.scene}-1" and wait_for(cloud, upload.scene).run.status == "SUCCEEDED"
+    long_ago = replace(run, status=scenes.UNSTARTED, recorded=datetime.now(timezone.utc) - timedelta(hours=1))
+    assert not scenes._is_being_started(long_ago)
+
+
+def test_progress_is_what_the_job_says(
+    cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
+) -> None:
+    upload, looked, s3 = plan(photos), threading.Event(), client_of("s3")
+    put_results(upload.scene, "compress", tmp_path)
+    asked = threading.Event()
+
+    def train(request: dict[str, Any], attempt: int) -> Any:
+        sagemaker.put(request, "InProgress", SecondaryStatus="Training")
+        bucket, _, key = request["CheckpointConfig"]["S3Uri"].removeprefix("s3://").partition("/")
+        s3.put_object(Bucket=bucket, Key=f"{key}progress.json", Body=b'{"stage": "train", "step": 100}')
+        asked.set()
+        assert looked.wait(SECONDS)
+        return sagemaker.run(request, attempt)
+
+    aws.handlers = {**aws.handlers, "TrainSpot": train}
+    submit(cloud, STACK, SCENE, upload, ignore)
+    assert asked.wait(SECONDS)
+    found = status(cloud, STACK, upload.scene)
+    assert found.run.status == "RUNNING" and found.progress == {"stage": "train", "step": 100}
+    assert (found.jobs[-1].status, found.jobs[-1].detail) == ("InProgress", "Training")
+    looked.set()
+    s3.put_object(Bucket=BUCKET, Key=f"work/{upload.scene}/progress/compress/progress.json", Body=b"{half")
+    assert wait_for(cloud, upload.scene).progress is None
+
+
+@pytest.mark.parametrize("state", ["Sfm", "TrainSpot"])
+def test_stop_ends_the_flow_and_the_job(
+    state: str, cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
+) -> None:
+    """By the names in the history; a second time there is nothing left to stop."""
+    upload, asked, over = plan(photos), threading.Event(), threading.Event()
+
+    def never(request: dict[str, Any], attempt: int) -> Any:
+        sagemaker.put(request, "InProgress")
+        asked.set()
+        assert over.wait(SECONDS)
+        return described(request, "Stopped", {})
+
+    aws.handlers = {**aws.handlers, state: never}
+    sagemaker.put({"ProcessingJobName": f"spaceport-sfm-{upload.scene}-another"}, "InProgress")
+    submit(cloud, STACK, SCENE, upload, ignore)
+    assert asked.wait(SECONDS)
+    (name,) = stop(cloud, STACK, upload.scene)
+    assert name.startswith(f"spaceport-{'sfm' if state == 'Sfm' else 'train'}-{upload.scene}-")
+    assert sagemaker.stopped == [name] and stop(cloud, STACK, upload.scene) == []
+    over.set()  # moto lets a task end before it stops
+    assert wait_for(cloud, upload.scene, "ABORTED").jobs[-1].status == "Stopped"
+
+    put_results(upload.scene, "sfm", tmp_path)
+    put_results(upload.scene, "compress", tmp_path)
+    aws.handlers = {**aws.handlers, state: sagemaker.run}
+    again = retry(cloud, STACK, upload.scene)
+    assert again.number == 2 and json.loads(again.given)["from"] == "train"
+    wait_for(cloud, upload.scene)
+
+
+@pytest.mark.parametrize(
+    ("state", "results", "start"),
+    [
+        ("Sfm", [], "sfm"),
+        ("TrainSpot", ["sfm"], "train"),
+        ("TrainSpot", [], "sfm"),
+        ("Compress", ["sfm"], "compress"),
+    ],
+)
+def test_retry_goes_on_after_what_is_complete(
+    state: str,
+    results: list[str],
+    start: str,
+    cloud: Cloud,
+    aws: Interpreter,
+    sagemaker: SageMaker,
+    photos: Path,
+    tmp_path: Path,
+) -> None:
+    upload, usual = plan(photos), aws.handlers
+    for stage in results:
+        put_results(upload.scene, stage, tmp_path)
+    aws.handlers = {**usual, state: sagemaker.fail(FailureReason="AlgorithmError: disk: full")}
+    submit(cloud, STACK, SCENE, upload, ignore)
+    failed = wait_for(cloud, upload.scene, "FAILED")
+    assert failed.run.reason == failed.jobs[-1].reason == "AlgorithmError: disk: full"
+    trained = [job.description["ModelArtifacts"]["S3ModelArtifacts"] for job in failed.jobs if job.is_training]
+
+    aws.handlers = usual
+    put_results(upload.scene, "compress", tmp_path)
+    given = json.loads(retry(cloud, STACK, upload.scene).given)
+    assert given["from"] == start and given["model"] == (trained[0] if start == "compress" else "")
+    wait_for(cloud, upload.scene)
+    with pytest.raises(InputError, match="is done"):
+        retry(cloud, STACK, upload.scene)
+
+
+def test_retry_publishes_what_could_not_be(
+    cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
+) -> None:
+    usual = aws.handlers
+
+    def denied(request: dict[str, Any], attempt: int) -> Any:
+        raise TaskError("S3.S3Exception", "Access Denied")
+
+    aws.handlers = {**usual, "Copy": denied}
+    upload, _ = make(cloud, photos, tmp_path)
+    wait_for(cloud, upload.scene, "FAILED")
+    aws.handlers = usual
+    n_jobs = len(sagemaker.jobs)
+    assert json.loads(retry(cloud, STACK, upload.scene).given)["from"] == "publish"
+    wait_for(cloud, upload.scene)
+    assert len(sagemaker.jobs) == n_jobs
+
+
+@pytest.mark.parametrize("damage", ["settings", "missing", "short", "no manifest", "another stage"])
+def test_results_that_are_not_whole_or_not_ours_are_made_again(
+    damage: str, cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
+) -> None:
+    upload, s3 = plan(photos), client_of("s3")
+    put_results(upload.scene, "sfm", tmp_path, {"steps": 100} if damage == "settings" else SETTINGS)
+    folder = f"work/{upload.scene}/sfm"
+    if damage == "missing":
+        s3.delete_object(Bucket=BUCKET, Key=f"{folder}/sparse.bin")
+    elif damage == "short":
+        s3.put_object(Bucket=BUCKET, Key=f"{folder}/sparse.bin", Body=b"s")
+    elif damage == "no manifest":
+        s3.put_object(Bucket=BUCKET, Key=f"{folder}/manifest.json", Body=b"[]")
+    elif damage == "another stage":
+        text = (tmp_path / upload.scene / "sfm/manifest.json").read_text().replace('"sfm"', '"train"')
+        s3.put_object(Bucket=BUCKET, Key=f"{folder}/manifest.json", Body=text.encode())
+    usual = aws.handlers
+    aws.handlers = {**usual, "TrainSpot": sagemaker.fail(FailureReason="AlgorithmError: gpu: gone")}
+    submit(cloud, STACK, SCENE, upload, ignore)
+    wait_for(cloud, upload.scene, "FAILED")
+    aws.handlers = usual
+    put_results(upload.scene, "compress", tmp_path)
+    assert json.loads(retry(cloud, STACK, upload.scene).given)["from"] == "sfm"
+    wait_for(cloud, upload.scene)
+
+
+def test_results_are_fetched_once_and_checked(cloud: Cloud, photos: Path, tmp_path: Path) -> None:
+    upload, _ = make(cloud, photos, tmp_path)
+    wait_for(cloud, upload.scene)
+    out, told = tmp_path / "out", list[Progress]()
+    fetch(cloud, STACK, upload.scene, out, told.append)
+    assert (out / "scene.sog").read_text() == f"scene.sog of {upload.scene}"
+    assert sorted(path.name for path in out.iterdir()) == ["index.html", "manifest.json", "scene.sog"]
+    assert told[-1].step == told[-1].n_steps > 0
+    stamp = (out / "index.html").stat().st_mtime_ns
+    (out / "scene.sog").write_bytes(bytes((out / "scene.sog").stat().st_size))
+    fetch(cloud, STACK, upload.scene, out, ignore)
+    assert (out / "scene.sog").read_text() == f"scene.sog of {upload.scene}"
+    assert (out / "index.html").stat().st_mtime_ns == stamp
+
+
+def test_results_that_are_not_what_the_manifest_says(cloud: Cloud, photos: Path, tmp_path: Path) -> None:
+    upload, s3 = plan(photos), client_of("s3")
+    with pytest.raises(InputError, match="no finished result"):
+        fetch(cloud, STACK, upload.scene, tmp_path / "out", ignore)
+    put_results(upload.scene, "compress", tmp_path)
+    key = f"work/{upload.scene}/compress/"
+    s3.put_object(Bucket=BUCKET, Key=f"{key}scene.sog", Body=b"damaged")
+    with pytest.raises(InputError, match="run the stage compress again"):
+        fetch(cloud, STACK, upload.scene, tmp_path / "out", ignore)
+    for text, word in (("{", "not a manifest"), ('{"outputs": {"../x": {"bytes": 1, "sha256": ""}}}', "outside")):
+        s3.put_object(Bucket=BUCKET, Key=f"{key}manifest.json", Body=text.encode())
+        with pytest.raises(InputError, match=word):
+            fetch(cloud, STACK, upload.scene, tmp_path / "out", ignore)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("scene", ["", "../a", "A1", "a1\n", 25 * "a"])
+def test_odd_ids(scene: str, cloud: Cloud, tmp_path: Path) -> None:
+    for action in (status, stop, retry):
+        with pytest.raises(InputError, match="an id has"):
+            action(cloud, STACK, scene)
+    with pytest.raises(InputError, match="an id has"):
+        fetch(cloud, STACK, scene, tmp_path, ignore)
+
+
+def test_an_unknown_scene(cloud: Cloud) -> None:
+    with pytest.raises(InputError, match="knows of none"):
+        status(cloud, STACK, "nothere")
+
+
+# Many
+
+
+def test_scenes_of_a_batch_are_scenes(
+    cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
+) -> None:
+    """One fails, and is tried again alone."""
+    usual, batch = aws.handlers, "summer-" + hashlib.sha256(str(tmp_path).encode()).hexdigest()[:8]
+    several = [replace(SCENE, scene=scene) for scene in ("m1", "m2")]
+    for scene in several:
+        put_results(scene.scene, "compress", tmp_path)
+
+    def sfm(request: dict[str, Any], attempt: int) -> Any:
+        fails = "-m2-" in request["ProcessingJobName"]
+        return (sagemaker.fail(ExitMessage="input: no photos") if fails else sagemaker.run)(request, attempt)
+
+    aws.handlers = {**usual, "Sfm": sfm}
+    arn = submit_batch(cloud, STACK, batch, several, 2)
+    assert submit_batch(cloud, STACK, batch, several, 2) == arn
+    states = client_of("stepfunctions")
+    waiting = threading.Event()
+    while states.describe_execution(executionArn=arn)["status"] == "RUNNING":
+        waiting.wait(0.01)
+    assert states.describe_execution(executionArn=arn)["status"] == "SUCCEEDED"
+    assert wait_for(cloud, "m1").run.name == "m1-1"
+    assert wait_for(cloud, "m2", "FAILED").run.reason == "input: no photos"
+    aws.handlers = usual
+    assert retry(cloud, STACK, "m2").name == "m2-2"
+    wait_for(cloud, "m2")
+    assert submit_batch(cloud, STACK, batch, several, 2) == arn
+    assert batch_scenes(cloud, STACK, batch) == ["m1", "m2"]
+    with pytest.raises(InputError, match="other scenes"):
+        submit_batch(cloud, STACK, batch, several[:1], 2)
+    with pytest.raises(InputError, match="twice: m1"):
+        submit_batch(cloud, STACK, "other", 2 * several[:1], 2)
+
+
+def test_a_batch_is_stopped_with_its_scenes(cloud: Cloud, aws: Interpreter, sagemaker: SageMaker) -> None:
+    asked, over = threading.Event(), threading.Event()
+
+    def never(request: dict[str, Any], attempt: int) -> Any:
+        sagemaker.put(request, "InProgress")
+        asked.set()
+        assert over.wait(SECONDS)
+        return described(request, "Stopped", {})
+
+    aws.handlers = {**aws.handlers, "Sfm": never}
+    arn = submit_batch(cloud, STACK, "winter", [replace(SCENE, scene=scene) for scene in ("n1", "n2")], 1)
+    assert asked.wait(SECONDS)
+    (job,) = stop_batch(cloud, STACK, "winter")
+    assert sagemaker.stopped == [job] and job.startswith("spaceport-sfm-n")
+    over.set()
+    waiting = threading.Event()
+    while client_of("stepfunctions").describe_execution(executionArn=arn)["status"] == "RUNNING":
+        waiting.wait(0.01)
+    assert stop_batch(cloud, STACK, "winter") == []
+    with pytest.raises(InputError, match="knows of none"):
+        stop_batch(cloud, STACK, "../winter")
