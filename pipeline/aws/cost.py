@@ -3,7 +3,7 @@
 What the estimates are made from, and where that was measured:
 
 - SfM: `run.Cost`, on two cores of an AMD EPYC; from a third of that (small photos) to three times as much (many cores that wait).
-- training: steps on one H100, the fox capture and the random clouds of benchmarks/results. No other GPU was measured: their
+- training: steps on one H200, the fox capture and the random clouds of benchmarks/results. No other GPU was measured: their
   multiprocessors and bandwidth, by the data sheets, say how many times slower they are at least and at most.
 - compression: `compress` of 40,000 and 100,000 Gaussians (32 and 181 seconds of a core of an Intel Xeon).
 - memory: `run.Cost` and the peak memory of the clouds; that of SfM is worked out from the pyramids of SIFT, not measured.
@@ -58,9 +58,10 @@ SFM_ERROR = Range(1 / 3, 1.0, 3.0)
 CPU_ERROR = Range(0.5, 1.0, 2.0)
 JOB_SECONDS = Range(60, 150, 300)
 SPOT_SHARE = Range(0.1, 0.4, 1.0)  # of the price on demand; SageMaker's documentation promises savings up to 90 %
-STEP_SECONDS = 0.0002  # of a step on the H100, beside its pixels
+MEASURED_GPU = "H200"
+STEP_SECONDS = 0.00015  # of a step on it, beside its pixels
 STEP_SECONDS_PER_MEGAPIXEL = 0.0005
-STEP_GROWTH = Range(1.0, 1.5, 2.4)  # with 250,000, 1,000,000 and 3,000,000 Gaussians
+STEP_GROWTH = Range(1.0, 1.5, 2.3)  # with 250,000, 1,000,000 and 3,000,000 Gaussians
 FREE_GROWTH = Range(200_000, 1_000_000, 4_000_000)  # Gaussians where nothing caps them
 COMPRESS_SECONDS = 5.1e-8  # of a core, for a Gaussian and an entry of the palette
 PALETTE_SHARE = 0.37  # entries for each Gaussian, of 40,000 and of 100,000
@@ -162,7 +163,7 @@ def _train_seconds(capture: Capture, settings: RunSettings, instance: Instance) 
     steps = settings.steps or recipe.steps
     if instance.gpu and settings.device != "cpu":
         step = STEP_SECONDS + STEP_SECONDS_PER_MEGAPIXEL * megapixels
-        seconds = STEP_GROWTH * slower(gpus()[instance.gpu], gpus()["H100"]) * (steps * step)
+        seconds = STEP_GROWTH * slower(gpus()[instance.gpu], gpus()[MEASURED_GPU]) * (steps * step)
     else:
         cost = Cost()
         step = cost.step_fixed + cost.step_per_megapixel * megapixels
