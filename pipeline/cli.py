@@ -560,10 +560,15 @@ def synthesize_command(
 
 
 @app.command(name="doctor")
-def doctor_command(json: Json = False) -> None:
+def doctor_command(
+    stage: Annotated[str, typer.Option("--stage", help="Fail if this stage cannot run: sfm, train or compress.")] = "",
+    json: Json = False,
+) -> None:
     """What is built, what is found, and how to get what is missing."""
-    from spaceport_gs.pipeline.doctor import as_text, examine
+    from spaceport_gs.pipeline.doctor import as_text, check_stage, examine
 
+    if stage:
+        check_stage(stage)
     report = examine()
     _finish(report, json, False, lambda: as_text(report))
 

@@ -6,8 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib import metadata
+from collections.abc import Mapping
+from importlib import import_module, metadata
 from typing import Any
+
+from spaceport_gs.errors import BackendError, InputError
+
+NEEDS: Mapping[str, tuple[str, ...]] = {"sfm": ("pycolmap",), "train": ("pycolmap", "torch"), "compress": ("pycolmap",)}
+"""Of each stage: modules that are not there in every installation, or whose system libraries may be missing."""
 
 
 def cuda_missing() -> str:
@@ -24,6 +30,17 @@ def cuda_missing() -> str:
     except ImportError:
         return "torch is not installed"
     return "" if torch.cuda.is_available() else "the installed torch has no CUDA"
+
+
+def check_stage(stage: str) -> None:
+    """BackendError if it cannot run in this installation, on any device."""
+    if stage not in NEEDS:
+        raise InputError(f"--stage {stage}: choose {', '.join(NEEDS)}")
+    for module in NEEDS[stage]:
+        try:
+            import_module(module if module != "pycolmap" else "spaceport_gs.colmap")
+        except ImportError as error:
+            raise BackendError(f"the stage {stage} needs {module}, which cannot be imported: {error}") from error
 
 
 def examine() -> dict[str, Any]:

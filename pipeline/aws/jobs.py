@@ -233,11 +233,15 @@ class Job:
             "NetworkConfig": {"EnableNetworkIsolation": True},
         }
 
-    def container_command(self, folder: Path, tool: str = "podman") -> list[str]:
-        """The job in its container here, over a folder laid out as /opt/ml: no network, nothing else of the host writable."""
+    def container_command(self, folder: Path, tool: str = "podman", memory_gb: int = 0) -> list[str]:
+        """The job in its container here, over a folder laid out as /opt/ml: no network, nothing else of the host writable.
+
+        The folder must let the image's user write. `memory_gb`: that the container may take; 0: all there is.
+        """
+        limits = [f"--memory={memory_gb}g"] if memory_gb else []
         return [
-            tool, "run", "--rm", "--network=none", "--read-only", "--cap-drop=all", "--tmpfs=/tmp",
-            f"--volume={folder}:{MOUNT}", self.image, self.stage, *self._arguments,
+            tool, "run", "--rm", "--network=none", "--read-only", "--cap-drop=all", "--tmpfs=/tmp", "--no-healthcheck",
+            *limits, f"--volume={folder}:{MOUNT}", self.image, self.stage, *self._arguments,
         ]  # fmt: skip
 
     def process(self, folder: Path) -> tuple[list[str], dict[str, str]]:
