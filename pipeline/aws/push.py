@@ -175,7 +175,7 @@ def _digest_of(cloud: Cloud, stack: Stack, stage: str, tag: str) -> str:
     repository = stack.repository(stage).partition("/")[2]
     try:
         found = cloud.client("ecr").describe_images(repositoryName=repository, imageIds=[{"imageTag": tag}])
-        return str(found["imageDetails"][0]["imageDigest"])
+        return next((str(image["imageDigest"]) for image in found["imageDetails"]), "")
     except ClientError as error:
         if code_of(error) != "ImageNotFoundException":
             raise
