@@ -77,6 +77,8 @@ class SageMaker:
             self.jobs[name] = job
         for uri, folder in self._inputs(job):
             self._download(uri, folder)
+        while (self.folder / f"hold-{job.kind}").exists() and job.status == "InProgress":
+            time.sleep(SYNC_SECONDS)  # as one that waits for hardware
         with open(job.base / "log", "wb") as log:
             with self.lock:
                 is_stopped = job.status != "InProgress"

@@ -17,6 +17,8 @@ import boto3
 import pytest
 from emulator import emulated_aws, free_port, started, wait_for
 
+from spaceport_gs.pipeline.synthesize import SynthesizeSettings, synthesize
+
 REGION = "eu-central-1"
 PROGRAM = """
 import sys
@@ -136,52 +138,86 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
         yield found
 
 
-def test_from_photos_to_a_scene_and_back_to_nothing(shell: Shell, orbit_capture: Path) -> None:
-    photos = str(orbit_capture / "photos")
+@pytest.fixture(scope="module")
+def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small photos whose cameras are known, so that jobs take seconds."""
+    out = tmp_path_factory.mktemp("small")
+    synthesize(out, SynthesizeSettings(n_photos=12, width=96, height=64))
+    return out / "truth"
+
+
+@pytest.fixture(scope="module")
+def stack(shell: Shell) -> str:
+    """Name of a stack that has images."""
+    shell("deploy", "--yes", "--prefix", "shared")
+    put_flow(shell, "shared")
+    shell("push", "--prefix", "shared")
+    return "shared"
+
+
+def test_from_photos_to_a_scene_and_back_to_nothing(shell: Shell, capture: Path) -> None:
+    photos, hold = str(capture), shell.folder.parent / "jobs/hold-Training"
     ready = shell("deploy", "--yes", "--email", "a@example.org")
     assert "add SceneMachine" in ready.stdout and "bucket spaceport-000000000000-eu-central-1" in ready.stdout
     assert "idle, it costs about 3.70 $ a month" in ready.stdout
     put_flow(shell)
     assert "has no image sfm yet: run `spaceport aws push`" in shell.error("submit", photos)
-    pushed = shell.json("push")
-    assert set(pushed) == {"sfm", "train", "compress"}
+    assert set(shell.json("push")) == {"sfm", "train", "compress"}
 
-    settings = ("--steps", "600", "--device", "cpu", "--downscale", "2", "--title", "Quarry é")
-    submitted = shell.json("submit", photos, *settings, "--spot", "--max-cost", "9")
+    order = (photos, "--steps", "6", "--device", "cpu", "--title", "Quarry é", "--spot", "--max-cost", "9")
+    hold.parent.mkdir()
+    hold.touch()
+    submitted = shell.json("submit", *order)
     job = submitted["job"]
     assert submitted["run"] == f"{job}-1" and submitted["estimate"]["stages"]["train"]["usd"]["high"] < 9
-    assert shell.json("submit", photos, *settings, "--spot", "--max-cost", "9")["run"] == f"{job}-1"
+    assert shell.json("submit", *order)["run"] == f"{job}-1"
     watching = shell.start("watch", job, "-o", "seen")
-
-    def trained() -> bool:
-        state = shell.json("status", job)
-        return (state["progress"] or {}).get("stage") == "train" and state["progress"]["step"] > 0
-
-    until(trained)
+    until(lambda: [one["stage"] for one in shell.json("status", job)["jobs"]] == ["sfm", "train"])
+    assert f"1 under way: {job}-1; stop them" in shell.error("destroy", "--yes")
     stopped = shell.json("stop", job)
     (name,) = stopped["stopped"]
     assert name.startswith(f"spaceport-train-{job}-") and len(stopped["jobs"]) == 2 and stopped["usd"] > 0
+    assert shell.json("stop", job)["stopped"] == []
     printed, said = watching.communicate(timeout=60)
     assert watching.returncode == 1 and "aborted" in printed and not said
     events = [json.loads(line) for line in (shell.folder / "seen/events.jsonl").read_text().splitlines()]
-    assert [stage for stage in dict.fromkeys(event["stage"] for event in events)] == ["sfm", "train"]
+    assert list(dict.fromkeys(event["stage"] for event in events)) == ["sfm", "train"]
+    assert "no finished result" in shell.error("fetch", job)
 
+    hold.unlink()
     again = shell("retry", job, "--watch")
     assert f"{job}-2: succeeded" in again.stdout
     state = shell.json("status", job)
     assert [one["stage"] for one in state["jobs"]] == ["train", "compress"] and state["page"].endswith("/index.html")
-    events = [json.loads(line) for line in (shell.folder / job / "events.jsonl").read_text().splitlines()]
-    assert min(event["step"] for event in events if event["stage"] == "train" and event["n_steps"] > 1) > 0
-    assert (shell.folder / job / "preview.jpg").read_bytes()[:2] == b"\xff\xd8"
-    assert "resumes" in shell("logs", job, "--stage", "train").stdout
+    assert "is done" in shell.error("retry", job)
+    assert "== spaceport-train-" in (log := shell("logs", job, "--stage", "train").stdout) and "metric step=6" in log
 
     shell("fetch", job)
-    assert b"Quarry" in (shell.folder / job / "index.html").read_bytes()
+    assert "Quarry é" in (shell.folder / job / "index.html").read_text()
     cost = shell.json("cost", job)
     assert len(cost["jobs"]) == 4 and cost["usd"] == pytest.approx(sum(one["usd"] for one in cost["jobs"]))
-    assert shell("watch", job).stdout.startswith(f"{job}-2: succeeded")
     gone = shell("destroy", "--yes")
     assert "keep Bucket" in gone.stdout and "the stack spaceport is gone" in gone.stdout
-    assert "no stack spaceport" in shell.error("status", job)
+    assert "no stack spaceport in eu-central-1" in shell.error("status", job)
     assert "remove Bucket" in shell("destroy", "--yes", "--delete-data").stdout
-    assert not shell.client("s3").list_buckets()["Buckets"]
+    assert not [b for b in shell.client("s3").list_buckets()["Buckets"] if b["Name"].startswith("spaceport-")]
+
+
+@pytest.mark.slow
+def test_a_training_that_is_stopped_goes_on_where_it_was(shell: Shell, stack: str, orbit_capture: Path) -> None:
+    """From photos; while it is watched, which brings events and the preview here."""
+    there, photos = ("--prefix", stack), str(orbit_capture / "photos")
+    job = shell.json("submit", photos, "--steps", "600", "--device", "cpu", "--downscale", "2", *there)["job"]
+
+    def trained() -> bool:
+        progress = shell.json("status", job, *there)["progress"] or {}
+        return progress.get("stage") == "train" and progress["step"] > 0
+
+    until(trained)
+    shell("stop", job, *there)
+    assert f"{job}-2: succeeded" in shell("retry", job, "--watch", *there).stdout
+    events = [json.loads(line) for line in (shell.folder / job / "events.jsonl").read_text().splitlines()]
+    assert min(event["step"] for event in events if event["stage"] == "train" and event["n_steps"] == 600) > 0
+    assert (shell.folder / job / "preview.jpg").read_bytes()[:2] == b"\xff\xd8"
+    shell("fetch", job, *there)
+    assert (shell.folder / job / "scene.sog").stat().st_size > 100_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -616,7 +617,7 @@ def cost_command(
     cloud = connect(region, profile)
     if refresh:
         _refresh(cloud, _teller(json))
-    if what and (Path(what).exists() or os.sep in what.removeprefix(BATCH)):
+    if _is_folder(what):
         settings = RunSettings(device, 0, preset, steps, max_seconds, downscale, eval_every)
         order = _order(settings, instance, spot, max_cost, deadline)
         estimated = order.estimated(capture_in(Path(what)), load_prices(cloud.region))
@@ -629,6 +630,12 @@ def cost_command(
     else:
         idle = idle_usd_per_month(stack.parameters)
         finish({"idle_usd_per_month": idle}, json, False, lambda: idle_line(stack.parameters))
+
+
+def _is_folder(what: str) -> bool:
+    """Rather than a job: what looks like an id is one, even where fetch has made a folder of its name."""
+    looks_like_a_job = what.startswith(BATCH) or re.fullmatch(r"[0-9a-f]{12}", what)
+    return bool(what) and not looks_like_a_job and (os.sep in what or Path(what).exists())
 
 
 def _refresh(cloud: Cloud, tell: Callable[[str], None]) -> None:
