@@ -7,17 +7,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-SERVERS = ("ministack", "moto")
+VARIABLES = {"ministack": "AWS_ENDPOINT_URL", "moto": "AWS_ENDPOINT_URL_SAGEMAKER"}
+SERVERS = tuple(VARIABLES)
 
 
 @contextmanager
-def emulated_aws(log: Path) -> Iterator[dict[str, str]]:
+def emulated_aws(log: Path, names: Sequence[str] = SERVERS) -> Iterator[dict[str, str]]:
     """The environment in which boto3 finds it. What the servers say goes to `log`."""
-    ports = [free_port() for _ in SERVERS]
+    ports = [free_port() for _ in names]
     environment = {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
@@ -26,13 +27,12 @@ def emulated_aws(log: Path) -> Iterator[dict[str, str]]:
         "AWS_CONFIG_FILE": "/dev/null",
         "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports[0]}",
-        "AWS_ENDPOINT_URL_SAGEMAKER": f"http://127.0.0.1:{ports[1]}",
+        **{VARIABLES[name]: f"http://127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)},
     }
     with ExitStack() as stack:
         servers = [
             stack.enter_context(started([__file__, name, str(port)], {**environment, "GATEWAY_PORT": str(port)}, log))
-            for name, port in zip(SERVERS, ports, strict=True)
+            for name, port in zip(names, ports, strict=True)
         ]
         for server, port in zip(servers, ports, strict=True):
             wait_for(server, port, log)

@@ -54,7 +54,10 @@ class Job:
         said = dict(self.said)
         if self.kind == "Training" and self.status == "InProgress":
             said["SecondaryStatus"] = "Training"
-        times: dict[str, Any] = {"CreationTime": self.created.timestamp(), f"{self.kind}StartTime": self.created.timestamp()}
+        times: dict[str, Any] = {
+            "CreationTime": self.created.timestamp(),
+            f"{self.kind}StartTime": self.created.timestamp(),
+        }
         if self.ended:
             times[f"{self.kind}EndTime"] = self.ended.timestamp()
         return {**described(self.request, self.status, said), **times}
@@ -169,7 +172,9 @@ class SageMaker:
         reason = job.base / "output" / ("failure" if job.kind == "Training" else "message")
         if reason.is_file():
             said = reason.read_text()
-            job.said |= {"FailureReason": f"AlgorithmError: {said}"} | ({"ExitMessage": said} if job.kind == "Processing" else {})
+            job.said |= {"FailureReason": f"AlgorithmError: {said}"} | (
+                {"ExitMessage": said} if job.kind == "Processing" else {}
+            )
         job.ended = datetime.now(timezone.utc)
         with self.lock:
             job.status = "Stopped" if job.status == "Stopping" else "Failed" if code else "Completed"

@@ -13,7 +13,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from spaceport_gs.pipeline.images import IMAGES, build_command, commit, write_co
 
 TOOLS = ("docker", "podman", "buildah")
 RECORD = "deploy/images.json"
+STDERR = 2
 _BASE = re.compile(r"^ARG (\w*BASE)=(\S+)$", re.MULTILINE)
 
 
@@ -194,7 +194,7 @@ def _run(command: Sequence[str], what: str) -> None:
     """What it says goes to stderr."""
     # SageMaker wants an image, not the list of an image and of where it comes from that docker makes.
     environment = {**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=STDERR, env=environment)
     if done.returncode:
         raise InputError(f"{what}: {command[0]} failed with exit code {done.returncode}; its own lines above say why")
 
