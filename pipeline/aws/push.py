@@ -28,7 +28,7 @@ from spaceport_gs.pipeline.images import IMAGES, build_command, commit, write_co
 TOOLS = ("docker", "podman", "buildah")
 RECORD = "deploy/images.json"
 STDERR = 2
-_BASE = re.compile(r"^ARG (\w*BASE)=(\S+)$", re.MULTILINE)
+_BASE = re.compile(r"^ARG (\w*BASE)=([^\s$]+)$", re.MULTILINE)  # not one that takes another's value
 
 
 @dataclass(frozen=True)
