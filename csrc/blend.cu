@@ -9,38 +9,20 @@ namespace cuda {
 
 namespace {
 
-// Centres of pixels: those of a quarter's corners that go on, and all others that do lie in between.
-struct PixelBox {
-  float left, top, right, bottom;
-
-  __device__ static PixelBox of(const Quarter& quarter, unsigned upper, unsigned lower) {  // a bit for each lane
-    unsigned columns = upper | lower;
-    columns |= columns >> 16;
-    columns = (columns | columns >> 8) & 0xffu;
-    const int first = upper != 0 ? __ffs(int(upper)) - 1 : 31 + __ffs(int(lower));
-    const int last = lower != 0 ? 63 - __clz(int(lower)) : 31 - __clz(int(upper));
-    return {float(quarter.left + __ffs(int(columns)) - 1) + 0.5f, float(quarter.top + first / kQuarter) + 0.5f,
-            float(quarter.left + 31 - __clz(int(columns))) + 0.5f, float(quarter.top + last / kQuarter) + 0.5f};
-  }
-};
-
-// Whether the ellipse alpha >= kAlphaCutoff comes near a pixel of the box: its reach to both sides in the box's rows,
-// as in tile_spans.h. A little wide, never narrow.
-__device__ bool reaches(const Splat& s, const PixelBox& box) {
-  constexpr float kMargin = 0.01f;  // pixels
-  const float first = box.top - s.y, last = box.bottom - s.y;
-  const float level = 2.0f / kLog2E * (__log2f(s.opacity) - kLog2Cutoff) + 1e-4f;
-  const float half_width = sqrtf(__fdividef(level, s.a));
-  const float slant = -__fdividef(s.b, s.a), rightmost_dy = -__fdividef(s.b, s.c) * s.extent_x;
-  const float per_extent = __fdividef(1.0f, s.extent_y);
-  const float upper = fmaxf(first, -s.extent_y), lower = fminf(last, s.extent_y);
-  const float dy_right = fminf(fmaxf(rightmost_dy, upper), lower), up_right = dy_right * per_extent;
-  const float dy_left = fminf(fmaxf(-rightmost_dy, upper), lower), up_left = dy_left * per_extent;
-  const float right = slant * dy_right + half_width * sqrtf(fmaxf(1.0f - up_right * up_right, 0.0f));
-  const float leftmost = slant * dy_left - half_width * sqrtf(fmaxf(1.0f - up_left * up_left, 0.0f));
-  return first <= s.extent_y + kMargin && last >= -s.extent_y - kMargin &&
-         s.x + fmaxf(leftmost, -s.extent_x) - kMargin <= box.right &&
-         s.x + fminf(right, s.extent_x) + kMargin >= box.left;
+// Whether the splat may reach a pixel of a quarter: the largest exponent over the box of the pixels' centres. From any
+// place in the box it grows on the way to the splat's centre, which leaves the box through one of the sides that face
+// it; so the largest on each of these is looked at. A little wide: rounding must not hide what a pixel would see.
+__device__ bool reaches(const SharedSplat& s, const Quarter& quarter) {
+  constexpr float kLess = 1.0f - 2e-6f, kMargin = 1e-3f;
+  const float a = kLess * s.rows[0].z, b = s.rows[0].w, c = kLess * s.rows[1].x, at_center = s.rows[1].y;
+  const float left = float(quarter.left) + 0.5f - s.rows[0].x, right = left + float(kQuarter - 1);
+  const float top = float(quarter.top) + 0.5f - s.rows[0].y, bottom = top + float(kQuarter - 1);
+  const float dx = fminf(fmaxf(left, 0.0f), right), dy = fminf(fmaxf(top, 0.0f), bottom);  // of the sides
+  const float best_dy = fminf(fmaxf(-0.5f * b * dx * reciprocal(c), top), bottom);
+  const float best_dx = fminf(fmaxf(-0.5f * b * dy * reciprocal(a), left), right);
+  const float on_column = fmaf(fmaf(c, best_dy, b * dx), best_dy, a * dx * dx);
+  const float on_row = fmaf(fmaf(a, best_dx, b * dy), best_dx, c * dy * dy);
+  return fmaxf(on_column, on_row) + at_center >= kSmallestExponent - kMargin;
 }
 
 constexpr int kThreads = 32 * kQuarters;
@@ -91,20 +73,20 @@ __global__ __launch_bounds__(kThreads, at_least(kDepth ? 8 : 10, kThreads)) void
   const TileHits hits = TileHits::of(out.hits, tiles.n_instances, grid.n_tiles, tile, begin);
   int n_groups = 0;
   for (int first = 0; first < n; first += 32, ++n_groups) {
-    const unsigned upper = __ballot_sync(kAllLanes, pixels.t[0] > 0.0f);
-    const unsigned lower = __ballot_sync(kAllLanes, pixels.t[1] > 0.0f);
-    if ((upper | lower) == 0) break;
+    if (__ballot_sync(kAllLanes, pixels.goes_on()) == 0) break;
     bool takes = false;
-    int32_t number = 0;
-    Splat splat;
+    SharedSplat seen;
+    float depth = 0.0f;
     if (first + lane < n) {
-      number = instances[first + lane];
-      splat = load_splat(splats + number);
-      takes = reaches(splat, PixelBox::of(quarter, upper, lower));
+      const int32_t number = instances[first + lane];
+      const Splat splat = load_splat(splats + number);
+      seen = SharedSplat(splat, number, kSplatGradientStride);
+      depth = splat.depth;
+      takes = reaches(seen, quarter);
     }
     const unsigned taken = __ballot_sync(kAllLanes, takes);
     const int place = __popc(taken & ((1u << lane) - 1u));
-    if (takes) staged.set(place, splat, number, kSplatGradientStride);
+    if (takes) staged.set(place, seen, depth);
     __syncwarp();
     unsigned hit = 0, bit = 1;  // by this lane, of those taken
     staged.template visit<false>(__popc(taken), false, [&](int i, const StagedSplat& s) {

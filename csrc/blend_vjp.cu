@@ -14,11 +14,6 @@ namespace cuda {
 
 namespace {
 
-__device__ float reciprocal(float x) {
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
 // condition ? a : b, as one instruction: the compiler makes branches of pairs of these.
 __device__ float chosen(int condition, float a, float b) {
   float result;
@@ -160,7 +155,8 @@ __device__ void visit(StagedSplats<has_depth(kColumns)>& staged, const Splat* sp
   const unsigned hit = __ballot_sync(kAllLanes, takes);  // the word again, but now the compiler knows that lanes agree
   if (takes) {
     const int32_t number = instances[lane];
-    staged.set(__popc(hit & ((1u << lane) - 1u)), load_splat(splats + number), number, kColumns);
+    const Splat splat = load_splat(splats + number);
+    staged.set(__popc(hit & ((1u << lane) - 1u)), SharedSplat(splat, number, kColumns), splat.depth);
   }
   __syncwarp();
   staged.template visit<true>(__popc(hit), is_swapped(lane) != 0, [&](int i, const StagedSplat& s) {

@@ -80,15 +80,7 @@ __device__ BlockSums block_sums(const Count& own) {
   constexpr int kWarps = kThreads / 32;
   __shared__ Count of_warps[kWarps];
   const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
-  Count sum = own;
-  for (int step = 1; step < 32; step *= 2) {
-    const Count below = {__shfl_up_sync(kAllLanes, sum.splats, unsigned(step)),
-                         __shfl_up_sync(kAllLanes, sum.instances, unsigned(step))};
-    if (lane >= step) {
-      sum.splats += below.splats;
-      sum.instances += below.instances;
-    }
-  }
+  const Count sum = {warp_sum_so_far(own.splats), warp_sum_so_far(own.instances)};
   if (lane == 31) of_warps[warp] = sum;
   __syncthreads();
   BlockSums sums = {{sum.splats - own.splats, sum.instances - own.instances}, {0, 0}};

@@ -22,6 +22,24 @@ constexpr float kAlphaUnit = 3.33610197e35f;  // 2^(kLog2Cutoff - kSmallestExpon
 constexpr float kTPerUnit = 5.76460752e17f;   // 2^59
 constexpr float kWeightUnit = kAlphaUnit / kTPerUnit;
 
+// As the special function unit gives them: of normal numbers, to about 2 units in the last place. The power is zero
+// below kSmallestExponent.
+__device__ inline float power_of_two(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ inline float log2_of(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ inline float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // A splat as pixels see it: the exponent of alpha in its unit, in base 2, is (a dx + b dy) dx + c dy^2 + at_center.
 struct StagedSplat {
   float x, y, a, b;
@@ -30,24 +48,14 @@ struct StagedSplat {
   float red_green[2];
 };
 
-// The same value, of which the compiler knows nothing: it keeps it, where it would work it out anew in a loop.
-__device__ inline uint32_t kept(uint32_t value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-template <class T>
-__device__ T* kept(T* pointer) {
-  asm volatile("" : "+l"(pointer));
-  return pointer;
-}
-
 // In shared memory: loads of sixteen bytes, which all lanes share, and one of eight.
 struct SharedSplat {
   float4 rows[3];
 
-  __device__ void set(const Splat& s, int32_t number, int n_columns) {
+  SharedSplat() = default;
+  __device__ SharedSplat(const Splat& s, int32_t number, int n_columns) {
     rows[0] = make_float4(s.x, s.y, -0.5f * kLog2E * s.a, -kLog2E * s.b);
-    rows[1] = make_float4(-0.5f * kLog2E * s.c, log2f(s.opacity) - kLog2Cutoff + kSmallestExponent, s.blue,
+    rows[1] = make_float4(-0.5f * kLog2E * s.c, log2_of(s.opacity) - kLog2Cutoff + kSmallestExponent, s.blue,
                           __uint_as_float(uint32_t(number) * uint32_t(n_columns)));
     rows[2] = make_float4(s.red, s.green, s.green, s.red);
   }
@@ -73,9 +81,9 @@ struct StagedSplats {
   SharedSplat splats[32];
   float depths[kDepth ? 32 : 1];
 
-  __device__ void set(int place, const Splat& splat, int32_t number, int n_columns) {
-    splats[place].set(splat, number, n_columns);
-    if constexpr (kDepth) depths[place] = splat.depth;
+  __device__ void set(int place, const SharedSplat& splat, float depth) {
+    splats[place] = splat;
+    if constexpr (kDepth) depths[place] = depth;
   }
   // Calls each(place, splat) for the first n, with green and red swapped or not.
   template <bool kIsSwapped, class Each>
@@ -98,13 +106,6 @@ __device__ inline Splat load_splat(const Splat* from) {
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w};
 }
 
-// 2^x to 2 units in the last place; zero below kSmallestExponent.
-__device__ inline float power_of_two(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
 // What blending one splat into a thread's pixels does; alpha, T and weights in their units.
 struct Contribution {
   float dx;
@@ -122,7 +123,7 @@ struct PixelPair {
   float alpha_limit;  // in its unit
 
   __device__ static PixelPair at(int column, int row, int width, int height, float alpha_max) {
-    PixelPair pair = {float(column) + 0.5f, float(row) + 0.5f, {}, alpha_max / kAlphaUnit};
+    PixelPair pair = {float(column) + 0.5f, float(row) + 0.5f, {}, alpha_max * (1.0f / kAlphaUnit)};
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
       pair.t[p] = column < width && row + p * kPixelDistance < height ? kTPerUnit : -kTPerUnit;

@@ -126,11 +126,11 @@ template <int kDegree>
 __device__ void color(const Gaussians& g, int64_t first_row, Candidate& c, float4* staged_fours) {
   constexpr int kColumns = 3 * n_coefficients_of(kDegree);
   const int lane = int(threadIdx.x % 32), stride = 3 * g.n_coefficients;
-  const StagedRows<kColumns> staged = {staged_fours};
+  const StagedRows<kColumns> staged(staged_fours);
   const unsigned visible = __ballot_sync(kAllLanes, c.touched.n > 0);
   if (StagedRows<kColumns>::fit(stride)) {
-    staged.template load<32, 32>(
-        g.sh, stride, lane, [&](int slot) { return (visible >> slot & 1u) != 0 ? first_row + slot : int64_t(-1); });
+    const float* rows = g.sh + first_row * stride;
+    staged.load(lane, [&](int slot) { return (visible >> slot & 1u) != 0 ? rows + slot * stride : nullptr; });
     __syncwarp();
   }
   if (c.touched.n == 0) return;
@@ -197,7 +197,7 @@ struct Compacted {
     write(out, before.n_splats, c);
     out.gaussian_from_splat[before.n_splats] = int32_t(row);
     out.instance_offsets[before.n_splats] = before.n_instances;
-    out.depth_keys[before.n_splats] = c.depth_key;
+    out.depth_keys[before.n_splats] = with_count(c.depth_key, c.touched.n);
   }
 };
 
@@ -207,7 +207,7 @@ struct InPlace {
   __device__ void place(unsigned, int64_t row, int64_t n_rows, const Candidate& c, const Projected& out,
                         ProjectedCounts* counts) const {
     if (c.touched.n > 0) write(out, row, c);
-    if (row < n_rows) out.depth_keys[row] = c.depth_key;
+    if (row < n_rows) out.depth_keys[row] = with_count(c.depth_key, c.touched.n);
     const BlockSums sums = block_sums<kThreads>({c.touched.n > 0, c.touched.n});
     if (threadIdx.x == 0 && sums.total.splats > 0) {
       using Word = unsigned long long;
@@ -317,9 +317,9 @@ __global__ __launch_bounds__(kThreads) void sum_blocks_kernel(const double* of_b
 }
 
 template <int kDegree, bool kPose>
-__global__ __launch_bounds__(kThreads) void project_vjp_kernel(Gaussians g, View<float> view, float low_pass,
-                                                               Projected projected, SplatGradient d_splats,
-                                                               Gaussians d_g, double* pose_of_blocks) {
+__global__ __launch_bounds__(kThreads, 1) void project_vjp_kernel(Gaussians g, View<float> view, float low_pass,
+                                                                  Projected projected, SplatGradient d_splats,
+                                                                  Gaussians d_g, double* pose_of_blocks) {
   const int64_t splat = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   PoseGradient<float> d_pose = {};
   if (splat < projected.n) d_pose = project_splat_vjp<kDegree>(g, view, low_pass, projected, d_splats, d_g, splat);

@@ -192,7 +192,7 @@ struct AllRows {
   __device__ Item item(const UpdateJob& job, int64_t i) const {
     if (job.projected.gaussian_from_splat == nullptr) {
       const uint32_t depth_key = job.projected.depth_keys[i];
-      return {i, depth_key < kHidden ? i : -1, depth_key != kNoDepth};
+      return {i, is_listed(depth_key) ? i : -1, depth_key != kNoDepth};
     }
     const int64_t splat = splat_of(job.projected, i);
     return {i, splat, splat >= 0};
@@ -265,11 +265,13 @@ __global__ __launch_bounds__(kRows, 4) void update_shape_kernel(UpdateJob job, R
   const Item item = i < n ? rows.item(job, i) : Item{-1, -1, false};
   splat_rows[threadIdx.x] = item.gradient >= 0 ? item.row : -1;
   const int stride = 3 * job.values.n_coefficients, first_of_warp = int(threadIdx.x) / 32 * 32;
-  const StagedRows<kColumns> staged = {staged_fours + first_of_warp * StagedRows<kColumns>::kStride};
+  const StagedRows<kColumns> staged(staged_fours + first_of_warp * StagedRows<kColumns>::kStride);
   __syncthreads();
   if (StagedRows<kColumns>::fit(stride)) {
-    staged.template load<32, 32>(job.values.sh, stride, int(threadIdx.x % 32),
-                                 [&](int slot) { return splat_rows[first_of_warp + slot]; });
+    staged.load(int(threadIdx.x % 32), [&](int slot) {
+      const int64_t row = splat_rows[first_of_warp + slot];
+      return row >= 0 ? job.values.sh + row * stride : nullptr;
+    });
   }
   __syncwarp();
   const bool changes_nothing = job.changes_nothing();

@@ -64,9 +64,18 @@ __device__ inline void gradient_of_moments(const Conic<float>& conic, float opac
 // three passes of a radix sort take. Splats that agree to that keep the order of their rows.
 constexpr uint32_t kNoDepth = (1u << kDepthKeyBits) - 1;  // of a Gaussian that is not visible
 constexpr uint32_t kHidden = kNoDepth - 1;                // of one that is, but behind the limits of all its tiles
+constexpr uint32_t kDepthMask = (1u << kDepthKeyBits) - 1;
 __device__ inline uint32_t depth_key(float depth, float near) {
   const uint32_t key = (__float_as_uint(depth) - __float_as_uint(near)) >> 3;
   return key < kHidden ? key : kHidden - 1;
+}
+
+// Above the depth, a splat's key may say how many instances it has, if they are few: zero leaves that open.
+__device__ inline uint32_t with_count(uint32_t depth_key, unsigned n_instances) {
+  return n_instances < 1u << (32 - kDepthKeyBits) ? depth_key | n_instances << kDepthKeyBits : depth_key;
+}
+__device__ inline bool is_listed(uint32_t depth_key) {
+  return (depth_key & kDepthMask) < kHidden;
 }
 
 // The tiles of a view may have limits [n_tiles]: depth keys behind which no splat reached a pixel at the last visit.

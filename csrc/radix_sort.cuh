@@ -30,13 +30,13 @@ __device__ unsigned digit_of(Key key, int shift, int n_bits) {
   return unsigned(key >> shift) & ((1u << n_bits) - 1u);
 }
 
-// Digits of equal length.
+// Digits of equal length: one of few, which kernels are compiled for.
 struct Digits {
   int n_passes, n_bits;
 
-  static Digits of(int n_key_bits) {
+  static constexpr Digits of(int n_key_bits) {
     const int n_passes = (n_key_bits + kMostDigitBits - 1) / kMostDigitBits;
-    return {n_passes, (n_key_bits + n_passes - 1) / n_passes};
+    return {n_passes, n_key_bits <= n_passes * (kMostDigitBits - 1) ? kMostDigitBits - 1 : kMostDigitBits};
   }
 };
 
@@ -69,25 +69,23 @@ struct SortPass {
   SortPair<const Key> from;  // values null: 0, 1, 2, ...
   SortPair<Key> to;          // keys null: not wanted
   SortSize size;
-  int64_t end;  // what has this key or a larger one is left out
-  int shift, n_bits;
+  uint32_t mask, last;  // what has a larger key below the mask is left out
+  int shift;
   const uint32_t* totals;
   uint32_t* counts;
   unsigned* ticket;
-
-  __device__ unsigned digit(Key key) const { return digit_of(key, shift, n_bits); }
 };
 
 // How many keys have each value of each digit. Copies keep lanes apart that count the same.
 template <class Key>
 __global__ __launch_bounds__(kSortThreads) void count_digits_kernel(const Key* keys, SortSize size, Digits digits,
-                                                                    int64_t end, uint32_t* totals) {
+                                                                    uint32_t mask, uint32_t last, uint32_t* totals) {
   constexpr int kCopies = 8, kKeys = 16 / int(sizeof(Key));
   __shared__ uint32_t counts[kMostSortPasses][kDigits][kCopies];
   for (int i = int(threadIdx.x); i < digits.n_passes * kDigits * kCopies; i += kSortThreads) (&counts[0][0][0])[i] = 0;
   __syncthreads();
   const auto count = [&](Key key) {
-    if (int64_t(key) >= end) return;
+    if ((uint32_t(key) & mask) > last) return;
     for (int pass = 0; pass < digits.n_passes; ++pass) {
       const unsigned digit = digit_of(key, pass * digits.n_bits, digits.n_bits);
       atomicAdd(&counts[pass][digit][threadIdx.x % kCopies], 1u);
@@ -156,51 +154,65 @@ __device__ inline uint32_t count_before(uint32_t* counts, unsigned block, uint32
   return before;
 }
 
+// The lanes whose bit is set where this lane's is, and not set where it is not. In C++ the compiler asks for the bit
+// twice.
+__device__ inline unsigned lanes_with_same(unsigned bit) {
+  unsigned same;
+  asm volatile(
+      "{\n"
+      ".reg .pred is_set;\n"
+      "setp.ne.u32 is_set, %1, 0;\n"
+      "vote.sync.ballot.b32 %0, is_set, 0xffffffff;\n"
+      "@!is_set not.b32 %0, %0;\n"
+      "}\n"
+      : "=r"(same)
+      : "r"(bit));
+  return same;
+}
+
 // A block finds the place of each of its keys among those with the same digit, brings them in the order of their digits
 // in shared memory, and writes them from there: neighbours to neighbouring places. What takes its time is waiting:
 // values are asked for late and other blocks' counts later, so that registers suffice for many blocks.
-template <class Key>
-__global__ __launch_bounds__(kSortThreads, 4) void sort_pass_kernel(SortPass<Key> pass) {
+template <class Key, int kBits>
+__global__ __launch_bounds__(kSortThreads, at_least(5, kSortThreads)) void sort_pass_kernel(SortPass<Key> pass) {
   __shared__ uint32_t places[kSortWarps][kDigits];
   __shared__ uint32_t target_of[kDigits];  // where the digit's first goes, less its place in the block
   __shared__ Key staged_keys[kSortTile];
   __shared__ int32_t staged_values[kSortTile];
   __shared__ unsigned block_number, n_staged;
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int64_t n = pass.size.get();
+  if (int64_t(blockIdx.x) * kSortTile >= n) return;
   if (thread == 0) block_number = atomicAdd(pass.ticket, 1u);
 #pragma unroll
   for (int w = 0; w < kSortWarps; ++w) places[w][thread] = 0;
   __syncthreads();
   const unsigned block = block_number;
-  const int64_t n = pass.size.get(), first = int64_t(block) * kSortTile;
-  if (first >= n) return;
+  const int64_t first = int64_t(block) * kSortTile;
 
-  const int64_t first_of_lane = first + warp * kSortItems * 32 + lane;
+  const auto digit = [&](Key key) { return digit_of(key, pass.shift, kBits); };
+  const int of_lane = warp * kSortItems * 32 + lane;  // the first of the block's keys that is this lane's
+  const int n_of_block = n - first < kSortTile ? int(n - first) : kSortTile;
   Key keys[kSortItems];
   uint32_t is_wanted = 0;  // one bit an item
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {
-    const int64_t at = first_of_lane + i * 32;
-    keys[i] = at < n ? pass.from.keys[at] : Key(0);
+    const int at = of_lane + i * 32;
+    keys[i] = at < n_of_block ? pass.from.keys[first + at] : Key(0);
   }
   uint32_t ranks[kSortItems];  // among the warp's keys with the same digit
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {
-    const unsigned digit = pass.digit(keys[i]);
-    const bool takes_part = first_of_lane + i * 32 < n && int64_t(keys[i]) < pass.end;
+    const unsigned own_digit = digit(keys[i]);
+    const bool takes_part = of_lane + i * 32 < n_of_block && (uint32_t(keys[i]) & pass.mask) <= pass.last;
     if (takes_part) is_wanted |= 1u << i;
     unsigned peers = __ballot_sync(kAllLanes, takes_part);
 #pragma unroll
-    for (int bit = 0; bit < kMostDigitBits; ++bit) {
-      if (bit >= pass.n_bits) break;
-      const bool is_set = (digit >> bit & 1u) != 0;
-      const unsigned set = __ballot_sync(kAllLanes, is_set);
-      peers &= is_set ? set : ~set;
-    }
-    const uint32_t before = places[warp][digit];
+    for (int bit = 0; bit < kBits; ++bit) peers &= lanes_with_same(own_digit & 1u << bit);
+    const uint32_t before = places[warp][own_digit];
     ranks[i] = before + uint32_t(__popc(peers & ((1u << lane) - 1u)));
     __syncwarp();
-    if (takes_part && lane == __ffs(int(peers)) - 1) places[warp][digit] = before + uint32_t(__popc(peers));
+    if (takes_part && lane == __ffs(int(peers)) - 1) places[warp][own_digit] = before + uint32_t(__popc(peers));
     __syncwarp();
   }
   __syncthreads();
@@ -212,7 +224,7 @@ __global__ __launch_bounds__(kSortThreads, 4) void sort_pass_kernel(SortPass<Key
     places[w][thread] = count;
     count += of_warp;
   }
-  const bool is_digit = thread < 1 << pass.n_bits;
+  const bool is_digit = thread < 1 << kBits;
   if (is_digit) publish_count(pass.counts, block, count);
   const uint64_t firsts = sum_of_threads_before(uint64_t(pass.totals[thread]) << 32 | count);
   const uint32_t first_in_block = uint32_t(firsts), first_of_all = uint32_t(firsts >> 32);
@@ -224,15 +236,14 @@ __global__ __launch_bounds__(kSortThreads, 4) void sort_pass_kernel(SortPass<Key
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {
     if ((is_wanted >> i & 1u) == 0) continue;
-    ranks[i] += places[warp][pass.digit(keys[i])];
+    ranks[i] += places[warp][digit(keys[i])];
     staged_keys[ranks[i]] = keys[i];
   }
   int32_t values[kSortItems];
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {
-    const int64_t at = first_of_lane + i * 32;
-    values[i] = int32_t(at);
-    if (pass.from.values != nullptr && (is_wanted >> i & 1u) != 0) values[i] = pass.from.values[at];
+    values[i] = int32_t(first) + of_lane + i * 32;
+    if (pass.from.values != nullptr && (is_wanted >> i & 1u) != 0) values[i] = pass.from.values[values[i]];
   }
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {
@@ -242,7 +253,7 @@ __global__ __launch_bounds__(kSortThreads, 4) void sort_pass_kernel(SortPass<Key
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < n_staged; i += kSortThreads) {
     const Key key = staged_keys[i];
-    const uint32_t to = target_of[pass.digit(key)] + i;
+    const uint32_t to = target_of[digit(key)] + i;
     if (pass.to.keys != nullptr) pass.to.keys[to] = key;
     pass.to.values[to] = staged_values[i];
   }
@@ -253,7 +264,7 @@ template <class Key>
 struct SortJob {
   SortPair<const Key> from;
   SortPair<Key> there, back, out;
-  int64_t end = INT64_MAX;  // see SortPass
+  uint32_t mask = UINT32_MAX, last = UINT32_MAX;  // see SortPass
 };
 
 // `n` is the number before the sort, `n_sorted` after it: less than that where keys are left out.
@@ -263,21 +274,23 @@ void queue_sort(cudaStream_t stream, const SortState& state, const SortJob<Key>&
   const Digits& digits = state.digits;
   const unsigned n_blocks = unsigned(state.n_blocks());
   constexpr unsigned kMostCountBlocks = 512;
-  count_digits_kernel<<<std::min(n_blocks, kMostCountBlocks), kSortThreads, 0, stream>>>(job.from.keys, n, digits,
-                                                                                         job.end, state.totals);
+  count_digits_kernel<<<std::min(n_blocks, kMostCountBlocks), kSortThreads, 0, stream>>>(
+      job.from.keys, n, digits, job.mask, job.last, state.totals);
   SortPair<const Key> from = job.from;
   for (int i = 0; i < digits.n_passes; ++i) {
     const SortPair<Key>& to = i == digits.n_passes - 1 ? job.out : i % 2 == 0 ? job.there : job.back;
     const SortPass<Key> pass = {from,
                                 to,
                                 i == 0 ? n : n_sorted,
-                                job.end,
+                                job.mask,
+                                job.last,
                                 i * digits.n_bits,
-                                digits.n_bits,
                                 state.totals + i * kDigits,
                                 state.counts + i * state.n_blocks() * kDigits,
                                 state.tickets + i};
-    sort_pass_kernel<Key><<<n_blocks, kSortThreads, 0, stream>>>(pass);
+    const auto kernel = digits.n_bits == kMostDigitBits ? sort_pass_kernel<Key, kMostDigitBits>
+                                                        : sort_pass_kernel<Key, kMostDigitBits - 1>;
+    kernel<<<n_blocks, kSortThreads, 0, stream>>>(pass);
     from = {to.keys, to.values};
   }
 }

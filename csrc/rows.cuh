@@ -28,38 +28,39 @@ __device__ inline RawShape<float> raw_shape_of(const Gaussians& g, int64_t row) 
 template <int kColumns>
 struct StagedRows {
   static constexpr int kFours = (kColumns + 3) / 4, kStride = kFours | 1;
-  float4* fours;  // [rows, kStride]
+
+  __device__ explicit StagedRows(float4* fours) : address_(kept(uint32_t(__cvta_generic_to_shared(fours)))) {}
 
   // Whether rows of `stride` floats can be read so.
   __device__ static bool fit(int stride) { return stride % 4 == 0; }
-  // Called by `kGroup` threads for `kSlots` rows; row_of(slot) is negative where nothing is wanted.
-  template <int kSlots, int kGroup, class RowOf>
-  __device__ void load(const float* table, int stride, int thread, RowOf&& row_of) const {
-    constexpr int kRounds = kSlots * kFours / kGroup;
-    constexpr int kBatch = kRounds % 4 == 0 ? 4 : kRounds % 7 == 0 ? 7 : kRounds;  // in flight at once
-    static_assert(kSlots * kFours % kGroup == 0 && kRounds % kBatch == 0, "whole rounds");
+  // Called by a warp, for 32 rows: row_of(slot) is where one lies, or null where it is not wanted.
+  template <class RowOf>
+  __device__ void load(int lane, RowOf&& row_of) const {
+    constexpr int kBatch = kFours % 4 == 0 ? 4 : kFours % 7 == 0 ? 7 : kFours;  // in flight at once
+    static_assert(kFours % kBatch == 0, "whole batches");
 #pragma unroll
-    for (int begin = 0; begin < kRounds; begin += kBatch) {
+    for (int begin = 0; begin < kFours; begin += kBatch) {
       float4 four[kBatch];
       bool is_wanted[kBatch];
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const int i = thread + (begin + j) * kGroup, slot = i / kFours;
-        const int64_t row = row_of(slot);
-        is_wanted[j] = row >= 0;
-        if (is_wanted[j]) four[j] = reinterpret_cast<const float4*>(table)[row * (stride / 4) + i - slot * kFours];
+        const unsigned i = unsigned(lane) + (begin + j) * 32, slot = i / kFours;
+        const float* row = row_of(int(slot));
+        is_wanted[j] = row != nullptr;
+        if (is_wanted[j]) four[j] = reinterpret_cast<const float4*>(row)[i - slot * kFours];
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const int i = thread + (begin + j) * kGroup, slot = i / kFours;
-        if (is_wanted[j]) fours[slot * kStride + i - slot * kFours] = four[j];
+        const unsigned i = unsigned(lane) + (begin + j) * 32, slot = i / kFours;
+        if (is_wanted[j]) store_shared(address_ + (i + slot * (kStride - kFours)) * sizeof(float4), four[j]);
       }
     }
   }
   __device__ void get(int slot, float columns[kColumns]) const {
+    const uint32_t row = address_ + slot * kStride * sizeof(float4);
 #pragma unroll
     for (int i = 0; i < kFours; ++i) {
-      const float4 four = fours[slot * kStride + i];
+      const float4 four = load_shared(row + i * sizeof(float4));
       const float values[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -67,6 +68,9 @@ struct StagedRows {
       }
     }
   }
+
+ private:
+  uint32_t address_;  // in shared memory: of a pointer the compiler makes it anew for every access
 };
 
 // The first `kColumns` floats of a row of `stride`, by one thread; four at a time where all rows begin at such a place.

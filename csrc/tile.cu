@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kListThreads = 256;
-static_assert(kListThreads >= kLookBackRows, "a LookBack of the splats suffices");
+constexpr int kSplatsOfThread = 2, kSplatsOfList = kListThreads * kSplatsOfThread;  // that a block lists
 
 struct Grid {
   int tiles_x, tiles_y;
@@ -31,11 +31,13 @@ int bits_for(uint64_t largest) {
 template <class Key>
 struct TileScratch {
   SortPair<uint32_t> by_depth[2];  // [M]
+  int64_t* first_instances;        // [lists]
   SortPair<Key> by_tile[2];        // [I]
 
   static TileScratch of(Arena& arena, int64_t n_splats, int64_t n_instances) {
     TileScratch s;
     for (auto& pair : s.by_depth) pair = {arena.take<uint32_t>(n_splats), arena.take<int32_t>(n_splats)};
+    s.first_instances = arena.take<int64_t>(n_blocks_of(n_splats, kSplatsOfList));
     for (auto& pair : s.by_tile) pair = {arena.take<Key>(n_instances), arena.take<int32_t>(n_instances)};
     return s;
   }
@@ -70,11 +72,7 @@ __device__ unsigned list_far_splat(const Splat& splat, int32_t number, const Gri
     TileSpan columns = {0, 0};
     if (row < tiles.rows.end) columns = tiles.columns(row);
     const unsigned own = columns.begin < columns.end ? unsigned(columns.end - columns.begin) : 0;
-    unsigned sum = own;  // of the rows up to this one
-    for (int step = 1; step < 32; step *= 2) {
-      const unsigned below = __shfl_up_sync(kAllLanes, sum, step);
-      if (lane >= step) sum += below;
-    }
+    const unsigned sum = warp_sum_so_far(own);  // of the rows up to this one
     const unsigned total = __shfl_sync(kAllLanes, sum, 31);
     const int first_tile = row * grid.tiles_x + columns.begin - int(sum - own);  // less the place of its first
     for (unsigned at = unsigned(lane); at - unsigned(lane) < total; at += 32) {
@@ -96,36 +94,80 @@ struct FarSplat {
   unsigned n, first;
 };
 
+// The number of the first instance of every kSplatsOfList splats in the order of depth, a warp each. Most keys say
+// themselves how many instances their splats have.
+__global__ __launch_bounds__(kThreads) void first_instances_kernel(Projected projected,
+                                                                   Late<ProjectedCounts> late_counts,
+                                                                   SortPair<uint32_t> by_depth, LookBack look_back,
+                                                                   int64_t* first_instances) {
+  constexpr int kWarps = kThreads / 32, kOfThread = kSplatsOfList / 32;
+  __shared__ uint32_t of_warps[kWarps];
+  __shared__ int64_t first_of_block;
+  __shared__ unsigned block;
+  const int64_t n_splats = late_counts.get().n_splats;
+  if (int64_t(blockIdx.x) * kWarps * kSplatsOfList >= n_splats) return;
+  if (threadIdx.x == 0) block = atomicAdd(look_back.ticket, 1u);
+  __syncthreads();
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+  const int64_t list = int64_t(block) * kWarps + warp, first = list * kSplatsOfList + lane;
+  uint32_t keys[kOfThread];
+#pragma unroll
+  for (int i = 0; i < kOfThread; ++i) {
+    const int64_t at = first + i * 32;
+    keys[i] = at < n_splats ? by_depth.keys[at] : 0;
+  }
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kOfThread; ++i) {
+    const int64_t at = first + i * 32;
+    const uint32_t n = keys[i] >> kDepthKeyBits;
+    if (at < n_splats) sum += n != 0 ? n : projected.touched[by_depth.values[at]].n;
+  }
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  if (lane == 0) of_warps[warp] = sum;
+  __syncthreads();
+  uint32_t before_warp = 0, of_block = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before_warp += of_warps[w];
+    of_block += of_warps[w];
+  }
+  if (warp == 0) {
+    const uint64_t before = sum_before(look_back.counts, block, of_block);
+    if (lane == 0) first_of_block = int64_t(before);
+  }
+  __syncthreads();
+  if (lane == 0 && list * kSplatsOfList < n_splats) first_instances[list] = first_of_block + before_warp;
+}
+
 // A block lists the instances of its splats, which follow each other in the order of depth. What is projected with
 // another camera than `grid` stands for lists no more than its share, and fills what is left of it with no tile.
 template <class Key>
 __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected, Late<ProjectedCounts> late_counts,
-                                                            const int32_t* by_depth, LookBack look_back, Grid grid,
-                                                            List<Key> list) {
+                                                            const int32_t* by_depth, const int64_t* first_instances,
+                                                            Grid grid, List<Key> list) {
+  constexpr int kSplats = kSplatsOfThread;
   __shared__ Key staged_tiles[kStaged];
   __shared__ int32_t staged_splats[kStaged];
   __shared__ int n_far;
-  __shared__ unsigned block;
-  __shared__ int64_t first_of_block;
-  if (threadIdx.x == 0) {
-    block = atomicAdd(look_back.ticket, 1u);
-    n_far = 0;
+  const int64_t n_splats = late_counts.get().n_splats, first_of_list = int64_t(blockIdx.x) * kSplatsOfList;
+  if (first_of_list >= n_splats) return;
+  if (threadIdx.x == 0) n_far = 0;
+  const int64_t first_of_thread = first_of_list + threadIdx.x * kSplats;
+  const int64_t first_of_block = first_instances[blockIdx.x];
+  int32_t splats[kSplats];
+  TileSet touched[kSplats];
+  unsigned n_of_thread = 0;
+#pragma unroll
+  for (int i = 0; i < kSplats; ++i) splats[i] = first_of_thread + i < n_splats ? by_depth[first_of_thread + i] : -1;
+#pragma unroll
+  for (int i = 0; i < kSplats; ++i) {
+    touched[i] = splats[i] >= 0 ? projected.touched[splats[i]] : TileSet{};
+    n_of_thread += touched[i].n;
   }
-  __syncthreads();
-  const ProjectedCounts counts = late_counts.get();
-  if (int64_t(block) * kListThreads >= counts.n_splats) return;
-  const int64_t i = int64_t(block) * kListThreads + threadIdx.x;
-  const int32_t splat = i < counts.n_splats ? by_depth[i] : 0;
-  const TileSet touched = i < counts.n_splats ? projected.touched[splat] : TileSet{};
-  const BlockSums sums = block_sums<kListThreads>({0, touched.n});
-  if (threadIdx.x < 32) {
-    const uint64_t before = sum_before(look_back.counts, block, sums.total.instances);
-    if (threadIdx.x == 0) first_of_block = int64_t(before);
-  }
+  const BlockSums sums = block_sums<kListThreads>({0, n_of_thread});
   const bool is_staged = sums.total.instances <= kStaged;
-  const bool is_far = touched.n > 0 && touched.bits == 0;
-  if (!is_staged) __syncthreads();
-  const auto put = [&](unsigned at, int tile) {
+  const auto is_far = [](const TileSet& set) { return set.n > 0 && set.bits == 0; };
+  const auto put = [&](unsigned at, int tile, int32_t splat) {
     if (is_staged) {
       staged_tiles[at] = Key(tile);
       staged_splats[at] = splat;
@@ -133,14 +175,19 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
       list.put(first_of_block + at, tile, splat);
     }
   };
-  if (!is_far) {
-    const unsigned end = sums.before.instances + touched.n;
-    unsigned at = sums.before.instances;
-    for (uint64_t left_over = touched.bits; left_over != 0 && at < end; left_over &= left_over - 1, ++at) {
+  unsigned first = sums.before.instances;
+#pragma unroll
+  for (int i = 0; i < kSplats; ++i) {
+    const TileSet& set = touched[i];
+    const unsigned end = first + set.n;
+    unsigned at = first;
+    for (uint64_t left_over = set.bits; left_over != 0 && at < end; left_over &= left_over - 1, ++at) {
       const int bit = __ffsll(int64_t(left_over)) - 1;
-      const int row = touched.row + bit / kTileBoxSide, column = touched.column + bit % kTileBoxSide;
-      put(at, row < grid.tiles_y && column < grid.tiles_x ? row * grid.tiles_x + column : int(grid.n_tiles()));
+      const int row = set.row + bit / kTileBoxSide, column = set.column + bit % kTileBoxSide;
+      const bool is_inside = row < grid.tiles_y && column < grid.tiles_x;
+      put(at, is_inside ? row * grid.tiles_x + column : int(grid.n_tiles()), splats[i]);
     }
+    first = end;
   }
   __syncthreads();
   if (is_staged) {
@@ -150,9 +197,14 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
     __syncthreads();  // far splats' places above hold nothing yet
   }
   // Splats that reach far come together, where the background begins: the warps of a block share them.
-  static_assert(sizeof(FarSplat) * kListThreads <= sizeof(staged_splats), "written out by now");
+  static_assert(sizeof(FarSplat) * kListThreads * kSplats <= sizeof(staged_splats), "written out by now");
   FarSplat* far_splats = reinterpret_cast<FarSplat*>(staged_splats);
-  if (is_far) far_splats[atomicAdd(&n_far, 1)] = FarSplat{splat, touched.n, sums.before.instances};
+  first = sums.before.instances;
+#pragma unroll
+  for (int i = 0; i < kSplats; ++i) {
+    if (is_far(touched[i])) far_splats[atomicAdd(&n_far, 1)] = FarSplat{splats[i], touched[i].n, first};
+    first += touched[i].n;
+  }
   __syncthreads();
   for (int i = int(threadIdx.x) / 32; i < n_far; i += kListThreads / 32) {
     const FarSplat far = far_splats[i];
@@ -223,11 +275,14 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
     const ProjectedCounts* place = counts.place;
     const SortSize n_splats = {n, place != nullptr ? &place->n_splats : nullptr};
     const SortSize n_instances = {out.n_instances, place != nullptr ? &place->n_instances : nullptr};
-    SortJob<uint32_t> by_depth = {{projected.depth_keys, nullptr}, s.by_depth[0], s.by_depth[1], {}, kHidden};
-    by_depth.out = {nullptr, s.by_depth[0].values};
+    static_assert(Digits::of(kDepthKeyBits).n_passes % 2 == 1, "the last pass writes where the first one did");
+    const SortJob<uint32_t> by_depth = {
+        {projected.depth_keys, nullptr}, s.by_depth[0], s.by_depth[1], s.by_depth[0], kDepthMask, kHidden - 1};
     queue_sort(stream, state.by_depth, by_depth, {n}, n_splats);
-    list_kernel<Key><<<n_blocks_of(n, kListThreads), kListThreads, 0, stream>>>(
-        projected, counts, by_depth.out.values, state.look_back, grid,
+    first_instances_kernel<<<n_blocks_of(n, kThreads / 32 * kSplatsOfList), kThreads, 0, stream>>>(
+        projected, counts, by_depth.out, state.look_back, s.first_instances);
+    list_kernel<Key><<<n_blocks_of(n, kSplatsOfList), kListThreads, 0, stream>>>(
+        projected, counts, by_depth.out.values, s.first_instances, grid,
         List<Key>{s.by_tile[0].keys, s.by_tile[0].values, out.n_instances});
     SortJob<Key> by_tile = {{s.by_tile[0].keys, s.by_tile[0].values}, s.by_tile[1], s.by_tile[0], {}};
     by_tile.out = {s.by_tile[state.by_tile.digits.n_passes % 2].keys, out.splat_from_instance};

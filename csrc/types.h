@@ -122,7 +122,7 @@ struct Projected {
   int64_t n;                     // M
   // What a GPU lists the tiles by; null on the CPU.
   TileSet* touched;      // [M]
-  uint32_t* depth_keys;  // [M] what the splats are sorted by
+  uint32_t* depth_keys;  // [M] what the splats are sorted by, in the lower 24 bits
 };
 
 // An instance is one (splat, tile) pair; it is numbered in the order of emission: by splat, then by tile.

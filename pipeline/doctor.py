@@ -12,8 +12,12 @@ from typing import Any
 
 from spaceport_gs.errors import BackendError, InputError
 
-NEEDS: Mapping[str, tuple[str, ...]] = {"sfm": ("pycolmap",), "train": ("pycolmap", "torch"), "compress": ("pycolmap",)}
-"""Of each stage: modules that are not there in every installation, or whose system libraries may be missing."""
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "sfm": ("spaceport_gs.colmap",),
+    "train": ("spaceport_gs.colmap", "torch"),
+    "compress": ("spaceport_gs.colmap",),
+}
+"""Of each stage: modules that are not in every installation, or whose system libraries may be missing."""
 
 
 def cuda_missing() -> str:
@@ -38,9 +42,9 @@ def check_stage(stage: str) -> None:
         raise InputError(f"--stage {stage}: choose {', '.join(NEEDS)}")
     for module in NEEDS[stage]:
         try:
-            import_module(module if module != "pycolmap" else "spaceport_gs.colmap")
+            import_module(module)
         except ImportError as error:
-            raise BackendError(f"the stage {stage} needs {module}, which cannot be imported: {error}") from error
+            raise BackendError(f"the stage {stage} cannot run here: {error}; see `spaceport doctor`") from error
 
 
 def examine() -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Projected:
     n_instances: int = 0
     """The last of the offsets."""
     touched: Array | None = None  # [M, 4] int32: the tiles of each splat, as a GPU lists them (TileSet)
-    depth_keys: Array | None = None  # [M] int32: what a GPU sorts the splats by
+    depth_keys: Array | None = None  # [M] int32: what a GPU sorts the splats by, in the lower 24 bits
 
 
 @dataclass

@@ -81,7 +81,8 @@ def test_lists_are_sorted(n: int) -> None:
     of_instance = torch.repeat_interleave(torch.arange(len(n_of_tile), device="cuda"), n_of_tile)
     splats = tiles.splat_from_instance.long()
     assert len(of_instance) == len(splats) == projected.n_instances
-    key = (of_instance << 48) + (projected.depth_keys[splats].long() << 24) + splats
+    depths = (projected.depth_keys & 0xFFFFFF)[splats].long()
+    key = (of_instance << 48) + (depths << 24) + splats
     assert bool((key[1:] > key[:-1]).all())
     counts = torch.bincount(splats, minlength=len(projected.splats))
     assert torch.equal(counts, projected.instance_offsets[1:] - projected.instance_offsets[:-1])

@@ -126,5 +126,5 @@ def test_doctor_tells_whether_a_stage_can_run(
     assert "choose sfm, train, compress" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torch", None)
     doctor.check_stage("sfm")
-    with pytest.raises(BackendError, match="the stage train needs torch"):
+    with pytest.raises(BackendError, match="the stage train cannot run here: .*torch"):
         doctor.check_stage("train")
