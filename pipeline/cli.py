@@ -20,6 +20,7 @@ import typer
 from spaceport_gs import __version__
 from spaceport_gs.errors import BackendError, InputError, Interrupted
 from spaceport_gs.pipeline.aws.cli import app as aws
+from spaceport_gs.pipeline.aws.cli import make_batch
 from spaceport_gs.pipeline.options import (
     EXCLUSIVE,
     EXIT_INTERRUPTED,
@@ -224,8 +225,9 @@ def batch_command(
     captures: Input, output: Output,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Captures at a time.")] = 1,
     device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard", steps: Steps = 0,
-    max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8, resume: Resume = False,
-    overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+    max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
+    backend: Annotated[str, typer.Option("--backend", help="local, or aws: see `spaceport aws`.")] = "local",
+    resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Many captures: the main job for every folder of photos and every .zip in INPUT."""
     import os
@@ -235,19 +237,25 @@ def batch_command(
 
     if resume and overwrite:
         raise InputError(EXCLUSIVE)
+    if backend not in ("local", "aws"):
+        raise InputError(f"--backend {backend}: choose local or aws")
     settings = stages.RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every)
-    stages.check(settings)
+    if backend == "local":
+        stages.check(settings)
     found = captures_in(captures)
     done = [name for name in found if (output / name).exists()]
     if done and not (resume or overwrite):
         raise InputError(f"{output / done[0]}: exists; go on with --resume, or replace results with --overwrite")
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    arguments = [
-        f"--device={device}", f"--seed={seed}", f"--preset={preset}", f"--steps={steps}",
-        f"--max-seconds={max_seconds}", f"--downscale={downscale}", f"--eval-every={eval_every}", f"--threads={threads}",
-        *(["--resume"] if resume else []), *(["--overwrite"] if overwrite else []),
-    ]  # fmt: skip
-    outcomes = run_batch(found, output, arguments, jobs, lambda line: tell(line, quiet or json))
+    if backend == "aws":
+        outcomes = make_batch(found, output, settings, jobs, quiet or json)
+    else:
+        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        arguments = [
+            f"--device={device}", f"--seed={seed}", f"--preset={preset}", f"--steps={steps}",
+            f"--max-seconds={max_seconds}", f"--downscale={downscale}", f"--eval-every={eval_every}", f"--threads={threads}",
+            *(["--resume"] if resume else []), *(["--overwrite"] if overwrite else []),
+        ]  # fmt: skip
+        outcomes = run_batch(found, output, arguments, jobs, lambda line: tell(line, quiet or json))
     n_failed = sum(bool(outcome.error) for outcome in outcomes)
     result = {"captures": [asdict(outcome) for outcome in outcomes], "failed": n_failed}
     finish(result, json, quiet, lambda: f"{len(outcomes) - n_failed} of {len(outcomes)} captures: {output / SUMMARY}")

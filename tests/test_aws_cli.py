@@ -21,6 +21,7 @@ from emulator import emulated_aws, free_port, started, wait_for
 
 from spaceport_gs.pipeline import cli
 from spaceport_gs.pipeline.aws import cloud as clouds
+from spaceport_gs.pipeline.aws import watch
 from spaceport_gs.pipeline.aws.cloud import Cloud
 from spaceport_gs.pipeline.aws.scenes import JobState, Run, Status
 from spaceport_gs.pipeline.aws.watch import as_progress
@@ -266,6 +267,30 @@ def test_a_batch_is_submitted_followed_and_fetched(shell: Shell, stack: str, cap
     shell("fetch", made, *there)
     assert (shell.folder / made / "index.html").is_file()
     assert shell.json("stop", name, *there)["stopped"] == []
+
+
+@pytest.mark.slow
+def test_captures_are_made_there_as_they_are_made_here(
+    shell: Shell, stack: str, capture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """`spaceport batch --backend aws`: folders by the captures' names, and batch.json."""
+    for name, value in {**shell.environment, "SPACEPORT_STACK": stack}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.1)
+    captures, out = tmp_path / "captures", tmp_path / "out"
+    (captures / "few").mkdir(parents=True)
+    (captures / "few/a.jpg").write_bytes(b"no photo")
+    (captures / "harbour").symlink_to(capture, target_is_directory=True)
+    order = ["batch", str(captures), "-o", str(out), "--backend", "aws", "--steps", "7", "--device", "cpu", "--json"]
+    assert cli.run(order) == 1
+    outcomes = {one["name"]: one for one in json.loads(capsys.readouterr().out)["captures"]}
+    assert "1 photos; at least 3" in outcomes["few"]["error"] and not outcomes["harbour"]["error"]
+    assert outcomes["harbour"]["seconds"] > 0 and list(outcomes.values()) == json.loads(
+        (out / "batch.json").read_text()
+    )
+    page = (out / "harbour/index.html").read_bytes()
+    assert cli.run(order) == 2 and "go on with --resume" in capsys.readouterr().err
+    assert cli.run([*order, "--resume"]) == 1 and (out / "harbour/index.html").read_bytes() == page
 
 
 # Bad input, in this process

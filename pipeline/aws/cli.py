@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from spaceport_gs.pipeline.aws.push import Image
     from spaceport_gs.pipeline.aws.scenes import JobState, Status
     from spaceport_gs.pipeline.aws.stack import Change, Stack
+    from spaceport_gs.pipeline.batch import Outcome
+    from spaceport_gs.pipeline.run import RunSettings
     from spaceport_gs.progress import Listener
 
 EXIT_FAILED = 70  # as the jobs' own: neither done nor the user's mistake
@@ -53,7 +55,9 @@ app = typer.Typer(
 
 Region = Annotated[str, typer.Option("--region", help="Default: AWS_REGION, or the profile's.")]
 Profile = Annotated[str, typer.Option("--profile", help="Of ~/.aws/config; default: AWS_PROFILE, or what boto3 finds.")]
-Prefix = Annotated[str, typer.Option("--prefix", help="Name of the stack; begins every other name.")]
+Prefix = Annotated[
+    str, typer.Option("--prefix", envvar="SPACEPORT_STACK", help="Name of the stack; begins every other name.")
+]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Drain = Annotated[bool, typer.Option("--drain", help="Wait for scenes under way, instead of refusing.")]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="As submit printed it; batch/NAME: all scenes of a batch.")]
@@ -80,12 +84,16 @@ PREFIX = "spaceport"
 
 
 @app.callback()
-def _needed(context: typer.Context) -> None:
+def _common(context: typer.Context) -> None:
+    _require_packages()
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _require_packages() -> None:
     for module in ("boto3", "yaml"):
         if find_spec(module) is None:
             raise InputError("the pipeline on AWS needs boto3 and PyYAML: pip install 'spaceport-gs[aws]'")
-    if context.invoked_subcommand is None:
-        print(context.get_help())
 
 
 # ---- The stack ---------------------------------------------------------------------------------------------------------------
@@ -269,7 +277,9 @@ def submit_command(
     ))  # fmt: skip
 
 
-def _order(settings: Any, instance: Sequence[str] | None, spot: bool, max_cost: float, deadline: float) -> Order:
+def _order(
+    settings: RunSettings, instance: Sequence[str] | None, spot: bool, max_cost: float, deadline: float
+) -> Order:
     from spaceport_gs.pipeline.aws.orders import Order, instances_of
 
     named, is_cheapest = instances_of(instance or ())
@@ -392,7 +402,7 @@ def _state(found: Status) -> dict[str, Any]:
 
 
 def _job_state(job: JobState) -> dict[str, Any]:
-    times = {when: job.description.get(f"{'Training' if job.is_training else 'Processing'}{when}Time") for when in ("Start", "End")}  # fmt: skip
+    times = {when: job.description.get(f"{job.kind}{when}Time") for when in ("Start", "End")}
     return {
         "name": job.name,
         "stage": job.stage,
@@ -594,6 +604,42 @@ def _submit_batch(
     arn = submit_batch(cloud, stack, batch, list(scenes.values()), n_at_once)
     ids = {capture: scene.scene for capture, scene in scenes.items()}
     return {"batch": batch, "execution": arn, "scenes": ids, "refused": refused}
+
+
+def make_batch(
+    captures: Mapping[str, Path], out: Path, settings: RunSettings, n_at_once: int, as_json: bool
+) -> list[Outcome]:
+    """`spaceport batch` on the default stack: submits, follows and fetches; what failed before is tried again."""
+    from spaceport_gs.files import write_json
+    from spaceport_gs.pipeline.aws.scenes import retry, status
+    from spaceport_gs.pipeline.aws.watch import follow_batch
+    from spaceport_gs.pipeline.batch import SUMMARY, Outcome
+
+    _require_packages()
+    cloud, stack = _stack("", "", os.environ.get("SPACEPORT_STACK", PREFIX))
+    given = {name: (path, dict[str, Any]()) for name, path in captures.items()}
+    submitted = _submit_batch(cloud, stack, given, _order(settings, None, False, 0, 0), n_at_once, "", as_json)
+    for scene in submitted["scenes"].values():
+        if status(cloud, stack, scene).run.status not in ("RUNNING", "SUCCEEDED", "UNSTARTED"):
+            retry(cloud, stack, scene)
+    found = {one.run.scene: one for one in follow_batch(cloud, stack, submitted["batch"], _teller(as_json))}
+    outcomes = []
+    for name in captures:
+        one, error = found.get(submitted["scenes"].get(name, "")), submitted["refused"].get(name, "")
+        if one is not None and one.run.status != "SUCCEEDED":
+            error = one.run.reason or one.run.status.lower()
+        elif one is not None:
+            with _bars(as_json) as listen:
+                _fetch(cloud, stack, one.run.scene, out / name, listen)
+        outcomes.append(Outcome(name, _seconds(one), error))
+    write_json(out / SUMMARY, [asdict(outcome) for outcome in outcomes])
+    return outcomes
+
+
+def _seconds(found: Status | None) -> float:
+    """That the jobs of a scene's latest run took together."""
+    times = [(job.description.get(f"{job.kind}StartTime"), job.description.get(f"{job.kind}EndTime")) for job in found.jobs] if found else []  # fmt: skip
+    return round(sum((end - start).total_seconds() for start, end in times if start and end), 1)
 
 
 @app.command(name="cost")

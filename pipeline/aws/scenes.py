@@ -77,6 +77,11 @@ class JobState:
     """All that SageMaker says of it."""
 
     @property
+    def kind(self) -> str:
+        """As it stands in SageMaker's names."""
+        return "Training" if self.is_training else "Processing"
+
+    @property
     def stage(self) -> str:
         return "train" if self.is_training else str(self.request["AppSpecification"]["ContainerArguments"][0])
 

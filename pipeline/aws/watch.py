@@ -133,7 +133,7 @@ def log_lines(cloud: Cloud, job: JobState) -> Iterator[tuple[float, str]]:
 
 
 def follow_batch(cloud: Cloud, stack: Stack, batch: str, tell: Callable[[str], None]) -> list[Status]:
-    """Where its scenes stand once a batch is over; a line whenever one goes on to something else."""
+    """Where its scenes stand once a batch is over, and what was retried; a line whenever one goes on to something else."""
     scenes, told = batch_scenes(cloud, stack, batch), dict[str, str]()
     while True:
         is_over = batch_status(cloud, stack, batch) != RUNNING
@@ -142,7 +142,7 @@ def follow_batch(cloud: Cloud, stack: Stack, batch: str, tell: Callable[[str], N
             if told.get(one.run.scene) != (line := one_line(one)):
                 told[one.run.scene] = line
                 tell(line)
-        if is_over:
+        if is_over and not any(one.run.status == RUNNING for one in found):
             return found
         time.sleep(max(POLL_SECONDS, 0.5 * len(scenes)))  # AWS answers only so many questions a second
 
