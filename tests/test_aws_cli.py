@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,6 +134,15 @@ def put_flow(shell: Shell, prefix: str = "spaceport") -> None:
             assert made["stateMachineArn"] == machine["stateMachineArn"]
 
 
+def read(address: str, **headers: str) -> bytes:
+    """What an address answers; nothing if it refuses."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=30) as answer:
+            return bytes(answer.read())
+    except urllib.error.HTTPError:
+        return b""
+
+
 def until(look: Callable[[], Any], seconds: float = 120) -> Any:
     """What it finds at last."""
     end = time.monotonic() + seconds
@@ -182,9 +193,15 @@ def test_from_photos_to_a_scene_and_back_to_nothing(shell: Shell, capture: Path)
     job = submitted["job"]
     assert submitted["run"] == f"{job}-1" and submitted["estimate"]["stages"]["train"]["usd"]["high"] < 9
     assert shell.json("submit", *order)["run"] == f"{job}-1"
-    watching = shell.start("watch", job, "-o", "seen")
+    watching = shell.start("watch", job, "-o", "seen", "--web")
+    assert watching.stdout
+    address = watching.stdout.readline().removesuffix(" shows it\n")
+    assert b"<title>Spaceport</title>" in read(address) and read(address, Host="evil.example:80") == b""
     sagemaker = shell.client("sagemaker", "AWS_ENDPOINT_URL_SAGEMAKER")
     until(lambda: sagemaker.list_training_jobs(StatusEquals="InProgress")["TrainingJobSummaries"])
+    state = until(lambda: (found := json.loads(read(f"{address}state.json"))).get("links") and found)
+    assert [one["stage"] for one in state["stages"]] == ["sfm", "train"] and state["status"] == "RUNNING"
+    assert "/preview.jpg?" in state["links"]["preview"]
     assert f"1 under way: {job}-1; stop them" in shell.error("destroy", "--yes")
     stopped = shell.json("stop", job)
     (name,) = stopped["stopped"]
@@ -536,6 +553,7 @@ def test_every_state_has_words() -> None:
     assert seen("FAILED", "Failed", done, failed)[1] == ("train", "Failed: CapacityError: none")
     spot = job_state("train", "Stopped", "MaxWaitTimeExceeded")
     assert seen("RUNNING", "Train", done, spot)[1] == ("train", "asks for an instance")
+    assert seen("RUNNING", "Sfm", done) == [("sfm", "done")]
     assert seen("RUNNING", "Copy", done)[1] == ("publish", "copies the scene")
     assert seen("SUCCEEDED", "Done", done)[1] == ("publish", "done")
 

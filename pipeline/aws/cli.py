@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -296,26 +296,26 @@ def _command(verb: str, job: str, stack: Stack) -> str:
 
 @app.command(name="watch")
 def watch_command(
-    job: Job,
-    output: Into = None,
-    region: Region = "",
-    profile: Profile = "",
-    prefix: Prefix = PREFIX,
-    json: Json = False,
-) -> None:
+    job: Job, output: Into = None,
+    web: Annotated[bool, typer.Option("--web", help="Also show it in the browser, from 127.0.0.1.")] = False,
+    region: Region = "", profile: Profile = "", prefix: Prefix = PREFIX, json: Json = False,
+) -> None:  # fmt: skip
     """Follows a scene until it is over: bars as of a run on this machine, its preview and events in OUTPUT.
 
     The exit code is 0 if it is done, 2 if it failed by the user's mistake, 70 if by anything else, 1 if it was stopped.
     """
     cloud, stack = _stack(region, profile, prefix)
-    if job.startswith(BATCH):
-        _follow_batch(cloud, stack, job, json)
+    if not job.startswith(BATCH):
+        _follow(cloud, stack, job, output, json, web)
+    elif web:
+        raise InputError("--web shows one scene; watch those of a batch one by one")
     else:
-        _follow(cloud, stack, job, output, json)
+        _follow_batch(cloud, stack, job, json)
 
 
-def _follow(cloud: Cloud, stack: Stack, scene: str, output: Path | None, as_json: bool) -> None:
+def _follow(cloud: Cloud, stack: Stack, scene: str, output: Path | None, as_json: bool, web: bool = False) -> None:
     """Ends with the exit code that a scene's end has."""
+    from spaceport_gs.pipeline.aws.page import Page
     from spaceport_gs.pipeline.aws.scenes import status
     from spaceport_gs.pipeline.aws.watch import follow
 
@@ -323,8 +323,12 @@ def _follow(cloud: Cloud, stack: Stack, scene: str, output: Path | None, as_json
     folder = output or Path(scene)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _bars(as_json, folder / "events.jsonl") as listen:
-            found = follow(cloud, stack, scene, listen, folder)
+        with ExitStack() as open_for_it:
+            page = Page(cloud)
+            if web:
+                _teller(as_json)(f"{open_for_it.enter_context(page.served())} shows it")
+            listen = open_for_it.enter_context(_bars(as_json, folder / "events.jsonl"))
+            found = follow(cloud, stack, scene, listen, folder, page.show)
     except KeyboardInterrupt:
         raise Interrupted(f"scene {scene} goes on without you; `{_command('stop', scene, stack)}` ends it") from None
     finish(_state(found), as_json, False, lambda: "\n".join(_state_lines(found)))

@@ -35,8 +35,17 @@ ASKING = {"Sfm": "sfm", "TrainSpot": "train", "Train": "train", "Compress": "com
 LOGS: Mapping[bool, str] = {True: "/aws/sagemaker/TrainingJobs", False: "/aws/sagemaker/ProcessingJobs"}
 
 
-def follow(cloud: Cloud, stack: Stack, scene: str, listen: Listener, folder: Path | None = None) -> Status:
-    """Where a scene stands once its latest run is over. Until then tells how it goes, and keeps the latest preview in `folder`."""
+def follow(
+    cloud: Cloud,
+    stack: Stack,
+    scene: str,
+    listen: Listener,
+    folder: Path,
+    show: Callable[[Status], None],
+) -> Status:
+    """Where a scene stands once its latest run is over. Until then tells how it goes, `show`s each state that it finds, and keeps
+    the latest preview in `folder`.
+    """
     told: dict[str, Progress] = {}
     tag = ""
     while True:
@@ -47,8 +56,8 @@ def follow(cloud: Cloud, stack: Stack, scene: str, listen: Listener, folder: Pat
             if told.get(progress.stage) != progress:
                 told[progress.stage] = progress
                 listen(progress)
-        if folder is not None:
-            tag = save_preview(cloud, found, folder / PREVIEW, tag)
+        show(found)
+        tag = save_preview(cloud, found, folder / PREVIEW, tag)
         if found.run.status != RUNNING:
             return found
         time.sleep(POLL_SECONDS)
@@ -61,13 +70,20 @@ def as_progress(found: Status) -> Iterator[Progress]:
         if found.state == "WaitForHardware":
             stage = found.jobs[-1].stage if found.jobs else "sfm"
             stages[stage] = Progress(stage, 0, 1, "waits for hardware")
-        elif (stage := ASKING.get(found.state, "")) and not (found.jobs and found.jobs[-1].status in UNDER_WAY):
+        elif (stage := ASKING.get(found.state, "")) and not _has_job(found, stage):
             stages[stage] = Progress(stage, 0, 1, "asks for an instance")
         elif found.state in PUBLISHING:
             stages["publish"] = Progress("publish", 0, 1, "copies the scene")
     if found.run.status == SUCCEEDED:
         stages["publish"] = Progress("publish", 1, 1, "done")
     yield from stages.values()
+
+
+def _has_job(found: Status, stage: str) -> bool:
+    """Whether one of this stage runs, or has just been completed."""
+    return bool(found.jobs) and (
+        found.jobs[-1].status in UNDER_WAY or (found.jobs[-1].stage, found.jobs[-1].status) == (stage, "Completed")
+    )
 
 
 def _progress_of(job: JobState, event: Mapping[str, Any] | None) -> Progress:
