@@ -22,12 +22,12 @@ from botocore.stub import Stubber
 from emulator import emulated_aws, free_port, started, wait_for
 
 from spaceport_gs.pipeline import cli
+from spaceport_gs.pipeline import synthesize as synthesis
 from spaceport_gs.pipeline.aws import cloud as clouds
 from spaceport_gs.pipeline.aws import watch
 from spaceport_gs.pipeline.aws.cloud import Cloud
 from spaceport_gs.pipeline.aws.scenes import JobState, Run, Status
 from spaceport_gs.pipeline.aws.watch import as_progress
-from spaceport_gs.pipeline.synthesize import SynthesizeSettings, synthesize
 from spaceport_gs.progress import Progress
 
 REGION = "eu-central-1"
@@ -162,9 +162,11 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
 
 @pytest.fixture(scope="module")
 def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small photos whose cameras are known, so that jobs take seconds."""
+    """Small photos whose cameras are known, and few points, so that jobs take seconds."""
     out = tmp_path_factory.mktemp("small")
-    synthesize(out, SynthesizeSettings(n_photos=12, width=96, height=64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesis, "N_POINTS", 600)
+        synthesis.synthesize(out, synthesis.SynthesizeSettings(n_photos=12, width=96, height=64))
     return out / "truth"
 
 
