@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from spaceport_gs.pipeline import cli
 from spaceport_gs.pipeline import synthesize as synthesis
 from spaceport_gs.pipeline.aws import cloud as clouds
 from spaceport_gs.pipeline.aws import watch
+from spaceport_gs.pipeline.aws.cli import app as commands
 from spaceport_gs.pipeline.aws.cloud import Cloud
 from spaceport_gs.pipeline.aws.scenes import JobState, Run, Status
 from spaceport_gs.pipeline.aws.watch import as_progress
@@ -568,3 +570,15 @@ def test_progress_is_counted_as_on_this_machine() -> None:
     assert found == Progress("train", 3, 9, "step 3", {"psnr": 20.5})
     (found,) = as_progress(Status(run, (trains,), {"step": "?"}, "Train"))
     assert (found.step, found.n_steps) == (0, 1)
+
+
+def test_policies_in_the_docs_are_policies() -> None:
+    """And every command in the docs is one."""
+    text = (Path(__file__).parent.parent / "docs/aws.md").read_text()
+    policies = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
+    assert len(policies) == 2
+    for statement in (one for policy in policies for one in policy["Statement"]):
+        actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        assert statement["Effect"] == "Allow" and all(re.fullmatch(r"[a-z0-9-]+:[*A-Za-z]+", name) for name in actions)
+    known = {command.name for command in commands.registered_commands}
+    assert set(re.findall(r"spaceport aws (\w+)", text)) <= known <= set(re.findall(r"`(\w+)[ A-Z]*`", text))

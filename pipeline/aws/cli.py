@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spaceport_gs.errors import InputError, Interrupted
+from spaceport_gs.pipeline.aws import PREFIX
 from spaceport_gs.pipeline.options import (
     EXIT_MISTAKE,
     EXIT_SOME_FAILED,
@@ -80,7 +81,6 @@ Into = Annotated[
         "-o", "--output", help="Folder for what comes back; default: one of the job's name.", show_default=False
     ),
 ]
-PREFIX = "spaceport"
 
 
 @app.callback()
@@ -518,14 +518,14 @@ def retry_command(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Goes on with a scene that failed or was stopped, after the last stage that is complete."""
-    from spaceport_gs.pipeline.aws.scenes import SUCCEEDED, retry, status
+    from spaceport_gs.pipeline.aws.scenes import RUNNING, SUCCEEDED, retry, status
 
     cloud, stack = _stack(region, profile, prefix)
     scenes = _scenes(cloud, stack, job)
     if job.startswith(BATCH):
         if watch:
             raise InputError("--watch follows one scene; watch those of a batch one by one")
-        scenes = [s for s in scenes if status(cloud, stack, s).run.status not in (SUCCEEDED, "RUNNING")]
+        scenes = [s for s in scenes if status(cloud, stack, s).run.status not in (SUCCEEDED, RUNNING)]
     runs = [retry(cloud, stack, scene) for scene in scenes]
     if watch:
         _follow(cloud, stack, job, output, json)
@@ -615,7 +615,7 @@ def make_batch(
 ) -> list[Outcome]:
     """`spaceport batch` on the default stack: submits, follows and fetches; what failed before is tried again."""
     from spaceport_gs.files import write_json
-    from spaceport_gs.pipeline.aws.scenes import retry, status
+    from spaceport_gs.pipeline.aws.scenes import RUNNING, SUCCEEDED, UNSTARTED, retry, status
     from spaceport_gs.pipeline.aws.watch import follow_batch
     from spaceport_gs.pipeline.batch import SUMMARY, Outcome
 
@@ -624,13 +624,13 @@ def make_batch(
     given = {name: (path, dict[str, Any]()) for name, path in captures.items()}
     submitted = _submit_batch(cloud, stack, given, _order(settings, None, False, 0, 0), n_at_once, "", as_json)
     for scene in submitted["scenes"].values():
-        if status(cloud, stack, scene).run.status not in ("RUNNING", "SUCCEEDED", "UNSTARTED"):
+        if status(cloud, stack, scene).run.status not in (RUNNING, SUCCEEDED, UNSTARTED):
             retry(cloud, stack, scene)
     found = {one.run.scene: one for one in follow_batch(cloud, stack, submitted["batch"], _teller(as_json))}
     outcomes = []
     for name in captures:
         one, error = found.get(submitted["scenes"].get(name, "")), submitted["refused"].get(name, "")
-        if one is not None and one.run.status != "SUCCEEDED":
+        if one is not None and one.run.status != SUCCEEDED:
             error = one.run.reason or one.run.status.lower()
         elif one is not None:
             with _bars(as_json) as listen:

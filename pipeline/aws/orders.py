@@ -46,8 +46,11 @@ class Order:
 
     def estimated(self, capture: Capture, prices: Prices) -> Estimate:
         """Of what is ordered, with limits of time on its machines. InputError if it may cost too much."""
+        usual = {stage: machine.instance for stage, machine in DEFAULT_MACHINES.items()}
+        if self.settings.device == "cpu":
+            usual["train"] = usual["sfm"]
         wanted = {
-            stage: replace(machine, instance=self.instances.get(stage, machine.instance))
+            stage: replace(machine, instance=self.instances.get(stage, usual[stage]))
             for stage, machine in DEFAULT_MACHINES.items()
         }
         if self.is_spot:
