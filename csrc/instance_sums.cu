@@ -71,6 +71,7 @@ __global__ __launch_bounds__(kThreads) void add_up_kernel(Sorted sorted, const f
 
 void queue_clear(cudaStream_t stream, const InstanceSums& sums) {
   check(cudaMemsetAsync(sums.splats, 0xff, size_t(sums.n) * sizeof(uint32_t), stream), "blend'");
+  check(cudaMemsetAsync(sums.instances, 0, size_t(sums.n) * sizeof(int32_t), stream), "blend'");  // are sorted as well
 }
 
 size_t queued_add_up_scratch(int64_t n_splats, int64_t n_instances) {
