@@ -28,6 +28,7 @@ from spaceport_gs.pipeline.aws import cloud as clouds
 from spaceport_gs.pipeline.aws import watch
 from spaceport_gs.pipeline.aws.cli import app as commands
 from spaceport_gs.pipeline.aws.cloud import Cloud
+from spaceport_gs.pipeline.aws.page import Page
 from spaceport_gs.pipeline.aws.scenes import JobState, Run, Status
 from spaceport_gs.pipeline.aws.watch import as_progress
 from spaceport_gs.progress import Progress
@@ -570,6 +571,21 @@ def test_progress_is_counted_as_on_this_machine() -> None:
     assert found == Progress("train", 3, 9, "step 3", {"psnr": 20.5})
     (found,) = as_progress(Status(run, (trains,), {"step": "?"}, "Train"))
     assert (found.step, found.n_steps) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("region", "host"), [("us-east-1", "b-1.s3.amazonaws.com"), (REGION, f"b-1.s3.{REGION}.amazonaws.com")]
+)
+def test_links_to_previews_hold_in_every_region(region: str, host: str) -> None:
+    """With the signature that opens what KMS has encrypted."""
+    page = Page(Cloud(boto3.Session("key", "secret", region_name=region)))
+    run = Run("a1", 1, "{}", datetime.now(timezone.utc), "arn", "RUNNING")
+    request = {"CheckpointConfig": {"S3Uri": "s3://b-1/checkpoints/a1/x/"}}
+    page.show(Status(run, (JobState("t", True, "InProgress", "Training", "", request, {}),), None, "Train"))
+    body, _ = page.answer("/state.json") or (b"", "")
+    link = json.loads(body)["links"]["preview"]
+    assert link.startswith(f"https://{host}/checkpoints/a1/x/preview.jpg?X-Amz-Algorithm=AWS4-HMAC-SHA256")
+    assert page.answer("/../secret") is None
 
 
 def test_policies_in_the_docs_are_policies() -> None:
