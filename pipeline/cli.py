@@ -9,7 +9,7 @@ import errno
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +19,37 @@ import typer
 
 from spaceport_gs import __version__
 from spaceport_gs.errors import BackendError, InputError, Interrupted
-
-EXCLUSIVE = "--resume and --overwrite exclude each other"
-EXIT_SOME_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+from spaceport_gs.pipeline.aws.cli import app as aws
+from spaceport_gs.pipeline.aws.cli import make_batch
+from spaceport_gs.pipeline.options import (
+    EXCLUSIVE,
+    EXIT_INTERRUPTED,
+    EXIT_MISTAKE,
+    EXIT_SOME_FAILED,
+    EXIT_TERMINATED,
+    CheckpointEvery,
+    Deterministic,
+    DeviceOption,
+    Downscale,
+    EvalEvery,
+    ExposureRate,
+    Input,
+    Json,
+    MaxSeconds,
+    Moments,
+    Output,
+    Overwrite,
+    Preset,
+    Quiet,
+    Resume,
+    Seed,
+    Steps,
+    Threads,
+    Title,
+    fail,
+    finish,
+    tell,
+)
 
 app = typer.Typer(
     name="spaceport",
@@ -30,47 +58,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Input = Annotated[Path, typer.Argument(metavar="INPUT", show_default=False)]
-Output = Annotated[Path, typer.Option("-o", "--output", help="Where the result goes.", show_default=False)]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of everything random.")]
-Preset = Annotated[str, typer.Option("--preset", help="standard, or baseline (3DGS as published).")]
-Steps = Annotated[
-    int,
-    typer.Option("--steps", min=0, help="Training steps; 0: the preset's. All step counts scale with it."),
-]
-MaxSeconds = Annotated[float, typer.Option("--max-seconds", min=0, help="Time for training; 0: no limit.")]
-Downscale = Annotated[float, typer.Option("--downscale", min=1, help="Train on photos this many times smaller.")]
-EvalEvery = Annotated[
-    int,
-    typer.Option("--eval-every", min=0, help="Hold out every so-many-th photo for evaluation; 0: none."),
-]
-CheckpointEvery = Annotated[
-    int,
-    typer.Option("--checkpoint-every", min=0, help="Steps of training between two checkpoints; 0: half a minute."),
-]
-ExposureRate = Annotated[
-    float,
-    typer.Option("--exposure-rate", min=0, help="Learn each photo's exposure this fast, such as 0.001; 0: not at all."),
-]
-Moments = Annotated[
-    str,
-    typer.Option("--moments", help="full, or compact: on a GPU, 180 bytes less for each Gaussian."),
-]
-Deterministic = Annotated[
-    bool,
-    typer.Option("--deterministic", help="SfM with one thread and fixed seeds: the same files again."),
-]
-Threads = Annotated[
-    int,
-    typer.Option("--threads", min=0, help="CPU threads of training and rendering; 0: every core."),
-]
-Title = Annotated[str, typer.Option("--title", help="Of the published page.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the result that is in OUTPUT.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the result that is in OUTPUT.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
+app.add_typer(aws)
 
 
 def main() -> None:
@@ -81,41 +69,37 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Exit code of the command with these arguments."""
+    remedy = "the same command goes on" if arguments[:1] == ["aws"] else "go on with --resume"
     try:
         code = app(arguments, standalone_mode=False)
         return int(code or 0)
     except typer.TyperException as error:
         message = error.format_message()
-        return _fail(f"{message.rstrip('.')}. See `spaceport --help`.") if message.strip() else EXIT_MISTAKE
+        return fail(f"{message.rstrip('.')}. See `spaceport --help`.") if message.strip() else EXIT_MISTAKE
     except (InputError, BackendError) as error:
-        return _fail(str(error))
+        return fail(str(error))
     except Interrupted as error:
-        return _fail(str(error), EXIT_TERMINATED if "SIGTERM" in str(error) else EXIT_INTERRUPTED)
+        return fail(str(error), EXIT_TERMINATED if "SIGTERM" in str(error) else EXIT_INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; go on with --resume", EXIT_INTERRUPTED)
+        return fail(f"interrupted; {remedy}", EXIT_INTERRUPTED)
     except _Terminated:
-        return _fail("terminated; go on with --resume", EXIT_TERMINATED)
+        return fail(f"terminated; {remedy}", EXIT_TERMINATED)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        return _fail("training and rendering need torch: pip install 'torch>=2.4'")
+        return fail("training and rendering need torch: pip install 'torch>=2.4'")
     except MemoryError as error:
-        return _fail(f"not enough memory ({error}): take a larger --downscale, or fewer photos")
+        return fail(f"not enough memory ({error}): take a larger --downscale, or fewer photos")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be there
             raise
-        return _fail("not enough memory on the GPU: take a larger --downscale, or --device cpu")
+        return fail("not enough memory on the GPU: take a larger --downscale, or --device cpu")
     except BrokenPipeError:
         return 0
     except OSError as error:
         if error.errno is None:
             raise
-        return _fail(_system_error(error))
-
-
-def _fail(message: str, code: int = EXIT_MISTAKE) -> int:
-    print(f"spaceport: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+        return fail(_system_error(error))
 
 
 def _system_error(error: OSError) -> str:
@@ -176,18 +160,6 @@ def _work(
             yield workspace, listen
 
 
-def _finish(result: dict[str, Any], as_json: bool, quiet: bool, summary: Callable[[], str]) -> None:
-    if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-    elif not quiet:
-        print(summary())
-
-
-def _tell(line: str, is_silent: bool) -> None:
-    if not is_silent:
-        print(line)
-
-
 def _use_threads(threads: int) -> None:
     if threads:
         from spaceport_gs import ops
@@ -238,10 +210,10 @@ def reconstruct_command(
         (resume, overwrite),
         quiet or json,
     ) as work:
-        _tell(stages.estimate(photos, settings, output), quiet or json)
+        tell(stages.estimate(photos, settings, output), quiet or json)
         _use_threads(threads)
         report = stages.reconstruct(photos, work[0], settings, work[1])
-    _finish(report, json, quiet, lambda: (
+    finish(report, json, quiet, lambda: (
         f"{report['registered']} of {report['photos']} photos placed, {report['gaussians']:,} Gaussians,"
         f" {_decibels(report['psnr'])}{_unused(report)}"
         f"\npage    {output / 'index.html'}\nreport  {output / 'report.html'}"
@@ -253,8 +225,9 @@ def batch_command(
     captures: Input, output: Output,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Captures at a time.")] = 1,
     device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard", steps: Steps = 0,
-    max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8, resume: Resume = False,
-    overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+    max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
+    backend: Annotated[str, typer.Option("--backend", help="local, or aws: see `spaceport aws`.")] = "local",
+    resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Many captures: the main job for every folder of photos and every .zip in INPUT."""
     import os
@@ -264,22 +237,28 @@ def batch_command(
 
     if resume and overwrite:
         raise InputError(EXCLUSIVE)
+    if backend not in ("local", "aws"):
+        raise InputError(f"--backend {backend}: choose local or aws")
     settings = stages.RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every)
-    stages.check(settings)
+    if backend == "local":
+        stages.check(settings)
     found = captures_in(captures)
     done = [name for name in found if (output / name).exists()]
     if done and not (resume or overwrite):
         raise InputError(f"{output / done[0]}: exists; go on with --resume, or replace results with --overwrite")
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    arguments = [
-        f"--device={device}", f"--seed={seed}", f"--preset={preset}", f"--steps={steps}",
-        f"--max-seconds={max_seconds}", f"--downscale={downscale}", f"--eval-every={eval_every}", f"--threads={threads}",
-        *(["--resume"] if resume else []), *(["--overwrite"] if overwrite else []),
-    ]  # fmt: skip
-    outcomes = run_batch(found, output, arguments, jobs, lambda line: _tell(line, quiet or json))
+    if backend == "aws":
+        outcomes = make_batch(found, output, settings, jobs, quiet or json)
+    else:
+        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        arguments = [
+            f"--device={device}", f"--seed={seed}", f"--preset={preset}", f"--steps={steps}",
+            f"--max-seconds={max_seconds}", f"--downscale={downscale}", f"--eval-every={eval_every}", f"--threads={threads}",
+            *(["--resume"] if resume else []), *(["--overwrite"] if overwrite else []),
+        ]  # fmt: skip
+        outcomes = run_batch(found, output, arguments, jobs, lambda line: tell(line, quiet or json))
     n_failed = sum(bool(outcome.error) for outcome in outcomes)
     result = {"captures": [asdict(outcome) for outcome in outcomes], "failed": n_failed}
-    _finish(result, json, quiet, lambda: f"{len(outcomes) - n_failed} of {len(outcomes)} captures: {output / SUMMARY}")
+    finish(result, json, quiet, lambda: f"{len(outcomes) - n_failed} of {len(outcomes)} captures: {output / SUMMARY}")
     if n_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
 
@@ -296,9 +275,9 @@ def sfm_command(
     settings = stages.RunSettings("cpu", seed, sfm="deterministic" if deterministic else "fast")
     config = {"command": "sfm", "seed": seed, "sfm": settings.sfm}
     with _work(photos, output, config, (resume, overwrite), quiet or json) as (workspace, listen):
-        _tell(stages.estimate(photos, settings, output), quiet or json)
+        tell(stages.estimate(photos, settings, output), quiet or json)
         report = stages.sfm_alone(photos, workspace, settings, listen)
-    _finish(report, json, quiet, lambda: (
+    finish(report, json, quiet, lambda: (
         f"{report['registered']} of {report['photos']} photos placed, {report['points']:,} points,"
         f" {report['reprojection_error_px']:.2f} px" + _unused(report)
     ))  # fmt: skip
@@ -326,10 +305,10 @@ def train_command(
         (resume, overwrite),
         quiet or json,
     ) as work:
-        _tell(stages.estimate(project, settings, output), quiet or json)
+        tell(stages.estimate(project, settings, output), quiet or json)
         _use_threads(threads)
         report = stages.train_project(project, work[0], settings, work[1])
-    _finish(report, json, quiet, lambda: (
+    finish(report, json, quiet, lambda: (
         f"{report['gaussians']:,} Gaussians, {_decibels(report['psnr'])}: {output / 'scene.ply'}"
     ))  # fmt: skip
 
@@ -396,7 +375,7 @@ def compress_command(
     else:
         chosen = CompressSettings(seed=seed, device="cpu" if device == "auto" else device)
         figures = compress(read_ply(source), target, chosen)
-    _finish(figures, json, quiet, lambda: (
+    finish(figures, json, quiet, lambda: (
         f"{target}: {figures['sog_bytes'] / 1e6:.1f} MB, {figures['ratio']:.1f} times smaller"
     ))  # fmt: skip
 
@@ -427,7 +406,7 @@ def publish_command(
             else:
                 read_sog(source)  # a page around a broken scene helps nobody
             figures = publish(sog, target, settings)
-    _finish(figures, json, quiet, lambda: f"{target}: {figures['html_bytes'] / 1e6:.1f} MB")
+    finish(figures, json, quiet, lambda: f"{target}: {figures['html_bytes'] / 1e6:.1f} MB")
 
 
 @app.command(name="view")
@@ -480,7 +459,7 @@ def render_command(
             with replacing(target) as temporary:
                 Image.fromarray(to_8bit(images.render([view.camera])[0])).save(temporary, "PNG")
         written.append(str(target))
-    _finish({"pictures": written}, json, quiet, lambda: f"{len(written)} pictures in {output}")
+    finish({"pictures": written}, json, quiet, lambda: f"{len(written)} pictures in {output}")
 
 
 @app.command(name="evaluate")
@@ -512,7 +491,7 @@ def evaluate_command(
     result = evaluate(gaussians.torch(device), held_out or training)
     if target is not None:
         write_json(target, asdict(result))
-    _finish(asdict(result), json, quiet, lambda: "\n".join(
+    finish(asdict(result), json, quiet, lambda: "\n".join(
         [*(f"{s.name}  {s.psnr:.2f} dB  {s.ssim:.4f}" for s in result.views), f"mean  {result.psnr:.2f} dB  {result.ssim:.4f}"]
     ))  # fmt: skip
 
@@ -556,7 +535,7 @@ def synthesize_command(
         raise InputError(f"{output}: holds other files; give an empty or a new folder")
     with progress_of(Path("/dev/null"), "never" if quiet or json else "auto") as listen:
         figures = synthesize(output, SynthesizeSettings(photos, width, height, seed), listen)
-    _finish(figures, json, quiet, lambda: f"{figures['photos']} photos in {output / 'photos'}")
+    finish(figures, json, quiet, lambda: f"{figures['photos']} photos in {output / 'photos'}")
 
 
 @app.command(name="doctor")
@@ -570,7 +549,7 @@ def doctor_command(
     if stage:
         check_stage(stage)
     report = examine()
-    _finish(report, json, False, lambda: as_text(report))
+    finish(report, json, False, lambda: as_text(report))
 
 
 if __name__ == "__main__":

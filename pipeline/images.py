@@ -57,7 +57,7 @@ def build_command(image: str, context: Path, tag: str, arguments: Mapping[str, s
 
 def _root() -> Path:
     """The folder with the sources that are not Python: of the installed package, or the repository that it runs in."""
-    return SOURCE if SOURCE.is_dir() else Path(__file__).parent.parent
+    return SOURCE if SOURCE.is_dir() else Path(__file__).resolve().parent.parent
 
 
 def _ignored(folder: str, names: list[str]) -> set[str]:

@@ -132,7 +132,7 @@ def estimate(source: Path, settings: RunSettings, out: Path) -> str:
 
     cost = Cost()
     files = list_photos(source)
-    n, megapixels = len(files), _megapixels(files)
+    n, megapixels = len(files), megapixels_of(files)
     if source.is_file():
         n = max(3, source.stat().st_size // BYTES_OF_A_PHOTO)
     is_given = (source / "sparse").is_dir()
@@ -164,7 +164,7 @@ def _fallback(device: str) -> str:
     return f"\ntraining runs on the CPU: {cuda_missing()}"
 
 
-def _megapixels(files: Sequence[Path]) -> float:
+def megapixels_of(files: Sequence[Path]) -> float:
     """Of the first file that is a photo; those of a usual drone if there is none."""
     from PIL import Image
 

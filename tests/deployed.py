@@ -53,13 +53,13 @@ def ended(status: str = "Completed", **said: str) -> Handler:
     return lambda request, attempt: described(request, status, said)
 
 
-def s3(operation: str) -> Handler:
-    """The operation on moto's S3, as Step Functions calls it: moto's own way of it knows no bodies."""
+def s3(operation: str, client: Any = None) -> Handler:
+    """The operation on moto's S3, or on another one, as Step Functions calls it: moto's own way of it knows no bodies."""
 
     def handler(request: dict[str, Any], attempt: int) -> Any:
         body = {"Body": json.dumps(request["Body"]).encode()} if "Body" in request else {}
         try:
-            answer = getattr(client_of("s3"), operation)(**{**request, **body})
+            answer = getattr(client or client_of("s3"), operation)(**{**request, **body})
         except ClientError as error:
             raise TaskError(f"S3.{error.response['Error']['Code']}Exception", str(error)) from None
         return {"Body": answer["Body"].read().decode()} if operation == "get_object" else {}

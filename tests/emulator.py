@@ -7,17 +7,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-SERVERS = ("ministack", "moto")
+VARIABLES = {"ministack": "AWS_ENDPOINT_URL", "moto": "AWS_ENDPOINT_URL_SAGEMAKER"}
+SERVERS = tuple(VARIABLES)
 
 
 @contextmanager
-def emulated_aws(log: Path) -> Iterator[dict[str, str]]:
+def emulated_aws(log: Path, names: Sequence[str] = SERVERS) -> Iterator[dict[str, str]]:
     """The environment in which boto3 finds it. What the servers say goes to `log`."""
-    ports = [_free_port() for _ in SERVERS]
+    ports = [free_port() for _ in names]
     environment = {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
@@ -26,38 +27,43 @@ def emulated_aws(log: Path) -> Iterator[dict[str, str]]:
         "AWS_CONFIG_FILE": "/dev/null",
         "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports[0]}",
-        "AWS_ENDPOINT_URL_SAGEMAKER": f"http://127.0.0.1:{ports[1]}",
+        **{VARIABLES[name]: f"http://127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)},
     }
-    with open(log, "w") as file:
+    with ExitStack() as stack:
         servers = [
-            subprocess.Popen(
-                [sys.executable, __file__, name, str(port)],
-                env={**os.environ, **environment, "BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port)},
-                cwd=log.parent,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-            for name, port in zip(SERVERS, ports, strict=True)
+            stack.enter_context(started([__file__, name, str(port)], {**environment, "GATEWAY_PORT": str(port)}, log))
+            for name, port in zip(names, ports, strict=True)
         ]
-    try:
         for server, port in zip(servers, ports, strict=True):
-            _wait_for(server, port, log)
+            wait_for(server, port, log)
         yield environment
+
+
+@contextmanager
+def started(arguments: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python program that serves."""
+    with open(log, "a") as file:
+        server = subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, **environment, "BIND_HOST": "127.0.0.1"},
+            cwd=log.parent,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield server
     finally:
-        for server in servers:
-            server.terminate()
-        for server in servers:
-            server.wait(timeout=30)
+        server.terminate()
+        server.wait(timeout=30)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
-def _wait_for(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def wait_for(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
     end = time.monotonic() + 60
     while True:
         try:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta, timezone
@@ -95,8 +96,9 @@ class SageMaker:
 
     def put(self, request: Mapping[str, Any], state: str, **said: str) -> dict[str, Any]:
         job = described(request, state, said)
-        self.jobs[request.get("TrainingJobName") or request["ProcessingJobName"]] = job
-        return dict(job)
+        created = {"CreationTime": datetime.now(timezone.utc)}  # to who asks; a state machine gets a number
+        self.jobs[request.get("TrainingJobName") or request["ProcessingJobName"]] = {**job, **created}
+        return job
 
     def fail(self, **said: str) -> Callable[[dict[str, Any], int], Any]:
         def handler(request: dict[str, Any], attempt: int) -> Any:
@@ -369,7 +371,8 @@ def test_progress_is_what_the_job_says(
     def train(request: dict[str, Any], attempt: int) -> Any:
         sagemaker.put(request, "InProgress", SecondaryStatus="Training")
         bucket, _, key = request["CheckpointConfig"]["S3Uri"].removeprefix("s3://").partition("/")
-        s3.put_object(Bucket=bucket, Key=f"{key}progress.json", Body=b'{"stage": "train", "step": 100}')
+        told = json.dumps({"stage": "train", "step": 100, "time": time.time()})
+        s3.put_object(Bucket=bucket, Key=f"{key}progress.json", Body=told.encode())
         asked.set()
         assert looked.wait(SECONDS)
         return sagemaker.run(request, attempt)
@@ -378,11 +381,15 @@ def test_progress_is_what_the_job_says(
     submit(cloud, STACK, SCENE, upload, ignore)
     assert asked.wait(SECONDS)
     found = status(cloud, STACK, upload.scene)
-    assert found.run.status == "RUNNING" and found.progress == {"stage": "train", "step": 100}
+    assert found.run.status == "RUNNING" and found.progress and found.progress["step"] == 100
+    assert found.state == "TrainSpot" and found.jobs[-1].stage == "train"
     assert (found.jobs[-1].status, found.jobs[-1].detail) == ("InProgress", "Training")
     looked.set()
-    s3.put_object(Bucket=BUCKET, Key=f"work/{upload.scene}/progress/compress/progress.json", Body=b"{half")
-    assert wait_for(cloud, upload.scene).progress is None
+    key = f"work/{upload.scene}/progress/compress/progress.json"
+    wait_for(cloud, upload.scene)
+    for text in (b"{half", b'{"stage": "compress", "step": 1, "time": 5}', b'{"time": "?"}'):  # not this job's
+        s3.put_object(Bucket=BUCKET, Key=key, Body=text)
+        assert status(cloud, STACK, upload.scene).progress is None
 
 
 @pytest.mark.parametrize("state", ["Sfm", "TrainSpot"])

@@ -39,6 +39,8 @@ class Cloud:
             config = Config(
                 retries={"mode": "standard", "max_attempts": 5}, user_agent_extra=f"spaceport/{__version__}"
             )
+            if service == "s3":  # links of the older signature open nothing that KMS encrypts, and only in one region
+                config = config.merge(Config(signature_version="s3v4", s3={"addressing_style": "virtual"}))
             self._clients[service] = self._session.client(service, region_name=region or self.region, config=config)
         return self._clients[service]
 

@@ -110,6 +110,17 @@ def _needed(machines: Mapping[str, Machine], n_at_once: int) -> dict[str, int]:
     return needed
 
 
+def require_quotas(cloud: Cloud, machines: Mapping[str, Machine], n_at_once: int = 1) -> None:
+    """InputError if the account has none for one of these; who may not ask for quotas hears it from SageMaker later."""
+    try:
+        with explained():
+            missing = [line for is_good, line in _quotas(cloud, machines, n_at_once) if not is_good]
+    except InputError:
+        return
+    if missing:
+        raise InputError(f"quota {missing[0]}" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
+
+
 def _bucket(cloud: Cloud, stack: Stack) -> Iterator[tuple[bool, str]]:
     cloud.client("s3").head_bucket(Bucket=stack.bucket, ExpectedBucketOwner=cloud.account_id)
     yield True, f"{stack.bucket} can be reached"

@@ -16,6 +16,7 @@ from typing import Any
 
 from spaceport_gs import __version__
 from spaceport_gs.errors import InputError
+from spaceport_gs.pipeline.aws import PREFIX
 from spaceport_gs.pipeline.aws.contract import MODEL, STAGES
 from spaceport_gs.pipeline.aws.prices import instances
 
@@ -24,7 +25,6 @@ INPUTS: Mapping[str, tuple[str, ...]] = {"sfm": ("photos",), "train": ("sfm",), 
 SCENE_ID = re.compile(r"[a-z0-9]{1,24}")
 MOST_ARGUMENT = 256  # characters
 MOUNT = "/opt/ml"
-PREFIX = "spaceport"  # of all names, unless the stack is given another one
 METRICS = ("psnr", "loss", "gaussians", "step", "steps_per_second")
 
 

@@ -76,6 +76,15 @@ class JobState:
     description: Mapping[str, Any]
     """All that SageMaker says of it."""
 
+    @property
+    def kind(self) -> str:
+        """As it stands in SageMaker's names."""
+        return "Training" if self.is_training else "Processing"
+
+    @property
+    def stage(self) -> str:
+        return "train" if self.is_training else str(self.request["AppSpecification"]["ContainerArguments"][0])
+
 
 @dataclass(frozen=True)
 class Status:
@@ -86,6 +95,8 @@ class Status:
     """In the order in which they were asked for."""
     progress: Mapping[str, Any] | None
     """What the latest job said last: an event as in progress.json."""
+    state: str
+    """Of the flow, such as WaitForHardware; empty before it has any."""
 
 
 @explained()
@@ -94,7 +105,7 @@ def submit(cloud: Cloud, stack: Stack, scene: Scene, upload: Upload, listen: Lis
     other settings is under way.
     """
     scene = replace(scene, scene=upload.scene)
-    send(cloud, stack.bucket, f"inputs/{scene.scene}/photos", upload, listen)
+    send_photos(cloud, stack, upload, listen)
     given = scene_input(scene, stack.account("sfm"))
     while True:
         last = _latest(cloud, stack, scene.scene)
@@ -105,6 +116,11 @@ def submit(cloud: Cloud, stack: Stack, scene: Scene, upload: Upload, listen: Lis
         run = _record(cloud, stack, scene.scene, last.number + 1 if last else 1, given)
         if run:
             return _start(cloud, stack, run)
+
+
+def send_photos(cloud: Cloud, stack: Stack, upload: Upload, listen: Listener) -> None:
+    """To where the jobs of their scene look for them, as far as they are not there."""
+    send(cloud, stack.bucket, f"inputs/{upload.scene}/photos", upload, listen)
 
 
 @explained()
@@ -125,8 +141,25 @@ def retry(cloud: Cloud, stack: Stack, scene: str) -> Run:
 def status(cloud: Cloud, stack: Stack, scene: str) -> Status:
     """Where the latest run of a scene stands."""
     run = _existing(cloud, stack, scene)
-    jobs = tuple(_jobs(cloud, run))
-    return Status(run, jobs, _progress(cloud, jobs[-1].request) if jobs else None)
+    events = _events(cloud, run)
+    jobs = tuple(_jobs(cloud, events))
+    entered = [event["stateEnteredEventDetails"]["name"] for event in events if "stateEnteredEventDetails" in event]
+    return Status(run, jobs, _progress(cloud, jobs[-1]) if jobs else None, entered[-1] if entered else "")
+
+
+@explained()
+def runs(cloud: Cloud, stack: Stack, scene: str) -> list[Run]:
+    """All runs of a scene, in their order."""
+    found = [_recorded(cloud, stack, scene, key, when) for key, when in sorted(_records(cloud, stack, scene).items())]
+    if not found:
+        raise _unknown(stack, scene)
+    return found
+
+
+@explained()
+def jobs_of(cloud: Cloud, run: Run) -> list[JobState]:
+    """Every attempt at every stage of a run, in the order in which they were asked for."""
+    return list(_jobs(cloud, _events(cloud, run)))
 
 
 @explained()
@@ -138,7 +171,7 @@ def stop(cloud: Cloud, stack: Stack, scene: str) -> list[str]:
     ran: dict[str, None] = {}
     for wait in STOP_WAITS:  # the job that was asked for last may not be known to SageMaker yet
         time.sleep(wait)
-        jobs = [_job(cloud, request) for request in _requests(cloud, run)]
+        jobs = [_job(cloud, request) for request in _requests(_events(cloud, run))]
         for job in jobs:
             if job and job.status == "InProgress":
                 _stop(cloud, job)
@@ -215,6 +248,14 @@ def batch_scenes(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
 
 
 @explained()
+def batch_status(cloud: Cloud, stack: Stack, batch: str) -> str:
+    """What Step Functions says of a batch's execution."""
+    _manifest_of(cloud, stack, batch)
+    arn = _arn_of(stack.machines[1], batch)
+    return str(cloud.client("stepfunctions").describe_execution(executionArn=arn)["status"])
+
+
+@explained()
 def stop_batch(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
     """Begins no more scenes, and stops those under way; returns the jobs that ran."""
     scenes = batch_scenes(cloud, stack, batch)
@@ -279,10 +320,14 @@ def _arn_of(machine: str, name: str) -> str:
 
 
 def _existing(cloud: Cloud, stack: Stack, scene: str) -> Run:
-    run = _latest(cloud, stack, _checked(scene))
+    run = _latest(cloud, stack, scene)
     if run is None:
-        raise InputError(f"scene {scene}: the stack {stack.prefix} knows of none; submit its photos")
+        raise _unknown(stack, scene)
     return run
+
+
+def _unknown(stack: Stack, scene: str) -> InputError:
+    return InputError(f"scene {scene}: the stack {stack.prefix} knows of none; submit its photos")
 
 
 def _checked(scene: str) -> str:
@@ -292,14 +337,21 @@ def _checked(scene: str) -> str:
 
 
 def _latest(cloud: Cloud, stack: Stack, scene: str) -> Run | None:
-    pages = cloud.client("s3").get_paginator("list_objects_v2").paginate(Bucket=stack.bucket, Prefix=f"jobs/{scene}/")
-    records = {entry["Key"]: entry["LastModified"] for page in pages for entry in page.get("Contents", [])}
-    if not records:
-        return None
-    key = max(records)
+    records = _records(cloud, stack, scene)
+    return _recorded(cloud, stack, scene, max(records), records[max(records)]) if records else None
+
+
+def _records(cloud: Cloud, stack: Stack, scene: str) -> dict[str, datetime]:
+    """Of a scene's runs: when they were made, by their keys."""
+    prefix = f"jobs/{_checked(scene)}/"
+    pages = cloud.client("s3").get_paginator("list_objects_v2").paginate(Bucket=stack.bucket, Prefix=prefix)
+    return {entry["Key"]: entry["LastModified"] for page in pages for entry in page.get("Contents", [])}
+
+
+def _recorded(cloud: Cloud, stack: Stack, scene: str, key: str, when: datetime) -> Run:
     number, given = int(PurePosixPath(key).stem), _text(cloud, stack.bucket, key) or ""
     arn = _arn_of(stack.machines[0], f"{scene}-{number}")
-    return _described(cloud, Run(scene, number, given, records[key], arn, UNSTARTED))
+    return _described(cloud, Run(scene, number, given, when, arn, UNSTARTED))
 
 
 def _described(cloud: Cloud, run: Run) -> Run:
@@ -315,17 +367,22 @@ def _described(cloud: Cloud, run: Run) -> Run:
     )
 
 
-def _jobs(cloud: Cloud, run: Run) -> Iterator[JobState]:
-    """Those that it asked for and SageMaker knows."""
-    return filter(None, (_job(cloud, request) for request in _requests(cloud, run)))
-
-
-def _requests(cloud: Cloud, run: Run) -> Iterator[Mapping[str, Any]]:
-    """For jobs, from its history: with the names that no one can guess."""
+def _events(cloud: Cloud, run: Run) -> list[Mapping[str, Any]]:
+    """The history of a run."""
     if run.status == UNSTARTED:
-        return
+        return []
     pages = cloud.client("stepfunctions").get_paginator("get_execution_history").paginate(executionArn=run.arn)
-    for event in (event for page in pages for event in page["events"]):
+    return [event for page in pages for event in page["events"]]
+
+
+def _jobs(cloud: Cloud, events: Sequence[Mapping[str, Any]]) -> Iterator[JobState]:
+    """Those that were asked for and SageMaker knows."""
+    return filter(None, (_job(cloud, request) for request in _requests(events)))
+
+
+def _requests(events: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """For jobs, from a history: with the names that no one can guess."""
+    for event in events:
         task = event.get("taskScheduledEventDetails", {})
         if task.get("resourceType") == "sagemaker":
             yield json.loads(task["parameters"])
@@ -350,20 +407,27 @@ def _job(cloud: Cloud, request: Mapping[str, Any]) -> JobState | None:
     return JobState(name, is_training, found[f"{kind}JobStatus"], detail, reason, request, found)
 
 
-def _progress(cloud: Cloud, request: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a job writes every few seconds to its checkpoints or to an output of its own."""
-    if "CheckpointConfig" in request:
-        folder = request["CheckpointConfig"]["S3Uri"]
-    else:
-        outputs = request["ProcessingOutputConfig"]["Outputs"]
-        folder = next(output["S3Output"]["S3Uri"] for output in outputs if output["OutputName"] == "progress")
-    bucket, _, key = folder.removeprefix("s3://").partition("/")
-    text = _text(cloud, bucket, f"{key}progress.json")
+def _progress(cloud: Cloud, job: JobState) -> Mapping[str, Any] | None:
+    """What a job writes every few seconds; nothing of what one before it wrote to the same place."""
+    bucket, folder = told_in(job)
+    text = _text(cloud, bucket, f"{folder}progress.json")
     try:
         event = json.loads(text or "null")
-    except ValueError:
+        began = job.description["CreationTime"].timestamp()
+        return event if isinstance(event, dict) and float(event["time"]) >= began else None
+    except (ValueError, TypeError, KeyError):
         return None
-    return event if isinstance(event, dict) else None
+
+
+def told_in(job: JobState) -> tuple[str, str]:
+    """(bucket, key of the folder) that a job's progress comes to while it runs: its checkpoints, or an output of its own."""
+    if "CheckpointConfig" in job.request:
+        folder = job.request["CheckpointConfig"]["S3Uri"]
+    else:
+        outputs = job.request["ProcessingOutputConfig"]["Outputs"]
+        folder = next(output["S3Output"]["S3Uri"] for output in outputs if output["OutputName"] == "progress")
+    bucket, _, key = folder.removeprefix("s3://").partition("/")
+    return bucket, key
 
 
 def _where(cloud: Cloud, stack: Stack, last: Run) -> tuple[str, str]:
@@ -373,7 +437,7 @@ def _where(cloud: Cloud, stack: Stack, last: Run) -> tuple[str, str]:
     if not _is_complete(cloud, stack, last, "sfm"):
         return "sfm", ""
     model = json.loads(last.given)["model"]
-    for job in _jobs(cloud, last):
+    for job in _jobs(cloud, _events(cloud, last)):
         if job.is_training and job.status == "Completed":
             model = job.description["ModelArtifacts"]["S3ModelArtifacts"]
     if not model:

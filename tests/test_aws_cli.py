@@ -1,0 +1,600 @@
+"""`spaceport aws` as a user types it: every command a process of its own, AWS emulated on this machine, the jobs real."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.stub import Stubber
+from emulator import emulated_aws, free_port, started, wait_for
+
+from spaceport_gs.pipeline import cli
+from spaceport_gs.pipeline import synthesize as synthesis
+from spaceport_gs.pipeline.aws import cloud as clouds
+from spaceport_gs.pipeline.aws import watch
+from spaceport_gs.pipeline.aws.cli import app as commands
+from spaceport_gs.pipeline.aws.cloud import Cloud
+from spaceport_gs.pipeline.aws.page import Page
+from spaceport_gs.pipeline.aws.scenes import JobState, Run, Status
+from spaceport_gs.pipeline.aws.watch import as_progress
+from spaceport_gs.progress import Progress
+
+REGION = "eu-central-1"
+PROGRAM = """
+import sys
+from spaceport_gs.pipeline.aws import scenes, stack, watch
+stack.POLL_SECONDS = watch.POLL_SECONDS = 0.1
+scenes.STOP_WAITS = (0.0, 0.3, 1.0)
+from spaceport_gs.pipeline.cli import main
+main()
+"""
+"""The command, which asks its servers more often than it would ask AWS."""
+PODMAN = """#!{python}
+import json, sys
+verb, rest = sys.argv[1], sys.argv[2:]
+with open({log!r}, "a") as file:
+    file.write(json.dumps([verb, *rest]) + "\\n")
+if verb == "image":
+    print(json.dumps([rest[-1].partition(":")[0] + "@sha256:" + 64 * "b"]))
+elif verb == "login":
+    assert sys.stdin.read() and "--password-stdin" in rest
+elif verb == "push":
+    import boto3
+    repository, _, tag = rest[-1].partition("/")[2].partition(":")
+    manifest = dict(schemaVersion=2, mediaType="application/vnd.docker.distribution.manifest.v2+json", name=rest[-1])
+    boto3.client("ecr").put_image(repositoryName=repository, imageTag=tag, imageManifest=json.dumps(manifest))
+"""
+"""Stands for podman: it writes down what it is asked for, and lets ECR have an image without layers."""
+
+
+@dataclass(frozen=True)
+class Shell:
+    """In which a user types."""
+
+    environment: Mapping[str, str]
+    folder: Path
+
+    def __call__(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", PROGRAM, "aws", *arguments]
+        done = subprocess.run(
+            command, cwd=self.folder, env={**os.environ, **self.environment}, capture_output=True, text=True,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == expect, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def json(self, *arguments: str, expect: int = 0) -> Any:
+        return json.loads(self(*arguments, "--json", expect=expect).stdout)
+
+    def error(self, *arguments: str) -> str:
+        """The one line of a user's mistake."""
+        done = self(*arguments, expect=2)
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("spaceport: error: "), done.stderr
+        return lines[0].removeprefix("spaceport: error: ")
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, "aws", *arguments], cwd=self.folder, env={**os.environ, **self.environment},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+
+    def client(self, service: str, endpoint: str = "AWS_ENDPOINT_URL") -> Any:
+        """`endpoint`: the variable that has it."""
+        return boto3.client(
+            service, REGION, endpoint_url=self.environment[endpoint], aws_access_key_id="test", aws_secret_access_key="test"
+        )  # fmt: skip
+
+
+@contextmanager
+def account(folder: Path) -> Iterator[Shell]:
+    """An account with nothing in it, and tools to build images with."""
+    log = folder / "log"
+    with emulated_aws(log, ["ministack"]) as environment:
+        flow, jobs = free_port(), free_port()
+        environment |= {
+            "AWS_ENDPOINT_URL_SFN": f"http://127.0.0.1:{flow}",
+            "AWS_ENDPOINT_URL_SAGEMAKER": f"http://127.0.0.1:{jobs}",
+            "MOTO_ACCOUNT_ID": "000000000000",  # that of ministack
+            "XDG_CACHE_HOME": str(folder / "cache"),
+        }
+        server = [str(Path(__file__).with_name("jobs_here.py")), str(flow), str(jobs), environment["AWS_ENDPOINT_URL"], str(folder / "jobs")]  # fmt: skip
+        with started(server, environment, log) as process:
+            wait_for(process, flow, log)
+            wait_for(process, jobs, log)
+            tools = folder / "bin"
+            tools.mkdir()
+            podman = tools / "podman"
+            podman.write_text(PODMAN.format(python=sys.executable, log=str(folder / "podman.jsonl")))
+            podman.chmod(0o755)
+            (folder / "home").mkdir()
+            yield Shell({**environment, "PATH": f"{tools}:/usr/bin:/bin"}, folder / "home")
+
+
+def put_flow(shell: Shell, prefix: str = "spaceport") -> None:
+    """The state machines that the stack has, on the interpreter."""
+    there, flow = shell.client("stepfunctions"), shell.client("stepfunctions", "AWS_ENDPOINT_URL_SFN")
+    for machine in there.list_state_machines()["stateMachines"]:
+        if machine["name"].startswith(f"{prefix}-"):
+            found = there.describe_state_machine(stateMachineArn=machine["stateMachineArn"])
+            made = flow.create_state_machine(
+                name=found["name"], definition=found["definition"], roleArn=found["roleArn"]
+            )
+            assert made["stateMachineArn"] == machine["stateMachineArn"]
+
+
+def read(address: str, **headers: str) -> bytes:
+    """What an address answers; nothing if it refuses."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=30) as answer:
+            return bytes(answer.read())
+    except urllib.error.HTTPError:
+        return b""
+
+
+def until(look: Callable[[], Any], seconds: float = 120) -> Any:
+    """What it finds at last."""
+    end = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    for module in ("ministack", "moto", "jsonata"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    with account(tmp_path_factory.mktemp("aws")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small photos whose cameras are known, and few points, so that jobs take seconds."""
+    out = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesis, "N_POINTS", 600)
+        synthesis.synthesize(out, synthesis.SynthesizeSettings(n_photos=12, width=96, height=64))
+    return out / "truth"
+
+
+@pytest.fixture(scope="module")
+def stack(shell: Shell) -> str:
+    """Name of a stack that has images."""
+    shell("deploy", "--yes", "--prefix", "shared")
+    put_flow(shell, "shared")
+    shell("push", "--prefix", "shared")
+    return "shared"
+
+
+def test_from_photos_to_a_scene_and_back_to_nothing(shell: Shell, capture: Path) -> None:
+    photos, hold = str(capture), shell.folder.parent / "jobs/hold-Training"
+    ready = shell("deploy", "--yes", "--email", "a@example.org")
+    assert "add SceneMachine" in ready.stdout and "bucket spaceport-000000000000-eu-central-1" in ready.stdout
+    assert "idle, it costs about 3.70 $ a month" in ready.stdout
+    put_flow(shell)
+    assert "has no image sfm yet: run `spaceport aws push`" in shell.error("submit", photos)
+    assert set(shell.json("push")) == {"sfm", "train", "compress"}
+
+    order = (photos, "--steps", "6", "--device", "cpu", "--title", "Quarry é", "--spot", "--max-cost", "9")
+    hold.parent.mkdir()
+    hold.touch()
+    submitted = shell.json("submit", *order)
+    job = submitted["job"]
+    assert submitted["run"] == f"{job}-1" and submitted["estimate"]["stages"]["train"]["usd"]["high"] < 9
+    assert shell.json("submit", *order)["run"] == f"{job}-1"
+    watching = shell.start("watch", job, "-o", "seen", "--web")
+    assert watching.stdout
+    address = watching.stdout.readline().removesuffix(" shows it\n")
+    assert b"<title>Spaceport</title>" in read(address) and read(address, Host="evil.example:80") == b""
+    sagemaker = shell.client("sagemaker", "AWS_ENDPOINT_URL_SAGEMAKER")
+    until(lambda: sagemaker.list_training_jobs(StatusEquals="InProgress")["TrainingJobSummaries"])
+    state = until(lambda: (found := json.loads(read(f"{address}state.json"))).get("links") and found)
+    assert [one["stage"] for one in state["stages"]] == ["sfm", "train"] and state["status"] == "RUNNING"
+    assert "/preview.jpg?" in state["links"]["preview"]
+    assert f"1 under way: {job}-1; stop them" in shell.error("destroy", "--yes")
+    stopped = shell.json("stop", job)
+    (name,) = stopped["stopped"]
+    assert name.startswith(f"spaceport-train-{job}-") and len(stopped["jobs"]) == 2 and stopped["usd"] > 0
+    printed, said = watching.communicate(timeout=60)
+    assert watching.returncode == 1 and "aborted" in printed and not said
+    events = [json.loads(line) for line in (shell.folder / "seen/events.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(event["stage"] for event in events)) == ["sfm", "train"]
+
+    hold.unlink()
+    again = shell("retry", job, "--watch")
+    assert f"{job}-2: succeeded" in again.stdout
+    state = shell.json("status", job)
+    assert [one["stage"] for one in state["jobs"]] == ["train", "compress"] and state["page"].endswith("/index.html")
+    assert "== spaceport-train-" in (log := shell("logs", job, "--stage", "train").stdout) and "metric step=6" in log
+
+    shell("fetch", job)
+    assert "Quarry é" in (shell.folder / job / "index.html").read_text()
+    cost = shell.json("cost", job)
+    assert len(cost["jobs"]) == 4 and cost["usd"] == pytest.approx(sum(one["usd"] for one in cost["jobs"]))
+    gone = shell("destroy", "--yes")
+    assert "keep Bucket" in gone.stdout and "the stack spaceport is gone" in gone.stdout
+    assert "remove Bucket" in shell("destroy", "--yes", "--delete-data").stdout
+    assert not [b for b in shell.client("s3").list_buckets()["Buckets"] if b["Name"].startswith("spaceport-")]
+
+
+@pytest.mark.slow
+def test_a_training_that_is_stopped_goes_on_where_it_was(shell: Shell, stack: str, orbit_capture: Path) -> None:
+    """From photos; while it is watched, which brings events and the preview here."""
+    there, photos = ("--prefix", stack), str(orbit_capture / "photos")
+    job = shell.json("submit", photos, "--steps", "600", "--device", "cpu", "--downscale", "2", *there)["job"]
+
+    def trained() -> bool:
+        progress = shell.json("status", job, *there)["progress"] or {}
+        return progress.get("stage") == "train" and progress["step"] > 0
+
+    until(trained)
+    shell("stop", job, *there)
+    assert f"{job}-2: succeeded" in shell("retry", job, "--watch", *there).stdout
+    events = [json.loads(line) for line in (shell.folder / job / "events.jsonl").read_text().splitlines()]
+    assert min(event["step"] for event in events if event["stage"] == "train" and event["n_steps"] == 600) > 0
+    assert (shell.folder / job / "preview.jpg").read_bytes()[:2] == b"\xff\xd8"
+    shell("fetch", job, *there)
+    assert (shell.folder / job / "scene.sog").stat().st_size > 100_000
+
+
+def test_a_capture_that_fails_says_why(shell: Shell, stack: str, tmp_path: Path) -> None:
+    """Where a user sees it: the job's own sentence, and the exit code of a user's mistake."""
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    done = shell("submit", str(tmp_path), "--watch", "-o", "failed", "--prefix", stack, expect=2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("spaceport: error: scene ") and ": failed: input: " in last
+    job = last.split()[3].rstrip(":")
+    state = shell.json("status", job, "--prefix", stack)
+    assert state["status"] == "FAILED" and state["error"] == "Spaceport.sfm" and state["reason"].startswith("input: ")
+
+
+@pytest.mark.slow
+def test_a_batch_is_submitted_followed_and_fetched(shell: Shell, stack: str, capture: Path, tmp_path: Path) -> None:
+    """What cannot be submitted, and what fails, stops no other."""
+    there = ("--prefix", stack)
+    for name in ("broken", "few"):
+        (tmp_path / name).mkdir()
+        for number in range(3 if name == "broken" else 2):
+            (tmp_path / name / f"{number}.jpg").write_bytes(b"no photo")
+    (tmp_path / "harbour").symlink_to(capture, target_is_directory=True)
+    manifest = tmp_path / "manifest.json"
+    entries = [{"name": name, "photos": name, "settings": {"steps": 6}} for name in ("broken", "few", "harbour")]
+    manifest.write_text(json.dumps(entries))
+    order = ("batch", str(manifest), "--device", "cpu", "--jobs", "2", *there)
+    batch = shell.json(*order, expect=1)
+    assert set(batch["scenes"]) == {"broken", "harbour"} and "2 photos" in batch["refused"]["few"]
+    name, made = f"batch/{batch['batch']}", batch["scenes"]["harbour"]
+    assert shell.json(*order, expect=1)["batch"] == batch["batch"]
+    followed = shell.json("watch", name, *there, expect=1)
+    assert {one["job"]: one["status"] for one in followed["scenes"]} == {
+        made: "SUCCEEDED", batch["scenes"]["broken"]: "FAILED",
+    }  # fmt: skip
+    shell("fetch", made, *there)
+    assert (shell.folder / made / "index.html").is_file()
+    assert shell.json("stop", name, *there)["stopped"] == []
+
+
+@pytest.mark.slow
+def test_captures_are_made_there_as_they_are_made_here(
+    shell: Shell, stack: str, capture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """`spaceport batch --backend aws`: folders by the captures' names, and batch.json."""
+    for name, value in {**shell.environment, "SPACEPORT_STACK": stack}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.1)
+    captures, out = tmp_path / "captures", tmp_path / "out"
+    (captures / "few").mkdir(parents=True)
+    (captures / "few/a.jpg").write_bytes(b"no photo")
+    (captures / "harbour").symlink_to(capture, target_is_directory=True)
+    order = ["batch", str(captures), "-o", str(out), "--backend", "aws", "--steps", "7", "--device", "cpu", "--json"]
+    assert cli.run(order) == 1
+    outcomes = {one["name"]: one for one in json.loads(capsys.readouterr().out)["captures"]}
+    assert "1 photos; at least 3" in outcomes["few"]["error"] and not outcomes["harbour"]["error"]
+    assert outcomes["harbour"]["seconds"] > 0 and list(outcomes.values()) == json.loads(
+        (out / "batch.json").read_text()
+    )
+    page = (out / "harbour/index.html").read_bytes()
+    assert cli.run(order) == 2 and "go on with --resume" in capsys.readouterr().err
+    assert cli.run([*order, "--resume"]) == 1 and (out / "harbour/index.html").read_bytes() == page
+
+
+# Bad input, in this process
+
+
+@pytest.fixture
+def here(shell: Shell, stack: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """Runs a command in the account."""
+    for name, value in shell.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: cli.run(["aws", *arguments, "--prefix", stack])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["status", "nothere"], "the stack shared knows of none; submit its photos"),
+        (["status", "A b\n"], "an id has 1 to 24 lower-case letters and digits"),
+        (["watch", "../../x"], "an id has"),
+        (["logs", "x;y"], "an id has"),
+        (["logs", "a1", "--stage", "bake"], "choose sfm, train, compress"),
+        (["fetch", "nothere"], "no finished result"),
+        (["stop", "batch/../x"], "knows of none"),
+        (["retry", "nothere"], "knows of none"),
+        (["cost", "nothere"], "knows of none"),
+        (["cost", "./nothere"], "expected a folder of photos"),
+        (["submit", "nothere"], "expected a folder of photos"),
+        (["submit", "few"], "2 photos; at least 3"),
+        (["submit", "photos", "--preset", "best"], "best"),
+        (["submit", "photos", "--device", "tpu"], "choose auto, cpu or cuda"),
+        (["submit", "photos", "--eval-every", "1"], "--eval-every 1"),
+        (["submit", "photos", "--title", 300 * "x"], "title: too long"),
+        (["submit", "photos", "--instance", "ml.g5.xlarge"], "give auto, or STAGE=TYPE"),
+        (["submit", "photos", "--instance", "train=ml.abacus"], "ml.abacus: nothing is known of it"),
+        (["submit", "photos", "--instance", "auto", "--instance", "train=ml.g5.xlarge"], "leave the other ones out"),
+        (["submit", "photos", "--deadline", "5"], "give --instance auto"),
+        (["submit", "photos", "--instance", "auto", "--deadline", "1"], "no instances are sure to be done in 1 min"),
+        (["submit", "photos", "--max-cost", "0.01"], "more than --max-cost 0.01"),
+        (["batch", "twice.json"], "the name a stands in it twice"),
+        (["batch", "photos/a.jpg"], "expected JSON"),
+        (["batch", "no.json"], "no.json"),
+        (["batch", "wrong.json"], "no capture can be submitted; the first: setting steps: 'many' is none"),
+        (["push", "--image", "train"], "choose sfm, 3dgs, compressor"),
+        (["push", "--build-arg", "BASE"], "expected NAME=VALUE"),
+        (["push", "--tool", "kaniko"], "choose docker, podman, buildah"),
+        (["deploy", "--set", "Size=3"], "no such parameter"),
+        (["deploy", "--set", "PublicKey=@none.pem"], "none.pem"),
+        (["deploy", "--region", "moon-1"], "SageMaker is not there"),
+        (["deploy", "--region", "eu-west-1"], "there is nobody to ask; give --yes"),
+        (["status", "a1", "--region", "eu-west-1"], "no stack shared in eu-west-1"),
+        (["status", "a1", "--profile", "none"], "profile none: not in"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(
+    arguments: list[str], words: str, here: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, n in (("photos", 3), ("few", 2)):
+        (tmp_path / folder).mkdir()
+        for name in ("a.jpg", "b.jpg", "c.jpg")[:n]:
+            (tmp_path / folder / name).write_bytes(name.encode())
+    (tmp_path / "twice.json").write_text(json.dumps(2 * [{"name": "a", "photos": "photos"}]))
+    (tmp_path / "wrong.json").write_text('[{"name": "a", "photos": "photos", "settings": {"steps": "many"}}]')
+    assert here(*arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("spaceport: error: ") and words in lines[-1]
+    assert len(lines) == 1
+
+
+def test_nothing_is_started_where_there_is_no_quota(
+    here: Callable[..., int], shell: Shell, stack: str, capture: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    names = ("ml.c6i.2xlarge for processing job usage", "ml.g5.xlarge for training job usage")
+    quotas = [{"QuotaName": name, "QuotaCode": f"L-{i}", "Value": 1.0 - i} for i, name in enumerate(names)]
+
+    def answering(region: str = "", profile: str = "") -> Cloud:
+        cloud = connect(region, profile)
+        stubber = Stubber(cloud.client("service-quotas"))
+        for operation in ("list_aws_default_service_quotas", "list_service_quotas"):
+            stubber.add_response(operation, {"Quotas": quotas}, {"ServiceCode": "sagemaker"})
+        stubber.activate()
+        return cloud
+
+    connect = clouds.connect
+    monkeypatch.setattr(clouds, "connect", answering)
+    before = shell.client("s3").list_objects_v2(Bucket=f"{stack}-000000000000-{REGION}")["KeyCount"]
+    assert here("submit", str(capture)) == 2
+    line = capsys.readouterr().err
+    assert (
+        "quota ml.g5.xlarge for training job usage: 0, needed 1; ask for more at https://eu-central-1.console" in line
+    )
+    assert line.strip().endswith("/L-1")
+    assert shell.client("s3").list_objects_v2(Bucket=f"{stack}-000000000000-{REGION}")["KeyCount"] == before
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "words"),
+    [
+        ("ExpiredToken", "", "the AWS credentials have expired: log in again"),
+        ("InvalidClientTokenId", "", "AWS does not know these credentials"),
+        ("AccessDenied", "not authorized to perform: cloudformation:DescribeStacks", "no permission for cloudformation:DescribeStacks"),
+        ("RequestTimeTooSkewed", "", "this machine's clock is wrong"),
+    ],
+)  # fmt: skip
+def test_what_aws_refuses_is_one_line(
+    code: str, message: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cloud = Cloud(boto3.Session("key", "secret", region_name=REGION))
+    monkeypatch.setattr(clouds, "connect", lambda region, profile: cloud)
+    with Stubber(cloud.client("cloudformation")) as stubber:
+        stubber.add_client_error("describe_stacks", code, message)
+        assert cli.run(["aws", "status", "a1"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_without_credentials(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in (
+        ("CONFIG_FILE", "/dev/null"),
+        ("SHARED_CREDENTIALS_FILE", "/dev/null"),
+        ("EC2_METADATA_DISABLED", "true"),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    assert cli.run(["aws", "status", "a1", "--region", REGION]) == 2
+    assert "no AWS credentials: run `aws configure`" in capsys.readouterr().err
+    assert cli.run(["aws", "doctor", "--region", REGION]) == 1
+    assert "LOOK  credentials  no AWS credentials" in capsys.readouterr().out
+    assert cli.run(["aws", "status", "a1"]) == 2
+    assert "no region: give --region" in capsys.readouterr().err
+
+
+def test_without_boto3_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("spaceport_gs.pipeline.aws.cli.find_spec", lambda name: None)
+    for arguments in ([], ["doctor"], ["submit", "photos"]):
+        assert cli.run(["aws", *arguments]) == 2
+        assert "pip install 'spaceport-gs[aws]'" in capsys.readouterr().err
+    assert cli.run(["aws", "--help"]) == 0
+
+
+# Images
+
+
+def built(shell: Shell) -> list[list[str]]:
+    """What podman was asked for since it was last looked at."""
+    log = shell.folder.parent / "podman.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    log.unlink(missing_ok=True)
+    return lines
+
+
+def test_images_are_built_once_and_recorded_by_digest(
+    here: Callable[..., int], shell: Shell, stack: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    built(shell)
+    assert here("push", "--image", "sfm", "--build-arg", "PIP_INDEX_URL=https://pypi.example", "--json") == 0
+    printed = capfd.readouterr()
+    image, commands = json.loads(printed.out)["sfm"], built(shell)
+    assert [command[0] for command in commands] == ["version", "login", "pull", "image", "build", "push"]
+    build = commands[-2]
+    assert "--build-arg=PIP_INDEX_URL=https://pypi.example" in build
+    assert f"--build-arg=BASE=debian@sha256:{64 * 'b'}" in build and image["bases"] == {
+        "BASE": f"debian@sha256:{64 * 'b'}"
+    }
+    assert f"--tag=000000000000.dkr.ecr.{REGION}.amazonaws.com/{stack}/sfm:{image['tag']}" in build
+    ecr = boto3.client("ecr", REGION)
+    (there,) = ecr.describe_images(repositoryName=f"{stack}/sfm", imageIds=[{"imageTag": image["tag"]}])["imageDetails"]
+    assert image["address"] == f"000000000000.dkr.ecr.{REGION}.amazonaws.com/{stack}/sfm@{there['imageDigest']}"
+
+    assert here("push", "--image", "sfm", "--build-arg", "PIP_INDEX_URL=https://pypi.example", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["sfm"] == image
+    assert "build" not in [command[0] for command in built(shell)]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("exit 0", ""),
+        ('[ "$1" = version ] && { echo "Cannot connect to the Docker daemon" >&2; exit 1; }', "docker: Cannot connect to the"),
+        ('[ "$1" = login ] && { echo denied >&2; exit 1; }; exit 0', "logging in to 000000000000.dkr.ecr"),
+        ('[ "$1" = pull ] && exit 1; exit 0', "looking up debian:bookworm-slim: docker failed with exit code 1"),
+        ('[ "$1" = image ] && echo null; exit 0', "docker knows no digest of it"),
+        ('[ "$1" = build ] && exit 3; [ "$1" = image ] && echo "[\\"debian@sha256:1\\"]"; exit 0', "building sfm: docker failed with exit code 3"),
+    ],
+)  # fmt: skip
+def test_tools_that_do_not_work(
+    script: str, words: str, here: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+    if words:
+        tool = tmp_path / "bin/docker"
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+    assert here("push", "--image", "sfm", "--build-arg", f"NUMBER={words}") == 2
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert (words or "no docker, podman or buildah that works here: the images are built with one") in line
+
+
+def test_images_of_another_version_or_gone_are_not_used(here: Callable[..., int], shell: Shell, stack: str, capture: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    s3, place = shell.client("s3"), {"Bucket": f"{stack}-000000000000-{REGION}", "Key": "deploy/images.json"}
+    text = s3.get_object(**place)["Body"].read().decode()
+    record = json.loads(text)
+    try:
+        for change, words in (
+            ({"version": "0.0.1"}, "the image sfm is of version 0.0.1, this installation of"),
+            ({"tag": "none"}, "is gone from its repository: run `spaceport aws push`"),
+        ):
+            s3.put_object(**place, Body=json.dumps({**record, "sfm": {**record["sfm"], **change}}).encode())
+            assert here("submit", str(capture)) == 2
+            assert words in capsys.readouterr().err
+    finally:
+        s3.put_object(**place, Body=text.encode())
+
+
+# What is told
+
+
+def seen(status: str, state: str, *jobs: JobState, progress: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
+    run = Run("a1", 1, "{}", datetime.now(timezone.utc), "arn", status)
+    return [(p.stage, p.message) for p in as_progress(Status(run, jobs, progress, state))]
+
+
+def job_state(stage: str, status: str, detail: str = "", **said: Any) -> JobState:
+    request = {"AppSpecification": {"ContainerArguments": [stage]}}
+    return JobState(f"spaceport-{stage}-a1-1", stage == "train", status, detail, said.pop("reason", ""), request, said)
+
+
+def test_every_state_has_words() -> None:
+    done = job_state("sfm", "Completed")
+    assert seen("RUNNING", "Sfm") == [("sfm", "asks for an instance")]
+    assert seen("RUNNING", "Sfm", job_state("sfm", "InProgress")) == [("sfm", "InProgress")]
+    starts = job_state("train", "InProgress", "Starting", SecondaryStatusTransitions=[{"StatusMessage": "Preparing the instances"}])  # fmt: skip
+    assert seen("RUNNING", "Train", done, starts) == [("sfm", "done"), ("train", "Starting: Preparing the instances")]
+    trains, event = job_state("train", "InProgress", "Training"), {"stage": "train", "step": 3, "n_steps": 9, "message": "step 3", "psnr": 20.5}  # fmt: skip
+    assert seen("RUNNING", "Train", done, trains, progress=event)[1] == ("train", "step 3")
+    failed = job_state("train", "Failed", "Failed", reason="CapacityError: none")
+    assert seen("RUNNING", "WaitForHardware", done, failed)[1] == ("train", "waits for hardware")
+    assert seen("FAILED", "Failed", done, failed)[1] == ("train", "Failed: CapacityError: none")
+    spot = job_state("train", "Stopped", "MaxWaitTimeExceeded")
+    assert seen("RUNNING", "Train", done, spot)[1] == ("train", "asks for an instance")
+    assert seen("RUNNING", "Sfm", done) == [("sfm", "done")]
+    assert seen("RUNNING", "Copy", done)[1] == ("publish", "copies the scene")
+    assert seen("SUCCEEDED", "Done", done)[1] == ("publish", "done")
+
+
+def test_progress_is_counted_as_on_this_machine() -> None:
+    trains = job_state("train", "InProgress", "Training")
+    event = {"time": 1.0, "stage": "train", "step": 3, "n_steps": 9, "fraction": 0.3, "seconds_left": 5, "message": "step 3", "psnr": 20.5}  # fmt: skip
+    run = Run("a1", 1, "{}", datetime.now(timezone.utc), "arn", "RUNNING")
+    (found,) = as_progress(Status(run, (trains,), event, "Train"))
+    assert found == Progress("train", 3, 9, "step 3", {"psnr": 20.5})
+    (found,) = as_progress(Status(run, (trains,), {"step": "?"}, "Train"))
+    assert (found.step, found.n_steps) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("region", "host"), [("us-east-1", "b-1.s3.amazonaws.com"), (REGION, f"b-1.s3.{REGION}.amazonaws.com")]
+)
+def test_links_to_previews_hold_in_every_region(region: str, host: str) -> None:
+    """With the signature that opens what KMS has encrypted."""
+    page = Page(Cloud(boto3.Session("key", "secret", region_name=region)))
+    run = Run("a1", 1, "{}", datetime.now(timezone.utc), "arn", "RUNNING")
+    request = {"CheckpointConfig": {"S3Uri": "s3://b-1/checkpoints/a1/x/"}}
+    page.show(Status(run, (JobState("t", True, "InProgress", "Training", "", request, {}),), None, "Train"))
+    body, _ = page.answer("/state.json") or (b"", "")
+    link = json.loads(body)["links"]["preview"]
+    assert link.startswith(f"https://{host}/checkpoints/a1/x/preview.jpg?X-Amz-Algorithm=AWS4-HMAC-SHA256")
+    assert page.answer("/../secret") is None
+
+
+def test_policies_in_the_docs_are_policies() -> None:
+    """And every command in the docs is one."""
+    text = (Path(__file__).parent.parent / "docs/aws.md").read_text()
+    policies = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
+    assert len(policies) == 2
+    for statement in (one for policy in policies for one in policy["Statement"]):
+        actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        assert statement["Effect"] == "Allow" and all(re.fullmatch(r"[a-z0-9-]+:[*A-Za-z]+", name) for name in actions)
+    known = {command.name for command in commands.registered_commands}
+    assert set(re.findall(r"spaceport aws (\w+)", text)) <= known <= set(re.findall(r"`(\w+)[ A-Z]*`", text))
