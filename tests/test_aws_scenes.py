@@ -270,7 +270,9 @@ def test_an_upload_of_300_mb_that_is_killed_goes_on(tmp_path: Path) -> None:
         )  # fmt: skip
         s3.create_bucket(Bucket="killed", CreateBucketConfiguration={"LocationConstraint": REGION})
         command = [sys.executable, "-c", UPLOADER, str(folder)]
-        first = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+        first = subprocess.Popen(
+            command, cwd=tmp_path, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
+        )
         assert first.stdout
         for line in first.stdout:
             if int(line.split()[0]) > n_bytes // 2:
@@ -280,7 +282,9 @@ def test_an_upload_of_300_mb_that_is_killed_goes_on(tmp_path: Path) -> None:
         (begun,) = s3.list_multipart_uploads(Bucket="killed")["Uploads"]
         parts = s3.list_parts(Bucket="killed", Key="inputs/large.tif", UploadId=begun["UploadId"])["Parts"]
         there = sum(part["Size"] for part in parts) + len("b.jpg" + "c.jpg")
-        second = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+        second = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+        )
         assert n_bytes // 2 < there < n_bytes and int(second.stdout.split()[-1]) == n_bytes - there
         with open(folder / "large.tif", "rb") as file:
             wanted = hashlib.sha256(file.read()).digest()
