@@ -316,6 +316,7 @@ __global__ __launch_bounds__(kThreads) void sum_blocks_kernel(const double* of_b
   if (threadIdx.x == 0) out[blockIdx.x] = of_threads[0];
 }
 
+// One block a multiprocessor suffices: for more of them the compiler would spill.
 template <int kDegree, bool kPose>
 __global__ __launch_bounds__(kThreads, 1) void project_vjp_kernel(Gaussians g, View<float> view, float low_pass,
                                                                   Projected projected, SplatGradient d_splats,

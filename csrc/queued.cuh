@@ -62,9 +62,9 @@ __device__ inline void gradient_of_moments(const Conic<float>& conic, float opac
 
 // Depths as the bits of a float, from the near plane on, to one part in a million and over sixteen octaves: as much as
 // three passes of a radix sort take. Splats that agree to that keep the order of their rows.
-constexpr uint32_t kNoDepth = (1u << kDepthKeyBits) - 1;  // of a Gaussian that is not visible
-constexpr uint32_t kHidden = kNoDepth - 1;                // of one that is, but behind the limits of all its tiles
 constexpr uint32_t kDepthMask = (1u << kDepthKeyBits) - 1;
+constexpr uint32_t kNoDepth = kDepthMask;   // of a Gaussian that is not visible
+constexpr uint32_t kHidden = kNoDepth - 1;  // of one that is, but behind the limits of all its tiles
 __device__ inline uint32_t depth_key(float depth, float near) {
   const uint32_t key = (__float_as_uint(depth) - __float_as_uint(near)) >> 3;
   return key < kHidden ? key : kHidden - 1;

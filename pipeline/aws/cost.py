@@ -3,7 +3,7 @@
 What the estimates are made from, and where that was measured:
 
 - SfM: `run.Cost`, on two cores of an AMD EPYC; from a third of that (small photos) to three times as much (many cores that wait).
-- training: steps on one H200, the fox capture and the random clouds of benchmarks/results. No other GPU was measured: their
+- training: steps on one H200, the fox capture and the random clouds of benchmarks/results. Of other GPUs their
   multiprocessors and bandwidth, by the data sheets, say how many times slower they are at least and at most.
 - compression: `compress` of 40,000 and 100,000 Gaussians (32 and 181 seconds of a core of an Intel Xeon).
 - memory: `run.Cost` and the peak memory of the clouds; that of SfM is worked out from the pyramids of SIFT, not measured.
