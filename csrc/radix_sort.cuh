@@ -14,7 +14,7 @@ namespace cuda {
 constexpr int kMostDigitBits = 8, kDigits = 1 << kMostDigitBits;
 constexpr int kSortThreads = kDigits, kSortWarps = kSortThreads / 32;  // a thread a digit
 constexpr int kMostSortPasses = 4;
-constexpr int kSortItems = 8;  // keys of a thread: few, so that many blocks run at once
+constexpr int kSortItems = 16;  // keys of a thread
 constexpr int kSortTile = kSortThreads * kSortItems;
 
 // At most `most`; *n, where that is given.
@@ -45,17 +45,18 @@ struct SortState {
   Digits digits;
   int64_t most;
   uint32_t* totals;   // [n_passes, kDigits] keys with each digit
-  uint32_t* counts;   // [n_passes, n_blocks, kDigits] of a block alone, or of it and all before it: the mark says which
+  uint32_t* counts;   // [n_passes, n_blocks, digits] of a block alone, or of it and all before: the mark says which
   unsigned* tickets;  // [n_passes] blocks take numbers in the order in which they start
 
   static SortState of(Arena& arena, int64_t most, int n_key_bits) {
     SortState s = {Digits::of(n_key_bits), most, nullptr, nullptr, nullptr};
     s.totals = arena.take<uint32_t>(int64_t(s.digits.n_passes) * kDigits);
-    s.counts = arena.take<uint32_t>(int64_t(s.digits.n_passes) * s.n_blocks() * kDigits);
+    s.counts = arena.take<uint32_t>(s.digits.n_passes * s.n_counts());
     s.tickets = arena.take<unsigned>(s.digits.n_passes);
     return s;
   }
   int64_t n_blocks() const { return n_blocks_of(most, kSortTile); }
+  int64_t n_counts() const { return n_blocks() << digits.n_bits; }  // of a pass
 };
 
 template <class Key>
@@ -64,12 +65,20 @@ struct SortPair {
   int32_t* values;
 };
 
+// What has a larger key than `last` below the mask is left out of a sort; short keys never are.
+struct KeyFilter {
+  uint32_t mask = UINT32_MAX, last = UINT32_MAX;
+
+  __device__ bool passes(uint32_t key) const { return (key & mask) <= last; }
+  __device__ bool passes(uint16_t) const { return true; }
+};
+
 template <class Key>
 struct SortPass {
   SortPair<const Key> from;  // values null: 0, 1, 2, ...
   SortPair<Key> to;          // keys null: not wanted
   SortSize size;
-  uint32_t mask, last;  // what has a larger key below the mask is left out
+  KeyFilter filter;
   int shift;
   const uint32_t* totals;
   uint32_t* counts;
@@ -77,18 +86,19 @@ struct SortPass {
 };
 
 // How many keys have each value of each digit. Copies keep lanes apart that count the same.
-template <class Key>
-__global__ __launch_bounds__(kSortThreads) void count_digits_kernel(const Key* keys, SortSize size, Digits digits,
-                                                                    uint32_t mask, uint32_t last, uint32_t* totals) {
+template <class Key, int kBits>
+__global__ __launch_bounds__(kSortThreads) void count_digits_kernel(const Key* keys, SortSize size, int n_passes,
+                                                                    KeyFilter filter, uint32_t* totals) {
+  constexpr int kDigits = 1 << kBits, kMostPasses = int(sizeof(Key)) * 8 / kMostDigitBits;
   constexpr int kCopies = 8, kKeys = 16 / int(sizeof(Key));
-  __shared__ uint32_t counts[kMostSortPasses][kDigits][kCopies];
-  for (int i = int(threadIdx.x); i < digits.n_passes * kDigits * kCopies; i += kSortThreads) (&counts[0][0][0])[i] = 0;
+  __shared__ uint32_t counts[kMostPasses][kDigits][kCopies];
+  for (int i = int(threadIdx.x); i < kMostPasses * kDigits * kCopies; i += kSortThreads) (&counts[0][0][0])[i] = 0;
   __syncthreads();
   const auto count = [&](Key key) {
-    if ((uint32_t(key) & mask) > last) return;
-    for (int pass = 0; pass < digits.n_passes; ++pass) {
-      const unsigned digit = digit_of(key, pass * digits.n_bits, digits.n_bits);
-      atomicAdd(&counts[pass][digit][threadIdx.x % kCopies], 1u);
+    if (!filter.passes(key)) return;
+#pragma unroll
+    for (int pass = 0; pass < kMostPasses; ++pass) {
+      if (pass < n_passes) atomicAdd(&counts[pass][digit_of(key, pass * kBits, kBits)][threadIdx.x % kCopies], 1u);
     }
   };
   const int64_t n = size.get(), n_whole = n / kKeys, thread = int64_t(blockIdx.x) * kSortThreads + threadIdx.x;
@@ -100,10 +110,11 @@ __global__ __launch_bounds__(kSortThreads) void count_digits_kernel(const Key* k
   }
   if (n_whole * kKeys + thread < n) count(keys[n_whole * kKeys + thread]);
   __syncthreads();
-  for (int pass = 0; pass < digits.n_passes; ++pass) {
+  for (int i = int(threadIdx.x); i < n_passes * kDigits; i += kSortThreads) {
+    const int pass = i / kDigits, digit = i % kDigits;
     uint32_t sum = 0;
-    for (int copy = 0; copy < kCopies; ++copy) sum += counts[pass][threadIdx.x][copy];
-    if (sum != 0) atomicAdd(totals + pass * kDigits + threadIdx.x, sum);
+    for (int copy = 0; copy < kCopies; ++copy) sum += counts[pass][digit][(copy + digit) % kCopies];
+    if (sum != 0) atomicAdd(totals + pass * cuda::kDigits + digit, sum);
   }
 }
 
@@ -125,11 +136,13 @@ __device__ inline uint64_t sum_of_threads_before(uint64_t own) {
 // What blocks know of a digit, by a thread for its digit: first its own count, then with that of all blocks before it.
 constexpr uint32_t kOwnKeys = 1u << 30, kKeysSoFar = 1u << 31, kKeyBits = kOwnKeys - 1;
 static_assert(kMostInstances <= kKeyBits, "counts fit below the marks");
-__device__ inline void publish_count(uint32_t* counts, unsigned block, uint32_t own) {
+template <int kBits>
+__device__ void publish_count(uint32_t* counts, unsigned block, uint32_t own) {
   volatile uint32_t* states = counts + threadIdx.x;
-  states[int64_t(block) * kDigits] = (block == 0 ? kKeysSoFar : kOwnKeys) | own;
+  states[int64_t(block) << kBits] = (block == 0 ? kKeysSoFar : kOwnKeys) | own;
 }
-__device__ inline uint32_t count_before(uint32_t* counts, unsigned block, uint32_t own) {
+template <int kBits>
+__device__ uint32_t count_before(uint32_t* counts, unsigned block, uint32_t own) {
   constexpr int kWindow = 8;  // blocks that are asked at once
   if (block == 0) return 0;
   volatile uint32_t* states = counts + threadIdx.x;
@@ -140,122 +153,159 @@ __device__ inline uint32_t count_before(uint32_t* counts, unsigned block, uint32
 #pragma unroll
     for (int w = 0; w < kWindow; ++w) {
       words[w] = kKeysSoFar;  // before the first block there is nothing
-      if (last >= w) words[w] = states[(last - w) * kDigits];
+      if (last >= w) words[w] = states[(last - w) << kBits];
     }
 #pragma unroll
     for (int w = 0; w < kWindow; ++w) {
       if (is_done) break;
-      while (words[w] == 0) words[w] = states[(last - w) * kDigits];
+      while (words[w] == 0) words[w] = states[(last - w) << kBits];
       before += words[w] & kKeyBits;
       is_done = (words[w] & kKeysSoFar) != 0;
     }
   }
-  states[int64_t(block) * kDigits] = kKeysSoFar | (before + own);
+  states[int64_t(block) << kBits] = kKeysSoFar | (before + own);
   return before;
 }
 
-// The lanes whose bit is set where this lane's is, and not set where it is not. In C++ the compiler asks for the bit
-// twice.
-__device__ inline unsigned lanes_with_same(unsigned bit) {
-  unsigned same;
-  asm volatile(
-      "{\n"
-      ".reg .pred is_set;\n"
-      "setp.ne.u32 is_set, %1, 0;\n"
-      "vote.sync.ballot.b32 %0, is_set, 0xffffffff;\n"
-      "@!is_set not.b32 %0, %0;\n"
-      "}\n"
-      : "=r"(same)
-      : "r"(bit));
-  return same;
-}
+// `n` numbers of a thread that are as short as kBits: many in a register.
+template <int n, int kBits>
+class Packed {
+ public:
+  __device__ void set(int i, uint32_t value) {  // in ascending order
+    uint32_t& word = words_[i / kOfWord];
+    word = i % kOfWord == 0 ? value : word | value << shift(i);
+  }
+  __device__ void add(int i, uint32_t more) { words_[i / kOfWord] += more << shift(i); }
+  __device__ uint32_t operator[](int i) const { return words_[i / kOfWord] >> shift(i) & (UINT32_MAX >> (32 - kBits)); }
+
+ private:
+  static constexpr int kOfWord = 32 / kBits;
+  __device__ static int shift(int i) { return i % kOfWord * kBits; }
+  uint32_t words_[(n + kOfWord - 1) / kOfWord];
+};
 
 // A block finds the place of each of its keys among those with the same digit, brings them in the order of their digits
-// in shared memory, and writes them from there: neighbours to neighbouring places. What takes its time is waiting:
-// values are asked for late and other blocks' counts later, so that registers suffice for many blocks.
+// in shared memory, and writes them from there: neighbours to neighbouring places; then their values. What takes its
+// time is waiting: values are asked for late and other blocks' counts later, so that registers suffice for many blocks.
 template <class Key, int kBits>
-__global__ __launch_bounds__(kSortThreads, at_least(5, kSortThreads)) void sort_pass_kernel(SortPass<Key> pass) {
+__global__ __launch_bounds__(kSortThreads, at_least(4, kSortThreads)) void sort_pass_kernel(SortPass<Key> pass) {
+  constexpr int kDigits = 1 << kBits;
   __shared__ uint32_t places[kSortWarps][kDigits];
   __shared__ uint32_t target_of[kDigits];  // where the digit's first goes, less its place in the block
-  __shared__ Key staged_keys[kSortTile];
-  __shared__ int32_t staged_values[kSortTile];
+  __shared__ union {
+    unsigned peers[kSortWarps][kDigits];  // of a warp's lanes, those with the same digit
+    Key keys[kSortTile];
+    int32_t values[kSortTile];
+  } staged;
   __shared__ unsigned block_number, n_staged;
+  __shared__ int shift_of_all;  // or the compiler would keep digits that it can work out again
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t n = pass.size.get();
   if (int64_t(blockIdx.x) * kSortTile >= n) return;
-  if (thread == 0) block_number = atomicAdd(pass.ticket, 1u);
-#pragma unroll
-  for (int w = 0; w < kSortWarps; ++w) places[w][thread] = 0;
+  if (thread == 0) {
+    block_number = atomicAdd(pass.ticket, 1u);
+    shift_of_all = pass.shift;
+  }
+  for (int i = thread; i < kSortWarps * kDigits; i += kSortThreads) {
+    (&places[0][0])[i] = 0;
+    (&staged.peers[0][0])[i] = 0;
+  }
   __syncthreads();
   const unsigned block = block_number;
   const int64_t first = int64_t(block) * kSortTile;
 
   const auto digit = [&](Key key) { return digit_of(key, pass.shift, kBits); };
   const int of_lane = warp * kSortItems * 32 + lane;  // the first of the block's keys that is this lane's
-  const int n_of_block = n - first < kSortTile ? int(n - first) : kSortTile;
-  Key keys[kSortItems];
-  uint32_t is_wanted = 0;  // one bit an item
+  const int n_from_lane = (n - first < kSortTile ? int(n - first) : kSortTile) - of_lane;  // of the block
+  const Key* from_keys = pass.from.keys + first + of_lane;
+  Packed<kSortItems, 8 * int(sizeof(Key))> keys;
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {
-    const int at = of_lane + i * 32;
-    keys[i] = at < n_of_block ? pass.from.keys[first + at] : Key(0);
+    keys.set(i, i * 32 < n_from_lane ? from_keys[i * 32] : Key(0));
   }
-  uint32_t ranks[kSortItems];  // among the warp's keys with the same digit
+  const auto is_wanted = [&](int i) { return i * 32 < n_from_lane && pass.filter.passes(Key(keys[i])); };
+  unsigned* peers_of = staged.peers[warp];
+  const unsigned lane_bit = kept(1u << lane);
+  Packed<kSortItems, 16> ranks;  // among the warp's keys with the same digit
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {
-    const unsigned own_digit = digit(keys[i]);
-    const bool takes_part = of_lane + i * 32 < n_of_block && (uint32_t(keys[i]) & pass.mask) <= pass.last;
-    if (takes_part) is_wanted |= 1u << i;
-    unsigned peers = __ballot_sync(kAllLanes, takes_part);
-#pragma unroll
-    for (int bit = 0; bit < kBits; ++bit) peers &= lanes_with_same(own_digit & 1u << bit);
-    const uint32_t before = places[warp][own_digit];
-    ranks[i] = before + uint32_t(__popc(peers & ((1u << lane) - 1u)));
+    const unsigned own_digit = digit(Key(keys[i]));
+    atomicOr(peers_of + own_digit, is_wanted(i) ? lane_bit : 0u);
     __syncwarp();
-    if (takes_part && lane == __ffs(int(peers)) - 1) places[warp][own_digit] = before + uint32_t(__popc(peers));
+    const unsigned peers = peers_of[own_digit];
+    const uint32_t before = places[warp][own_digit];
+    ranks.set(i, before + uint32_t(__popc(peers & (lane_bit - 1u))));
+    __syncwarp();
+    if (peers >> lane == 1) {  // the last of them
+      places[warp][own_digit] = before + uint32_t(__popc(peers));
+      peers_of[own_digit] = 0;
+    }
     __syncwarp();
   }
   __syncthreads();
 
+  const bool is_digit = thread < kDigits;
   uint32_t count = 0;  // of the block's keys with this thread's digit
+  uint32_t total = 0;  // of all keys
+  if (is_digit) {
+    total = pass.totals[thread];
 #pragma unroll
-  for (int w = 0; w < kSortWarps; ++w) {
-    const uint32_t of_warp = places[w][thread];
-    places[w][thread] = count;
-    count += of_warp;
+    for (int w = 0; w < kSortWarps; ++w) {
+      const uint32_t of_warp = places[w][thread];
+      places[w][thread] = count;
+      count += of_warp;
+    }
+    publish_count<kBits>(pass.counts, block, count);
   }
-  const bool is_digit = thread < 1 << kBits;
-  if (is_digit) publish_count(pass.counts, block, count);
-  const uint64_t firsts = sum_of_threads_before(uint64_t(pass.totals[thread]) << 32 | count);
+  const uint64_t firsts = sum_of_threads_before(uint64_t(total) << 32 | count);
   const uint32_t first_in_block = uint32_t(firsts), first_of_all = uint32_t(firsts >> 32);
+  if (is_digit) {
 #pragma unroll
-  for (int w = 0; w < kSortWarps; ++w) places[w][thread] += first_in_block;
+    for (int w = 0; w < kSortWarps; ++w) places[w][thread] += first_in_block;
+  }
   if (thread == kSortThreads - 1) n_staged = first_in_block + count;
   __syncthreads();
 
 #pragma unroll
   for (int i = 0; i < kSortItems; ++i) {
-    if ((is_wanted >> i & 1u) == 0) continue;
-    ranks[i] += places[warp][digit(keys[i])];
-    staged_keys[ranks[i]] = keys[i];
+    ranks.add(i, places[warp][digit_of(Key(keys[i]), shift_of_all, kBits)]);
+    if (is_wanted(i)) staged.keys[ranks[i]] = Key(keys[i]);
   }
+  const int32_t* from_values = pass.from.values + first + of_lane;
   int32_t values[kSortItems];
+  if (pass.from.values != nullptr) {
 #pragma unroll
-  for (int i = 0; i < kSortItems; ++i) {
-    values[i] = int32_t(first) + of_lane + i * 32;
-    if (pass.from.values != nullptr && (is_wanted >> i & 1u) != 0) values[i] = pass.from.values[values[i]];
-  }
+    for (int i = 0; i < kSortItems; ++i) {
+      if (is_wanted(i)) values[i] = from_values[i * 32];
+    }
+  } else {
 #pragma unroll
-  for (int i = 0; i < kSortItems; ++i) {
-    if ((is_wanted >> i & 1u) != 0) staged_values[ranks[i]] = values[i];
+    for (int i = 0; i < kSortItems; ++i) values[i] = int32_t(first) + of_lane + i * 32;
   }
-  if (is_digit) target_of[thread] = first_of_all + count_before(pass.counts, block, count) - first_in_block;
+  if (is_digit) target_of[thread] = first_of_all + count_before<kBits>(pass.counts, block, count) - first_in_block;
   __syncthreads();
-  for (uint32_t i = threadIdx.x; i < n_staged; i += kSortThreads) {
-    const Key key = staged_keys[i];
-    const uint32_t to = target_of[digit(key)] + i;
-    if (pass.to.keys != nullptr) pass.to.keys[to] = key;
-    pass.to.values[to] = staged_values[i];
+  const uint32_t n_kept = n_staged;
+  Packed<kSortItems, 8> digits;  // of every kSortThreads-th in their new order
+#pragma unroll
+  for (int i = 0; i < kSortItems; ++i) {
+    const uint32_t at = uint32_t(thread + i * kSortThreads);
+    const Key key = staged.keys[at];
+    const uint32_t to = target_of[digit(key)] + at;
+    digits.set(i, digit(key));
+    if (at < n_kept && pass.to.keys != nullptr) pass.to.keys[to] = key;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kSortItems; ++i) {
+    if (is_wanted(i)) staged.values[ranks[i]] = values[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kSortItems; ++i) {
+    const uint32_t at = uint32_t(thread + i * kSortThreads);
+    const uint32_t to = target_of[digits[i]] + at;
+    const int32_t value = staged.values[at];
+    if (at < n_kept) pass.to.values[to] = value;
   }
 }
 
@@ -264,35 +314,39 @@ template <class Key>
 struct SortJob {
   SortPair<const Key> from;
   SortPair<Key> there, back, out;
-  uint32_t mask = UINT32_MAX, last = UINT32_MAX;  // see SortPass
+  KeyFilter filter;
 };
 
 // `n` is the number before the sort, `n_sorted` after it: less than that where keys are left out.
-template <class Key>
-void queue_sort(cudaStream_t stream, const SortState& state, const SortJob<Key>& job, const SortSize& n,
-                const SortSize& n_sorted) {
-  const Digits& digits = state.digits;
+template <class Key, int kBits>
+void queue_sort_by_digits(cudaStream_t stream, const SortState& state, const SortJob<Key>& job, const SortSize& n,
+                          const SortSize& n_sorted) {
+  const int n_passes = state.digits.n_passes;
   const unsigned n_blocks = unsigned(state.n_blocks());
   constexpr unsigned kMostCountBlocks = 512;
-  count_digits_kernel<<<std::min(n_blocks, kMostCountBlocks), kSortThreads, 0, stream>>>(
-      job.from.keys, n, digits, job.mask, job.last, state.totals);
+  count_digits_kernel<Key, kBits><<<std::min(n_blocks, kMostCountBlocks), kSortThreads, 0, stream>>>(
+      job.from.keys, n, n_passes, job.filter, state.totals);
   SortPair<const Key> from = job.from;
-  for (int i = 0; i < digits.n_passes; ++i) {
-    const SortPair<Key>& to = i == digits.n_passes - 1 ? job.out : i % 2 == 0 ? job.there : job.back;
+  for (int i = 0; i < n_passes; ++i) {
+    const SortPair<Key>& to = i == n_passes - 1 ? job.out : i % 2 == 0 ? job.there : job.back;
     const SortPass<Key> pass = {from,
                                 to,
                                 i == 0 ? n : n_sorted,
-                                job.mask,
-                                job.last,
-                                i * digits.n_bits,
+                                job.filter,
+                                i * kBits,
                                 state.totals + i * kDigits,
-                                state.counts + i * state.n_blocks() * kDigits,
+                                state.counts + i * state.n_counts(),
                                 state.tickets + i};
-    const auto kernel = digits.n_bits == kMostDigitBits ? sort_pass_kernel<Key, kMostDigitBits>
-                                                        : sort_pass_kernel<Key, kMostDigitBits - 1>;
-    kernel<<<n_blocks, kSortThreads, 0, stream>>>(pass);
+    sort_pass_kernel<Key, kBits><<<n_blocks, kSortThreads, 0, stream>>>(pass);
     from = {to.keys, to.values};
   }
+}
+template <class Key>
+void queue_sort(cudaStream_t stream, const SortState& state, const SortJob<Key>& job, const SortSize& n,
+                const SortSize& n_sorted) {
+  const auto queue = state.digits.n_bits == kMostDigitBits ? queue_sort_by_digits<Key, kMostDigitBits>
+                                                           : queue_sort_by_digits<Key, kMostDigitBits - 1>;
+  queue(stream, state, job, n, n_sorted);
 }
 
 }  // namespace cuda

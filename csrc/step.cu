@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "graph.cuh"
-#include "queued.cuh"
+#include "image.cuh"
 #include "ssim_math.h"
 
 namespace spaceport {
@@ -57,42 +57,23 @@ __global__ void update_exposure_kernel(const float* gradient, const DeviceInputs
 }
 
 struct StepScratch {
-  char* zeros;  // what must be zero at the start of a step
-  size_t n_zeros;
-  TileState tile;
-  uint32_t* is_undone;
-  int* n_contributing;
-  void* work;  // what tile, loss, blend' and update each use for themselves, one after the other
+  ImageScratch image;  // `work` serves loss, blend' and update too, one after the other
   DeviceInputs* inputs;
-  Projected projected;
-  ProjectedCounts* counts;
-  Tiles tiles;
-  Image image, d_image;
+  Image pixels, d_pixels;
   double* means;
   float* d_exposure;
 
   static StepScratch of(Arena& arena, const StepSize& size, const RasterSettings& raster) {
-    const Camera camera = camera_of(size);
-    const int64_t n = size.n_gaussians, n_pixels = int64_t(size.width) * size.height;
-    const int64_t n_tiles = int64_t(camera.tiles_x()) * camera.tiles_y();
     const Cuda any = {nullptr};
+    const int64_t n = size.n_gaussians, n_pixels = int64_t(size.width) * size.height;
     StepScratch s = {};
-    s.zeros = arena.take<char>(0);
-    s.tile = TileState::of(arena, n, size.n_instances, camera);
-    s.is_undone = arena.take<uint32_t>(1);
-    s.n_contributing = arena.take<int>(1);
-    s.counts = arena.take<ProjectedCounts>(1);
-    s.n_zeros = arena.used();
-    s.work = arena.take<char>(
-        int64_t(std::max({queued_tile_scratch(n, size.n_instances, camera), queued_update_scratch(n),
-                          loss_scratch(any, size.width, size.height),
-                          blend_vjp_scratch(any, n, size.n_instances, kSplatGradientStride, raster)})));
+    s.image = ImageScratch::of(arena, size,
+                               std::max({queued_update_scratch(n), loss_scratch(any, size.width, size.height),
+                                         blend_vjp_scratch(any, n, size.n_instances, kSplatGradientStride, raster)}));
     s.inputs = arena.take<DeviceInputs>(1);
-    s.projected = {arena.take<Splat>(n), nullptr, nullptr, n, arena.take<TileSet>(n), arena.take<uint32_t>(n)};
-    s.tiles = {arena.take<int64_t>(n_tiles + 1), arena.take<int32_t>(size.n_instances), nullptr, size.n_instances};
-    s.image = {arena.take<float>(3 * n_pixels), arena.take<float>(n_pixels),
-               arena.take<int32_t>(hits_size(any, size.n_instances, camera))};
-    s.d_image = {arena.take<float>(3 * n_pixels), nullptr, nullptr};
+    s.pixels = {arena.take<float>(3 * n_pixels), arena.take<float>(n_pixels),
+                arena.take<int32_t>(hits_size(any, size.n_instances, camera_of(size)))};
+    s.d_pixels = {arena.take<float>(3 * n_pixels), nullptr, nullptr};
     s.means = arena.take<double>(2);
     s.d_exposure = arena.take<float>(kExposureSize);
     return s;
@@ -119,28 +100,28 @@ void queue_step(cudaStream_t stream, const StepBuffers& buffers, const StepScrat
   const RasterSettings& raster = recipe.raster;
   // Without conditions nothing would make up for limits that prove wrong.
   const bool uses_limits = recipe.parts.has_limits && has_conditions();
-  const auto queue_image = [&](cudaStream_t stream) {
-    const auto limits = uses_limits ? Late<uint32_t*>::at(&s.inputs->depth_limits) : Late<uint32_t*>(nullptr);
-    check(cudaMemsetAsync(s.zeros, 0, s.n_zeros, stream), "step");
-    queue_project(stream, buffers.values, Late<View<float>>::at(&s.inputs->update.view), limits, camera, raster,
-                  s.projected, s.counts);
-    queue_tile(stream, s.projected, Late<ProjectedCounts>::at(s.counts), camera, s.tile, s.work, s.tiles);
-    queue_blend(stream, s.projected, s.tiles, camera, raster, {limits, s.is_undone}, Late<Image>(s.image));
+  const auto view = Late<View<float>>::at(&s.inputs->update.view);
+  const auto limits = uses_limits ? Late<uint32_t*>::at(&s.inputs->depth_limits) : Late<uint32_t*>(nullptr);
+  const ImageScratch& image = s.image;
+  const auto queue_pixels = [&](cudaStream_t stream) {
+    queue_image(stream, buffers.values, view, limits, camera, raster, image, Late<Image>(s.pixels));
   };
-  queue_image(stream);
-  if (uses_limits) record_if(stream, s.is_undone, &book.device->n_rendered_again, queue_image);
-  const LossImages images = {s.image.color, {}, camera.width, camera.height};
+  queue_pixels(stream);
+  if (uses_limits) record_if(stream, image.is_undone, &book.device->n_rendered_again, queue_pixels);
+  const LossImages images = {s.pixels.color, {}, camera.width, camera.height};
   const LateTarget target = {Late<LossTarget>::at(&s.inputs->target), recipe.parts.has_mask, recipe.parts.has_exposure};
-  queue_loss(stream, images, target, recipe.loss, s.work, {s.means, s.d_image.color, s.d_exposure});
-  book_kernel<<<1, 1, 0, stream>>>(s.means, s.counts, s.tiles.n_instances, double(recipe.loss.ssim_weight), book);
+  queue_loss(stream, images, target, recipe.loss, image.work, {s.means, s.d_pixels.color, s.d_exposure});
+  book_kernel<<<1, 1, 0, stream>>>(s.means, image.counts, image.tiles.n_instances, double(recipe.loss.ssim_weight),
+                                   book);
   if (recipe.parts.has_exposure) {
     update_exposure_kernel<<<1, kExposureSize, 0, stream>>>(s.d_exposure, s.inputs, &book.device->is_halted);
   }
-  queue_blend_vjp(stream, s.projected, s.tiles, camera, raster, s.image, s.d_image, s.work,
+  queue_blend_vjp(stream, image.projected, image.tiles, camera, raster, s.pixels, s.d_pixels, image.work,
                   {buffers.sums, kSplatGradientStride});
   queue_project_vjp_update(stream, buffers.values, Late<UpdateInputs>::at(&s.inputs->update), camera, raster,
-                           s.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
-                           {&book.device->is_halted, buffers.up_to_date, s.n_contributing, log_of(buffers)}, s.work);
+                           image.projected, {SplatRows::kMoments, buffers.sums}, buffers.moments,
+                           {&book.device->is_halted, buffers.up_to_date, image.n_contributing, log_of(buffers)},
+                           image.work);
   check_launch("step");
 }
 

@@ -277,7 +277,7 @@ void queue_tile(cudaStream_t stream, const Projected& projected, const Late<Proj
     const SortSize n_instances = {out.n_instances, place != nullptr ? &place->n_instances : nullptr};
     static_assert(Digits::of(kDepthKeyBits).n_passes % 2 == 1, "the last pass writes where the first one did");
     const SortJob<uint32_t> by_depth = {
-        {projected.depth_keys, nullptr}, s.by_depth[0], s.by_depth[1], s.by_depth[0], kDepthMask, kHidden - 1};
+        {projected.depth_keys, nullptr}, s.by_depth[0], s.by_depth[1], s.by_depth[0], {kDepthMask, kHidden - 1}};
     queue_sort(stream, state.by_depth, by_depth, {n}, n_splats);
     first_instances_kernel<<<n_blocks_of(n, kThreads / 32 * kSplatsOfList), kThreads, 0, stream>>>(
         projected, counts, by_depth.out, state.look_back, s.first_instances);
