@@ -21,15 +21,19 @@ from spaceport_gs.pipeline.aws import PREFIX
 from spaceport_gs.pipeline.options import (
     EXIT_MISTAKE,
     EXIT_SOME_FAILED,
+    BuildArgument,
     DeviceOption,
     Downscale,
     EvalEvery,
     Json,
     MaxSeconds,
+    OnlyImage,
     Preset,
     Seed,
     Steps,
     Title,
+    Tool,
+    chosen_images,
     fail,
     finish,
 )  # fmt: skip
@@ -172,26 +176,16 @@ def _teller(as_json: bool) -> Callable[[str], None]:
 
 @app.command(name="push")
 def push_command(
-    image: Annotated[list[str] | None, typer.Option("--image", help="Only this one: sfm, 3dgs or compressor. May be repeated.")] = None,
-    build_arg: Annotated[list[str] | None, typer.Option("--build-arg", help="NAME=VALUE, of the Dockerfiles. May be repeated.")] = None,
-    tool: Annotated[str, typer.Option("--tool", help="docker, podman or buildah; default: the first that works.")] = "",
+    image: OnlyImage = None, build_arg: BuildArgument = None, tool: Tool = "",
     region: Region = "", profile: Profile = "", prefix: Prefix = PREFIX, json: Json = False,
 ) -> None:  # fmt: skip
     """Builds the images of the containers, pushes them to the stack's repositories and records their digests."""
-    from spaceport_gs.pipeline.aws.push import find_tool, push
-    from spaceport_gs.pipeline.images import IMAGES
+    from spaceport_gs.pipeline.aws.push import push
+    from spaceport_gs.pipeline.images import find_tool
 
-    chosen, given = image or list(IMAGES.values()), build_arg or []
-    for name in chosen:
-        if name not in IMAGES.values():
-            raise InputError(f"--image {name}: choose {', '.join(IMAGES.values())}")
-    for argument in given:
-        if "=" not in argument:
-            raise InputError(f"--build-arg {argument}: expected NAME=VALUE")
-    arguments = dict(argument.split("=", 1) for argument in given)
-    stages = [stage for stage, name in IMAGES.items() if name in chosen]
+    stages, arguments = chosen_images(image, build_arg)
     cloud, stack = _stack(region, profile, prefix)
-    pushed = push(cloud, stack, stages, arguments, find_tool(tool), _teller(True))
+    pushed = push(cloud, stack, stages, arguments, find_tool(wanted=tool), _teller(True))
     result = {stage: asdict(one) for stage, one in pushed.items()}
     finish(result, json, False, lambda: "\n".join(_image_lines(pushed)))
 

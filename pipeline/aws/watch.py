@@ -22,6 +22,7 @@ from spaceport_gs.pipeline.aws.scenes import (
     told_in,
 )
 from spaceport_gs.pipeline.aws.stack import Stack
+from spaceport_gs.pipeline.events import progress_in
 from spaceport_gs.progress import Listener, Progress
 
 POLL_SECONDS = 10.0
@@ -90,22 +91,8 @@ def _progress_of(job: JobState, event: Mapping[str, Any] | None) -> Progress:
     if job.status == "Completed":
         return Progress(job.stage, 1, 1, "done")
     if job.status in UNDER_WAY and event and job.detail in ("", "Training"):
-        return _progress_in(event, job.stage)
+        return progress_in(event, job.stage)
     return Progress(job.stage, 0, 1, _words(job))
-
-
-def _progress_in(event: Mapping[str, Any], stage: str) -> Progress:
-    """An event, which another machine wrote, as progress."""
-    known = ("time", "stage", "step", "n_steps", "fraction", "seconds_left", "message")
-    figures = {
-        str(name): value for name, value in event.items() if name not in known and isinstance(value, int | float)
-    }
-    try:
-        return Progress(
-            str(event.get("stage", stage)), int(event["step"]), int(event["n_steps"]), str(event.get("message", "")), figures
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError):
-        return Progress(stage, 0, 1, "runs")
 
 
 def _words(job: JobState) -> str:
