@@ -40,6 +40,8 @@ class Job:
     status: str = "InProgress"
     said: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    logged: int = 0
+    """Bytes of its log that CloudWatch has."""
 
     @property
     def kind(self) -> str:
@@ -88,6 +90,7 @@ class SageMaker:
                 job.process = None if is_stopped else self._started(job, log)
             while job.process and job.process.poll() is None:
                 self._upload_all(job, "Continuous")
+                self._log(job)
                 time.sleep(SYNC_SECONDS)
         self._upload_all(job, "Continuous")
         self._end(job)
@@ -181,10 +184,13 @@ class SageMaker:
 
     def _log(self, job: Job) -> None:
         named = {"logGroupName": LOGS[job.kind], "logStreamName": f"{job.name}/algo-1-1"}
-        lines = (job.base / "log").read_text(errors="replace").splitlines()
+        printed = (job.base / "log").read_bytes()[job.logged :]
+        whole = printed if job.process and job.process.poll() is not None else printed[: printed.rfind(b"\n") + 1]
         now = int(time.time() * 1000)
-        self.logs.create_log_stream(**named)
-        events = [{"timestamp": now, "message": line} for line in lines if line]
+        if whole and not job.logged:
+            self.logs.create_log_stream(**named)
+        job.logged += len(whole)
+        events = [{"timestamp": now, "message": line} for line in whole.decode(errors="replace").splitlines() if line]
         if events:
             self.logs.put_log_events(**named, logEvents=events)
 

@@ -223,6 +223,8 @@ def test_from_photos_to_a_scene_and_back_to_nothing(shell: Shell, capture: Path)
     assert [one["stage"] for one in state["jobs"]] == ["train", "compress"] and state["page"].endswith("/index.html")
     assert "== spaceport-train-" in (log := shell("logs", job, "--stage", "train").stdout) and "metric step=6" in log
 
+    (links,) = shell.json("link", job)["links"]
+    assert "Quarry é" in read(links["page"]).decode() and read(links["scene"])[:2] == b"PK"
     shell("fetch", job)
     assert "Quarry é" in (shell.folder / job / "index.html").read_text()
     cost = shell.json("cost", job)
@@ -244,7 +246,11 @@ def test_a_training_that_is_stopped_goes_on_where_it_was(shell: Shell, stack: st
         return progress.get("stage") == "train" and progress["step"] > 0
 
     until(trained)
+    following = shell.start("logs", job, "--follow", *there)
+    assert following.stdout and following.stdout.readline().startswith(f"== spaceport-sfm-{job}-")
     shell("stop", job, *there)
+    printed, said = following.communicate(timeout=60)
+    assert following.returncode == 0 and "metric step=" in printed and said == f"{job}-1: aborted\n"
     assert f"{job}-2: succeeded" in shell("retry", job, "--watch", *there).stdout
     events = [json.loads(line) for line in (shell.folder / job / "events.jsonl").read_text().splitlines()]
     assert min(event["step"] for event in events if event["stage"] == "train" and event["n_steps"] == 600) > 0
@@ -338,6 +344,9 @@ def here(shell: Shell, stack: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         (["fetch", "nothere"], "no finished result"),
         (["stop", "batch/../x"], "knows of none"),
         (["retry", "nothere"], "knows of none"),
+        (["link", "nothere"], "is not published"),
+        (["link", "a1", "--hours", "200"], "a link holds for up to 168"),
+        (["logs", "batch/x", "--follow"], "--follow follows one scene"),
         (["cost", "nothere"], "knows of none"),
         (["cost", "./nothere"], "expected a folder of photos"),
         (["submit", "nothere"], "expected a folder of photos"),

@@ -23,7 +23,7 @@ from deployed import BUCKET, IMAGES, USUAL, VALUES, deployed, described
 from interpreter import REGION, Interpreter, TaskError, client_of
 
 from spaceport_gs.errors import InputError
-from spaceport_gs.pipeline.aws import scenes, uploads
+from spaceport_gs.pipeline.aws import scenes, uploads, watch
 from spaceport_gs.pipeline.aws.cloud import Cloud
 from spaceport_gs.pipeline.aws.flow import Scene, spot_of
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES
@@ -394,6 +394,50 @@ def test_progress_is_what_the_job_says(
     for text in (b"{half", b'{"stage": "compress", "step": 1, "time": 5}', b'{"time": "?"}'):  # not this job's
         s3.put_object(Bucket=BUCKET, Key=key, Body=text)
         assert status(cloud, STACK, upload.scene).progress is None
+
+
+def test_logs_are_followed_until_the_run_is_over(
+    cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line once, however often it is looked for; also what comes late, and before others in time."""
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
+    upload, logs, heard = plan(photos), client_of("logs"), threading.Event()
+    put_results(upload.scene, "compress", tmp_path)
+    group, now = "/aws/sagemaker/ProcessingJobs", int(time.time() * 1000)
+    streams: list[str] = []
+
+    def write(line: str, when: int) -> None:
+        logs.put_log_events(
+            logGroupName=group, logStreamName=streams[0], logEvents=[{"timestamp": when, "message": line}]
+        )
+
+    def sfm(request: dict[str, Any], attempt: int) -> Any:
+        job = sagemaker.put(request, "InProgress")
+        streams.append(f"{job['ProcessingJobName']}/algo-1-1")
+        logs.create_log_group(logGroupName=group)
+        logs.create_log_stream(logGroupName=group, logStreamName=streams[0])
+        write("twice", now)
+        write("twice", now)
+        assert heard.wait(SECONDS)
+        write("late", now - 1000)
+        return sagemaker.run(request, attempt)
+
+    told: list[watch.Line] = []
+
+    def tell(line: watch.Line) -> None:
+        told.append(line)
+        if len(told) == 2:
+            heard.set()
+
+    aws.handlers = {**aws.handlers, "Sfm": sfm}
+    submit(cloud, STACK, SCENE, upload, ignore)
+    found = watch.follow_logs(cloud, STACK, upload.scene, "", tell)
+    assert found.run.status == "SUCCEEDED"
+    assert [line.line for line in told] == ["twice", "twice", "late"] and told[0].time == now / 1000
+    assert {line.job for line in told} == {found.jobs[0].name} and len({line.id for line in told}) == 3
+    told.clear()
+    watch.follow_logs(cloud, STACK, upload.scene, "train", told.append)
+    assert not told
 
 
 @pytest.mark.parametrize("state", ["Sfm", "TrainSpot"])

@@ -220,6 +220,19 @@ def fetch(cloud: Cloud, stack: Stack, scene: str, out: Path, listen: Listener) -
 
 
 @explained()
+def pointer_of(cloud: Cloud, stack: Stack, scene: str) -> dict[str, str]:
+    """What is published of a scene: `page` and `scene`, keys below published/. InputError if nothing is."""
+    text = _text(cloud, stack.bucket, f"published/{_checked(scene)}/scene.json")
+    if text is None:
+        raise InputError(f"scene {scene}: is not published; see its status")
+    try:
+        pointer = json.loads(text)
+        return {name: str(pointer[name]) for name in ("page", "scene")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"scene {scene}: published/{scene}/scene.json is damaged; retry the scene") from error
+
+
+@explained()
 def submit_batch(cloud: Cloud, stack: Stack, batch: str, scenes: Sequence[Scene], concurrency: int) -> str:
     """ARN of the execution that makes many scenes, whose photos are uploaded, some at a time. Each is followed and stopped
     as one that was submitted alone. The same batch twice is one.
