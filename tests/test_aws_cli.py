@@ -44,7 +44,7 @@ main()
 """
 """The command, which asks its servers more often than it would ask AWS."""
 PODMAN = """#!{python}
-import json, sys
+import json, os, sys
 verb, rest = sys.argv[1], sys.argv[2:]
 with open({log!r}, "a") as file:
     file.write(json.dumps([verb, *rest]) + "\\n")
@@ -57,6 +57,7 @@ elif verb == "push":
     repository, _, tag = rest[-1].partition("/")[2].partition(":")
     manifest = dict(schemaVersion=2, mediaType="application/vnd.docker.distribution.manifest.v2+json", name=rest[-1])
     boto3.client("ecr").put_image(repositoryName=repository, imageTag=tag, imageManifest=json.dumps(manifest))
+    sys.exit(int(os.environ.get("PUSH_ENDS_WITH", 0)))
 """
 """Stands for podman: it writes down what it is asked for, and lets ECR have an image without layers."""
 
@@ -499,6 +500,19 @@ def test_images_are_built_once_and_recorded_by_digest(
     assert "build" not in [command[0] for command in built(shell)]
 
 
+def test_who_pushes_the_same_at_the_same_time_gets_what_is_there(
+    here: Callable[..., int], stack: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The repository refuses a tag that it has; the image under it is made of the same."""
+    monkeypatch.setenv("PUSH_ENDS_WITH", "1")
+    assert here("push", "--image", "sfm", "--build-arg", "PIP_INDEX_URL=https://other.example", "--json") == 0
+    image = json.loads(capfd.readouterr().out)["sfm"]
+    (there,) = boto3.client("ecr", REGION).describe_images(
+        repositoryName=f"{stack}/sfm", imageIds=[{"imageTag": image["tag"]}]
+    )["imageDetails"]
+    assert image["address"].endswith(f"@{there['imageDigest']}")
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -508,6 +522,8 @@ def test_images_are_built_once_and_recorded_by_digest(
         ('[ "$1" = pull ] && exit 1; exit 0', "looking up debian:bookworm-slim: docker failed with exit code 1"),
         ('[ "$1" = image ] && echo null; exit 0', "docker knows no digest of it"),
         ('[ "$1" = build ] && exit 3; [ "$1" = image ] && echo "[\\"debian@sha256:1\\"]"; exit 0', "building sfm: docker failed with exit code 3"),
+        ('[ "$1" = push ] && exit 1; [ "$1" = image ] && echo "[\\"debian@sha256:1\\"]"; exit 0', "pushing sfm: docker failed with exit code 1"),
+        ('[ "$1" = image ] && echo "[\\"debian@sha256:1\\"]"; exit 0', "pushing sfm: the repository has no 000000000000.dkr.ecr"),
     ],
 )  # fmt: skip
 def test_tools_that_do_not_work(

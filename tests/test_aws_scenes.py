@@ -19,6 +19,7 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import ClientError
+from botocore.stub import Stubber
 from deployed import BUCKET, IMAGES, USUAL, VALUES, deployed, described
 from interpreter import REGION, Interpreter, TaskError, client_of
 
@@ -238,6 +239,28 @@ def test_a_file_that_changes_under_way(n_bytes: int, cloud: Cloud, photos: Path)
         send(cloud, BUCKET, folder, upload, ignore)
     keys = [entry["Key"] for entry in client_of("s3").list_objects_v2(Bucket=BUCKET, Prefix=folder).get("Contents", [])]
     assert f"{folder}/a.jpg" not in keys and not client_of("s3").list_multipart_uploads(Bucket=BUCKET).get("Uploads")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "words"), [("403", 403, "is not ours, or may not be read"), ("404", 404, "destroy it and deploy again")]
+)  # fmt: skip
+def test_nothing_is_sent_to_a_bucket_that_is_not_ours(
+    code: str, status: int, words: str, cloud: Cloud, photos: Path
+) -> None:
+    """As it can be where a bucket was deleted, and somebody else made one of its name."""
+    with Stubber(cloud.client("s3")) as stubber:  # and whatever else is asked of S3 is an error
+        asked = {"Bucket": BUCKET, "ExpectedBucketOwner": "123456789012"}
+        stubber.add_client_error("head_bucket", code, "", status, expected_params=asked)
+        with pytest.raises(InputError, match=words):
+            submit(cloud, STACK, SCENE, plan(photos), ignore)
+        stubber.assert_no_pending_responses()
+
+
+def test_a_clock_that_is_wrong_is_told_by_every_service(cloud: Cloud, photos: Path) -> None:
+    with Stubber(cloud.client("s3")) as stubber:
+        stubber.add_client_error("head_bucket", "RequestTimeTooSkewed", "", 403)
+        with pytest.raises(InputError, match="this machine's clock is wrong"):
+            submit(cloud, STACK, SCENE, plan(photos), ignore)
 
 
 UPLOADER = """

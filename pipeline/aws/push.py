@@ -71,13 +71,26 @@ def push(
                 command = build_command(IMAGES[stage], context, name, given, tool)
                 run_tool([*command[:2], *_platform(), *command[2:]], f"building {IMAGES[stage]}")
                 tell(f"{IMAGES[stage]}: pushes it")
-                run_tool([tool, "push", name], f"pushing {IMAGES[stage]}")
-                digest = _digest_of(cloud, stack, stage, tag)
+                digest = _pushed(cloud, stack, stage, name, tool)
             address = f"{stack.repository(stage)}@{digest}"
             pushed[stage] = Image(address, tag, __version__, commit(), {name: given[name] for name in on})
             _write_record(cloud, stack, pushed)
             tell(f"{IMAGES[stage]}: {address}")
     return pushed
+
+
+def _pushed(cloud: Cloud, stack: Stack, stage: str, name: str, tool: str) -> str:
+    """The digest of an image, once it is in its repository: by us, or by somebody who pushed the same meanwhile, because a
+    tag that is there cannot be given away again.
+    """
+    tag, refused = name.rpartition(":")[2], None
+    try:
+        run_tool([tool, "push", name], f"pushing {IMAGES[stage]}")
+    except InputError as error:
+        refused = error
+    if not (digest := _digest_of(cloud, stack, stage, tag)):
+        raise refused or InputError(f"pushing {IMAGES[stage]}: the repository has no {name} after it; push again")
+    return digest
 
 
 @explained()
