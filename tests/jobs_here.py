@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,14 @@ from botocore.exceptions import ClientError
 from deployed import JOBS, USUAL, described, s3
 from interpreter import REGION, TaskError, interpreter
 
+from spaceport_gs.pipeline.aws.prices import instances
+
 SYNC_SECONDS = 0.2
 MOUNT = "/opt/ml"
+QUOTAS = [
+    {"QuotaName": f"{instance} for {use} job usage", "QuotaCode": f"L-{number}", "Value": 2.0}
+    for number, (instance, use) in enumerate(product(instances(), ("processing", "training", "spot training")))
+]
 LOGS = {"Training": "/aws/sagemaker/TrainingJobs", "Processing": "/aws/sagemaker/ProcessingJobs"}
 
 
@@ -200,7 +207,7 @@ def _place(job: Job, path: str) -> Path:
 
 
 def _server(sagemaker: SageMaker, port: int) -> ThreadingHTTPServer:
-    """The part of SageMaker's API that commands ask."""
+    """The part of SageMaker's API that commands ask, and quotas for its jobs."""
 
     class Api(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -212,6 +219,8 @@ def _server(sagemaker: SageMaker, port: int) -> ThreadingHTTPServer:
             try:
                 if operation.startswith("Describe"):
                     self._answer(200, sagemaker.known(name).description())
+                elif operation.endswith("ServiceQuotas"):
+                    self._answer(200, {"Quotas": QUOTAS})
                 elif operation.startswith("Stop"):
                     sagemaker.stop(name)
                     self._answer(200, {})

@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.session
 import pytest
 from botocore.stub import Stubber
 from emulator import emulated_aws, free_port, started, wait_for
+from typed import Typist, typist
 
 from spaceport_gs.pipeline import cli
 from spaceport_gs.pipeline import synthesize as synthesis
@@ -42,7 +45,7 @@ scenes.STOP_WAITS = (0.0, 0.3, 1.0)
 from spaceport_gs.pipeline.cli import main
 main()
 """
-"""The command, which asks its servers more often than it would ask AWS."""
+"""The command from its start, which asks its servers more often than it would ask AWS."""
 PODMAN = """#!{python}
 import json, os, sys
 verb, rest = sys.argv[1], sys.argv[2:]
@@ -53,10 +56,16 @@ if verb == "image":
 elif verb == "login":
     assert sys.stdin.read() and "--password-stdin" in rest
 elif verb == "push":
-    import boto3
+    from urllib.request import Request, urlopen
     repository, _, tag = rest[-1].partition("/")[2].partition(":")
     manifest = dict(schemaVersion=2, mediaType="application/vnd.docker.distribution.manifest.v2+json", name=rest[-1])
-    boto3.client("ecr").put_image(repositoryName=repository, imageTag=tag, imageManifest=json.dumps(manifest))
+    image = dict(repositoryName=repository, imageTag=tag, imageManifest=json.dumps(manifest))
+    headers = {{
+        "Content-Type": "application/x-amz-json-1.1",
+        "X-Amz-Target": "AmazonEC2ContainerRegistry_V20150921.PutImage",
+        "Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/eu-central-1/ecr/aws4_request, Signature=none",
+    }}
+    urlopen(Request(os.environ["AWS_ENDPOINT_URL"], json.dumps(image).encode(), headers)).close()
     sys.exit(int(os.environ.get("PUSH_ENDS_WITH", 0)))
 """
 """Stands for podman: it writes down what it is asked for, and lets ECR have an image without layers."""
@@ -68,13 +77,10 @@ class Shell:
 
     environment: Mapping[str, str]
     folder: Path
+    typist: Typist
 
     def __call__(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", PROGRAM, "aws", *arguments]
-        done = subprocess.run(
-            command, cwd=self.folder, env={**os.environ, **self.environment}, capture_output=True, text=True,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        done = self.typist.run(["aws", *arguments], self.folder, {**os.environ, **self.environment})
         assert done.returncode == expect, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -110,6 +116,7 @@ def account(folder: Path) -> Iterator[Shell]:
         environment |= {
             "AWS_ENDPOINT_URL_SFN": f"http://127.0.0.1:{flow}",
             "AWS_ENDPOINT_URL_SAGEMAKER": f"http://127.0.0.1:{jobs}",
+            "AWS_ENDPOINT_URL_SERVICE_QUOTAS": f"http://127.0.0.1:{jobs}",
             "MOTO_ACCOUNT_ID": "000000000000",  # that of ministack
             "XDG_CACHE_HOME": str(folder / "cache"),
         }
@@ -123,7 +130,8 @@ def account(folder: Path) -> Iterator[Shell]:
             podman.write_text(PODMAN.format(python=sys.executable, log=str(folder / "podman.jsonl")))
             podman.chmod(0o755)
             (folder / "home").mkdir()
-            yield Shell({**environment, "PATH": f"{tools}:/usr/bin:/bin"}, folder / "home")
+            with typist(folder / "printed") as commands:
+                yield Shell({**environment, "PATH": f"{tools}:/usr/bin:/bin"}, folder / "home", commands)
 
 
 def put_flow(shell: Shell, prefix: str = "spaceport") -> None:
@@ -154,6 +162,14 @@ def until(look: Callable[[], Any], seconds: float = 120) -> Any:
         assert time.monotonic() < end, "it never came"
         time.sleep(0.1)
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def services_are_read_once() -> Iterator[None]:
+    """What botocore knows of them, which takes longer than most commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", cache(botocore.session.create_loader))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ serialization = pytest.importorskip("cryptography.hazmat.primitives.serializatio
 from cryptography.exceptions import InvalidSignature  # noqa: E402
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa  # noqa: E402
 from cryptography.hazmat.primitives.hashes import SHA1  # noqa: E402
-from emulator import emulated_aws  # noqa: E402
+from emulator import connected  # noqa: E402
 
 from spaceport_gs.errors import InputError  # noqa: E402
-from spaceport_gs.pipeline.aws.cloud import Cloud, connect  # noqa: E402
+from spaceport_gs.pipeline.aws.cloud import Cloud  # noqa: E402
 from spaceport_gs.pipeline.aws.links import links_to  # noqa: E402
 from spaceport_gs.pipeline.aws.stack import Stack  # noqa: E402
 from spaceport_gs.pipeline.aws.template import check  # noqa: E402
@@ -33,21 +33,15 @@ SECOND = 1 / 3600
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     """With a scene a1 that is published, in a bucket that looks at signatures."""
-    pytest.importorskip("ministack", reason="ministack is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUTH", "true")
-        with emulated_aws(tmp_path_factory.mktemp("aws") / "log", ["ministack"]) as environment:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            found = connect()
-            s3 = found.client("s3")
-            s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": found.region})
-            pointer = {"page": "a1/0b/index.html", "scene": "a1/0b/scene.sog"}
-            s3.put_object(Bucket=BUCKET, Key="published/a1/scene.json", Body=json.dumps(pointer).encode())
-            s3.put_object(Bucket=BUCKET, Key="published/a2/scene.json", Body=b"[]")
-            for path in pointer.values():
-                s3.put_object(Bucket=BUCKET, Key=f"published/{path}", Body=path.encode())
-            yield found
+    with connected(tmp_path_factory.mktemp("aws") / "log", ["ministack"], AUTH="true") as found:
+        s3 = found.client("s3")
+        s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": found.region})
+        pointer = {"page": "a1/0b/index.html", "scene": "a1/0b/scene.sog"}
+        s3.put_object(Bucket=BUCKET, Key="published/a1/scene.json", Body=json.dumps(pointer).encode())
+        s3.put_object(Bucket=BUCKET, Key="published/a2/scene.json", Body=b"[]")
+        for path in pointer.values():
+            s3.put_object(Bucket=BUCKET, Key=f"published/{path}", Body=path.encode())
+        yield found
 
 
 @pytest.fixture(scope="module")
