@@ -348,6 +348,36 @@ def test_twice_is_once(cloud: Cloud, photos: Path, tmp_path: Path) -> None:
     assert runs[-1].status == "SUCCEEDED"
 
 
+def test_two_users_with_other_settings_at_once_make_one_run(cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path) -> None:  # fmt: skip
+    """Whoever comes second hears of the first, and nothing of theirs starts."""
+    upload, together, goes_on = plan(photos), threading.Barrier(4), threading.Event()
+    put_results(upload.scene, "compress", tmp_path)
+    runs, refused = list[Run](), list[str]()
+
+    def sfm(request: dict[str, Any], attempt: int) -> Any:
+        assert goes_on.wait(SECONDS)
+        return sagemaker.run(request, attempt)
+
+    def user(steps: int) -> None:
+        together.wait(SECONDS)
+        try:
+            runs.append(submit(cloud, STACK, replace(SCENE, settings={"steps": steps}), upload, ignore))
+        except InputError as error:
+            refused.append(str(error))
+
+    aws.handlers = {**aws.handlers, "Sfm": sfm}
+    users = [threading.Thread(target=user, args=(steps,)) for steps in (100, 200, 300, 400)]
+    for one in users:
+        one.start()
+    for one in users:
+        one.join()
+    assert [run.name for run in runs] == [f"{upload.scene}-1"] and len(refused) == 3
+    assert all(f"{upload.scene}-1 makes it with other settings; stop that one first" in line for line in refused)
+    goes_on.set()
+    wait_for(cloud, upload.scene)
+    assert len(client_of("s3").list_objects_v2(Bucket=BUCKET, Prefix=f"jobs/{upload.scene}/")["Contents"]) == 1
+
+
 def test_other_settings_are_another_run(
     cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
 ) -> None:
