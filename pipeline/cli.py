@@ -297,6 +297,7 @@ def images_command(
     image_prefix: ImagePrefix = LOCAL_PREFIX, image_tag: ImageTag = __version__, json: Json = False,
 ) -> None:  # fmt: skip
     """Builds the images of the containers for this machine: see `batch --backend container`."""
+    from spaceport_gs.pipeline.contained import BUILDERS
     from spaceport_gs.pipeline.images import CPU, build, find_tool
 
     if device not in ("cuda", "cpu"):
@@ -304,7 +305,7 @@ def images_command(
     wanted, given = chosen_images(image, build_arg)
     arguments = {**(CPU if device == "cpu" else {}), **given}
     names = build(
-        wanted, image_prefix, image_tag, arguments, find_tool(wanted=tool), lambda line: print(line, file=sys.stderr)
+        wanted, image_prefix, image_tag, arguments, find_tool(BUILDERS, tool), lambda line: print(line, file=sys.stderr)
     )
     finish(names, json, False, lambda: "\n".join(names.values()))
 

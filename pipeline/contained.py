@@ -29,9 +29,10 @@ from spaceport_gs.pipeline.manifest import NAME as MANIFEST
 from spaceport_gs.pipeline.manifest import read_manifest, sha256_of
 from spaceport_gs.pipeline.run import RunSettings
 from spaceport_gs.pipeline.workspace import LOG, Workspace
-from spaceport_gs.progress import Listener
+from spaceport_gs.progress import Listener, Progress
 
 TOOLS = ("podman", "docker")
+BUILDERS = (*TOOLS, "buildah")  # the one that will run them first: podman and docker have images of their own
 USER = 10001  # of the images
 KILLED = 137
 GPU = Path("/dev/nvidiactl")
@@ -148,7 +149,8 @@ def _run(
     for name in before:
         places.input(name).mkdir(parents=True, exist_ok=True)
     reason = places.reason
-    reason.unlink(missing_ok=True)
+    for left in (reason, places.output):  # by an attempt before
+        remove(left)
     if os.getuid() == 0:
         for path in (places.base, *places.base.rglob("*")):
             os.chown(path, USER, USER, follow_symlinks=False)
@@ -165,6 +167,7 @@ def _run(
         raise InputError(f"{places.stage}: {containers.tool} ended with exit code {code}: {last}")
     if not (places.output / MANIFEST).is_file():
         raise Interrupted(f"{places.stage}: its container was stopped; go on with --resume")
+    remove(places.work)
 
 
 def _job(places: Places, settings: RunSettings, containers: Containers) -> Job:
@@ -206,8 +209,8 @@ def _followed(command: Sequence[str], places: Places, listen: Listener) -> tuple
         raise
 
 
-def _progress_of(line: str, stage: str) -> Any:
-    """What a line of a container's tells, if that is progress."""
+def _progress_of(line: str, stage: str) -> Progress | None:
+    """What a container says in a line, if that is progress."""
     try:
         event = json.loads(line) if line.startswith("{") else None
     except ValueError:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from spaceport_gs.pipeline import cli
+from spaceport_gs.pipeline import cli, synthesize
 from spaceport_gs.pipeline.contained import Containers
-from spaceport_gs.pipeline.synthesize import SynthesizeSettings, synthesize
 
 SPACEPORT = str(Path(sys.executable).parent / "spaceport")
 QUICK = ("--steps", "6", "--eval-every", "0")
@@ -42,9 +41,11 @@ if verb == "run":
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small COLMAP project."""
+    """A small COLMAP project with few points, so that stages take seconds."""
     out = tmp_path_factory.mktemp("small")
-    synthesize(out, SynthesizeSettings(n_photos=12, width=96, height=64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesize, "N_POINTS", 600)
+        synthesize.synthesize(out, synthesize.SynthesizeSettings(n_photos=12, width=96, height=64))
     return out / "truth"
 
 
