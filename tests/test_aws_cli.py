@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -38,7 +39,8 @@ from spaceport_gs.progress import Progress
 
 REGION = "eu-central-1"
 PROGRAM = """
-import sys
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
 from spaceport_gs.pipeline.aws import scenes, stack, watch
 stack.POLL_SECONDS = watch.POLL_SECONDS = 0.1
 scenes.STOP_WAITS = (0.0, 0.3, 1.0)
@@ -224,6 +226,11 @@ def test_from_photos_to_a_scene_and_back_to_nothing(shell: Shell, capture: Path)
     state = until(lambda: (found := json.loads(read(f"{address}state.json"))).get("links") and found)
     assert [one["stage"] for one in state["stages"]] == ["sfm", "train"] and state["status"] == "RUNNING"
     assert "/preview.jpg?" in state["links"]["preview"]
+    following = shell.start("logs", job, "--follow")
+    assert following.stdout and following.stdout.readline().startswith(f"== spaceport-sfm-{job}-")
+    following.send_signal(signal.SIGINT)
+    assert f"{job} goes on without you; `spaceport aws stop {job}` ends it" in following.communicate(timeout=60)[1]
+    assert following.returncode == 130
     assert f"1 under way: {job}-1; stop them" in shell.error("destroy", "--yes")
     stopped = shell.json("stop", job)
     (name,) = stopped["stopped"]
@@ -258,13 +265,16 @@ def test_a_training_that_is_stopped_goes_on_where_it_was(shell: Shell, stack: st
     there, photos = ("--prefix", stack), str(orbit_capture / "photos")
     job = shell.json("submit", photos, "--steps", "600", "--device", "cpu", "--downscale", "2", *there)["job"]
 
+    s3, bucket = shell.client("s3"), f"{stack}-000000000000-{REGION}"
+
     def trained() -> bool:
-        progress = shell.json("status", job, *there)["progress"] or {}
-        return progress.get("stage") == "train" and progress["step"] > 0
+        keys = s3.list_objects_v2(Bucket=bucket, Prefix=f"checkpoints/{job}/").get("Contents", [])
+        told = [entry["Key"] for entry in keys if entry["Key"].endswith("/progress.json")]
+        return any(json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read())["step"] > 0 for key in told)
 
     until(trained)
     following = shell.start("logs", job, "--follow", *there)
-    assert following.stdout and following.stdout.readline().startswith(f"== spaceport-sfm-{job}-")
+    assert following.stdout and following.stdout.readline().startswith(f"== {stack}-sfm-{job}-")
     shell("stop", job, *there)
     printed, said = following.communicate(timeout=60)
     assert following.returncode == 0 and "metric step=" in printed and said == f"{job}-1: aborted\n"
