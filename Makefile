@@ -50,7 +50,7 @@ benchmark: .venv/installed
 	touch $@
 
 .venv/installed-tests: .venv/installed
-	$(BIN)/python -m pip install -q -c constraints.txt boto3 cfn-lint hypothesis jsonata-python ministack \
+	$(BIN)/python -m pip install -q -c constraints.txt boto3 cfn-lint cryptography hypothesis jsonata-python ministack \
 		'moto[server,stepfunctions]' pillow-heif pytest pyyaml statelint
 	touch $@
 

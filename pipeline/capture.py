@@ -90,7 +90,7 @@ def open_capture(path: Path, work: Path, listen: Listener = ignore) -> Capture:
     if path.is_file():
         if path.suffix.lower() != ".zip":
             raise InputError(f"{path}: expected a folder of photos, a .zip of one, or a COLMAP project")
-        path = _unzipped(path, work / "unzipped")
+        path = unzipped(path, work / "unzipped")
     root = _single_folder(path)
     reconstruction, images = _find_project(root, work)
     names = _find_photos(images, work)
@@ -136,7 +136,7 @@ def stamp_of(path: Path) -> dict[str, Any]:
     return {"files": len(files), "sha256": digest.hexdigest()}
 
 
-def _unzipped(archive: Path, folder: Path) -> Path:
+def unzipped(archive: Path, folder: Path) -> Path:
     """The photos and model files of a .zip; nothing outside `folder` is ever written."""
     done = folder / ".complete"
     stamp = f"{archive.resolve()} {archive.stat().st_size} {archive.stat().st_mtime_ns}"
@@ -304,7 +304,7 @@ def _prepare_photo(folder: Path, name: str, converted: Path, honour_rotation: bo
                 if is_plain and not _is_deep(image) and _is_srgb(image):
                     image.load()
                     size, target = image.size, out / name
-                    _link(source, target)
+                    linked(source, target)
                 else:
                     upright = ImageOps.exif_transpose(image) if is_turned else image
                     plain = _to_srgb(upright)
@@ -369,7 +369,8 @@ def _opened(source: Path) -> Image.Image:
     return Image.fromarray(np.asarray(bitmap.to_array()))
 
 
-def _link(source: Path, target: Path) -> None:
+def linked(source: Path, target: Path) -> None:
+    """Lets `target` hold what `source` does: as a link if that can be, and a copy elsewhere."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and target.stat().st_size == source.stat().st_size:
         return

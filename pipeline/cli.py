@@ -9,7 +9,7 @@ import errno
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,22 +21,27 @@ from spaceport_gs import __version__
 from spaceport_gs.errors import BackendError, InputError, Interrupted
 from spaceport_gs.pipeline.aws.cli import app as aws
 from spaceport_gs.pipeline.aws.cli import make_batch
+from spaceport_gs.pipeline.images import LOCAL_PREFIX
 from spaceport_gs.pipeline.options import (
     EXCLUSIVE,
     EXIT_INTERRUPTED,
     EXIT_MISTAKE,
     EXIT_SOME_FAILED,
     EXIT_TERMINATED,
+    BuildArgument,
     CheckpointEvery,
     Deterministic,
     DeviceOption,
     Downscale,
     EvalEvery,
     ExposureRate,
+    ImagePrefix,
+    ImageTag,
     Input,
     Json,
     MaxSeconds,
     Moments,
+    OnlyImage,
     Output,
     Overwrite,
     Preset,
@@ -46,6 +51,8 @@ from spaceport_gs.pipeline.options import (
     Steps,
     Threads,
     Title,
+    Tool,
+    chosen_images,
     fail,
     finish,
     tell,
@@ -184,8 +191,13 @@ def reconstruct_command(
     checkpoint_every: CheckpointEvery = 0, exposure_rate: ExposureRate = 0, moments: Moments = "full",
     deterministic: Deterministic = False, threads: Threads = 0, title: Title = "", resume: Resume = False,
     overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
+    backend: Annotated[str, typer.Option("--backend", help="local, or container: each stage in its image, by podman or docker.")] = "local",
+    image_prefix: ImagePrefix = LOCAL_PREFIX, image_tag: ImageTag = __version__,
 ) -> None:  # fmt: skip
     """The main job: photos (a folder, a .zip, a COLMAP project) to scene, page and report."""
+    from functools import partial
+
+    from spaceport_gs.pipeline import contained
     from spaceport_gs.pipeline import run as stages
 
     settings = stages.RunSettings(
@@ -202,7 +214,16 @@ def reconstruct_command(
         exposure_rate,
         moments,
     )
-    stages.check(settings)
+    reconstruct: Callable[..., dict[str, Any]] = stages.reconstruct
+    if backend == "container":
+        if threads:
+            raise InputError("--threads: a container takes every core; leave it out with --backend container")
+        contained.check(settings)
+        reconstruct = partial(contained.reconstruct, containers=contained.find_containers(image_prefix, image_tag))
+    elif backend == "local":
+        stages.check(settings)
+    else:
+        raise InputError(f"--backend {backend}: choose local or container")
     with _work(
         photos,
         output,
@@ -212,7 +233,7 @@ def reconstruct_command(
     ) as work:
         tell(stages.estimate(photos, settings, output), quiet or json)
         _use_threads(threads)
-        report = stages.reconstruct(photos, work[0], settings, work[1])
+        report = reconstruct(photos, work[0], settings, listen=work[1])
     finish(report, json, quiet, lambda: (
         f"{report['registered']} of {report['photos']} photos placed, {report['gaussians']:,} Gaussians,"
         f" {_decibels(report['psnr'])}{_unused(report)}"
@@ -226,22 +247,29 @@ def batch_command(
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Captures at a time.")] = 1,
     device: DeviceOption = "auto", seed: Seed = 0, preset: Preset = "standard", steps: Steps = 0,
     max_seconds: MaxSeconds = 0, downscale: Downscale = 1, eval_every: EvalEvery = 8,
-    backend: Annotated[str, typer.Option("--backend", help="local, or aws: see `spaceport aws`.")] = "local",
+    backend: Annotated[str, typer.Option("--backend", help="local; container: by podman or docker; or aws: see `spaceport aws`.")] = "local",
+    image_prefix: ImagePrefix = LOCAL_PREFIX, image_tag: ImageTag = __version__,
     resume: Resume = False, overwrite: Overwrite = False, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Many captures: the main job for every folder of photos and every .zip in INPUT."""
     import os
 
+    from spaceport_gs.pipeline import contained
     from spaceport_gs.pipeline import run as stages
     from spaceport_gs.pipeline.batch import SUMMARY, captures_in, run_batch
 
     if resume and overwrite:
         raise InputError(EXCLUSIVE)
-    if backend not in ("local", "aws"):
-        raise InputError(f"--backend {backend}: choose local or aws")
+    if backend not in ("local", "container", "aws"):
+        raise InputError(f"--backend {backend}: choose local, container or aws")
     settings = stages.RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every)
+    where = [f"--threads={max(1, len(os.sched_getaffinity(0)) // jobs)}"]
     if backend == "local":
         stages.check(settings)
+    elif backend == "container":
+        contained.check(settings)
+        contained.find_containers(image_prefix, image_tag)
+        where = ["--backend=container", f"--image-prefix={image_prefix}", f"--image-tag={image_tag}"]
     found = captures_in(captures)
     done = [name for name in found if (output / name).exists()]
     if done and not (resume or overwrite):
@@ -249,10 +277,9 @@ def batch_command(
     if backend == "aws":
         outcomes = make_batch(found, output, settings, jobs, quiet or json)
     else:
-        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         arguments = [
             f"--device={device}", f"--seed={seed}", f"--preset={preset}", f"--steps={steps}",
-            f"--max-seconds={max_seconds}", f"--downscale={downscale}", f"--eval-every={eval_every}", f"--threads={threads}",
+            f"--max-seconds={max_seconds}", f"--downscale={downscale}", f"--eval-every={eval_every}", *where,
             *(["--resume"] if resume else []), *(["--overwrite"] if overwrite else []),
         ]  # fmt: skip
         outcomes = run_batch(found, output, arguments, jobs, lambda line: tell(line, quiet or json))
@@ -261,6 +288,26 @@ def batch_command(
     finish(result, json, quiet, lambda: f"{len(outcomes) - n_failed} of {len(outcomes)} captures: {output / SUMMARY}")
     if n_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+@app.command(name="images")
+def images_command(
+    image: OnlyImage = None, build_arg: BuildArgument = None, tool: Tool = "",
+    device: Annotated[str, typer.Option("--device", help="That 3dgs trains on: cuda or cpu.")] = "cuda",
+    image_prefix: ImagePrefix = LOCAL_PREFIX, image_tag: ImageTag = __version__, json: Json = False,
+) -> None:  # fmt: skip
+    """Builds the images of the containers for this machine: see `batch --backend container`."""
+    from spaceport_gs.pipeline.contained import BUILDERS
+    from spaceport_gs.pipeline.images import CPU, build, find_tool
+
+    if device not in ("cuda", "cpu"):
+        raise InputError(f"--device {device}: choose cuda or cpu")
+    wanted, given = chosen_images(image, build_arg)
+    arguments = {**(CPU if device == "cpu" else {}), **given}
+    names = build(
+        wanted, image_prefix, image_tag, arguments, find_tool(BUILDERS, tool), lambda line: print(line, file=sys.stderr)
+    )
+    finish(names, json, False, lambda: "\n".join(names.values()))
 
 
 @app.command(name="sfm")

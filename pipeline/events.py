@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,20 @@ class Clock:
             "message": progress.message,
             **progress.figures,
         }
+
+
+def progress_in(event: Mapping[str, Any], stage: str) -> Progress:
+    """An event, which another machine wrote, as progress."""
+    known = ("time", "stage", "step", "n_steps", "fraction", "seconds_left", "message")
+    figures = {
+        str(name): value for name, value in event.items() if name not in known and isinstance(value, int | float)
+    }
+    try:
+        return Progress(
+            str(event.get("stage", stage)), int(event["step"]), int(event["n_steps"]), str(event.get("message", "")), figures
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        return Progress(stage, 0, 1, "runs")
 
 
 @contextmanager

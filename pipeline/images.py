@@ -6,9 +6,11 @@ are, and the others beside the Dockerfiles.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import spaceport_gs
@@ -19,6 +21,17 @@ IMAGES: Mapping[str, str] = {"sfm": "sfm", "train": "3dgs", "compress": "compres
 """The image of each stage: the name of its folder below containers, and of its repository."""
 CONTAINERS = Path(__file__).parent / "containers"
 SOURCE = CONTAINERS / "source"  # in an installed package
+BUILDERS = ("docker", "podman", "buildah")
+LOCAL_PREFIX = "localhost/spaceport"
+CPU: Mapping[str, str] = {
+    "BASE": "debian:bookworm-slim",
+    "BUILD_BASE": "debian:bookworm-slim",
+    "CMAKE_ARGS": "-DSPACEPORT_CUDA=OFF",
+    "TORCH": "2.13.0+cpu",
+    "TORCH_INDEX": "https://download.pytorch.org/whl/cpu",
+}
+"""Arguments of the Dockerfile of 3dgs by which it trains on the CPU."""
+STDERR = 2
 ROOT_FILES = ("CMakeLists.txt", "LICENSE", "NOTICE", "README.md", "pyproject.toml")
 
 
@@ -53,6 +66,55 @@ def build_command(image: str, context: Path, tag: str, arguments: Mapping[str, s
         *([] if tool == "docker" else ["--format=docker"]),  # OCI's format knows no HEALTHCHECK
         *(f"--build-arg={name}={value}" for name, value in given.items()), str(context),
     ]  # fmt: skip
+
+
+def name_of(stage: str, prefix: str = LOCAL_PREFIX, tag: str = __version__) -> str:
+    """Of a stage's image on this machine."""
+    return f"{prefix}/{IMAGES[stage]}:{tag}"
+
+
+def build(
+    stages: Sequence[str], prefix: str, tag: str, arguments: Mapping[str, str], tool: str, tell: Callable[[str], None]
+) -> dict[str, str]:
+    """Builds the images of these stages for this machine; returns their names."""
+    names = {stage: name_of(stage, prefix, tag) for stage in stages}
+    with tempfile.TemporaryDirectory() as temporary:
+        context = Path(temporary) / "context"
+        write_context(context)
+        for stage, name in names.items():
+            tell(f"{IMAGES[stage]}: builds {name}")
+            run_tool(build_command(IMAGES[stage], context, name, arguments, tool), f"building {IMAGES[stage]}")
+    return names
+
+
+def find_tool(tools: Sequence[str] = BUILDERS, wanted: str = "", what: str = "the images are built with one") -> str:
+    """The first of `tools` that works here, or the one that is wanted; InputError, which says `what` for, if there is none."""
+    if wanted and wanted not in tools:
+        raise InputError(f"--tool {wanted}: choose {', '.join(tools)}")
+    said = []
+    for tool in (wanted,) if wanted else tools:
+        if shutil.which(tool):
+            answer = subprocess.run([tool, "version"], capture_output=True, text=True)  # fails where no daemon answers
+            if answer.returncode == 0:
+                return tool
+            said.append(f"{tool}: {last_line(answer.stderr)}")
+    tried = f" ({'; '.join(said)})" if said else ""
+    names = wanted or f"{', '.join(tools[:-1])} or {tools[-1]}"
+    raise InputError(f"no {names} that works here{tried}: {what}")
+
+
+def run_tool(command: Sequence[str], what: str) -> None:
+    """What it says goes to stderr."""
+    # SageMaker wants an image, not the list of an image and of where it comes from that docker makes.
+    environment = {**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=STDERR, env=environment)
+    if done.returncode:
+        raise InputError(f"{what}: {command[0]} failed with exit code {done.returncode}; its own lines above say why")
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it says nothing"
 
 
 def _root() -> Path:

@@ -10,6 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from spaceport_gs.errors import InputError
+from spaceport_gs.pipeline.images import IMAGES
+
 EXCLUSIVE = "--resume and --overwrite exclude each other"
 EXIT_SOME_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
@@ -51,8 +54,29 @@ Threads = Annotated[
 Title = Annotated[str, typer.Option("--title", help="Of the published page.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the result that is in OUTPUT.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the result that is in OUTPUT.")]
+OnlyImage = Annotated[
+    list[str] | None, typer.Option("--image", help="Only this one: sfm, 3dgs or compressor. May be repeated.")
+]
+BuildArgument = Annotated[
+    list[str] | None, typer.Option("--build-arg", help="NAME=VALUE, of the Dockerfiles. May be repeated.")
+]
+Tool = Annotated[str, typer.Option("--tool", help="docker, podman or buildah; default: the first that works.")]
+ImagePrefix = Annotated[str, typer.Option("--image-prefix", help="Of the containers' images: PREFIX/sfm and so on.")]
+ImageTag = Annotated[str, typer.Option("--image-tag", help="Of the containers' images; default: this version.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
+
+
+def chosen_images(images: list[str] | None, arguments: list[str] | None) -> tuple[list[str], dict[str, str]]:
+    """(stages, arguments of their Dockerfiles) that --image and --build-arg mean."""
+    chosen = images or list(IMAGES.values())
+    for name in chosen:
+        if name not in IMAGES.values():
+            raise InputError(f"--image {name}: choose {', '.join(IMAGES.values())}")
+    for argument in arguments or ():
+        if "=" not in argument:
+            raise InputError(f"--build-arg {argument}: expected NAME=VALUE")
+    return [s for s, name in IMAGES.items() if name in chosen], dict(a.split("=", 1) for a in arguments or ())
 
 
 def finish(result: dict[str, Any], as_json: bool, quiet: bool, summary: Callable[[], str]) -> None:

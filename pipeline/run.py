@@ -74,10 +74,7 @@ def reconstruct(source: Path, workspace: Workspace, settings: RunSettings, liste
     train_stage(workspace, settings, listen)
     compress_stage(workspace, settings, listen)
     publish_stage(workspace, settings, listen)
-    report = report_of(workspace, settings)
-    _write_report_page(workspace, report)
-    write_json(workspace.folder / "report.json", report)
-    return report
+    return write_report(workspace, settings)
 
 
 def train_project(source: Path, workspace: Workspace, settings: RunSettings, listen: Listener) -> dict[str, Any]:
@@ -350,6 +347,14 @@ def report_of(workspace: Workspace, settings: RunSettings) -> dict[str, Any]:
         "device": train.get("device"),
         "version": __version__,
     }
+    return report
+
+
+def write_report(workspace: Workspace, settings: RunSettings) -> dict[str, Any]:
+    """report.html and report.json of a finished run; returns what the latter holds."""
+    report = report_of(workspace, settings)
+    _write_report_page(workspace, report)
+    write_json(workspace.folder / "report.json", report)
     return report
 
 

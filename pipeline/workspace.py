@@ -27,11 +27,11 @@ WRITTEN = {
     "train": ("scene.ply", "report.json", "sfm", "pictures", "checkpoints", "preview.jpg"),
     "reconstruct": (
         "scene.ply", "scene.sog", "index.html", "report.html", "report.json", "sfm", "pictures", "checkpoints",
-        "preview.jpg",
+        "preview.jpg", "jobs",
     ),
 }  # fmt: skip
 """What each command writes to its folder, beside EVERY_COMMAND."""
-WORTH_KEEPING = ("checkpoints", "sfm/work", "work", "scene.ply")  # of a run that finished no stage
+WORTH_KEEPING = ("checkpoints", "sfm/work", "work", "jobs", "scene.ply")  # of a run that finished no stage
 
 
 class Existing(Enum):

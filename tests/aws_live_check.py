@@ -18,7 +18,7 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -284,23 +284,14 @@ def heard(check: Check) -> Any:
 
 def signed(check: Check) -> Any:
     """A published page without and with a signature, by CloudFront. Making a distribution takes some minutes."""
-    from botocore.signers import CloudFrontSigner
-
     private, public = check.folder / "key.pem", check.folder / "public.pem"
     subprocess.run(["openssl", "genrsa", "-out", str(private), "2048"], check=True)
     subprocess.run(["openssl", "rsa", "-in", str(private), "-pubout", "-out", str(public)], check=True)
-    made = check.spaceport("deploy", "--yes", "--set", "Publishing=signed", "--set", f"PublicKey=@{public}")
-    site, key = made["outputs"]["Site"], made["outputs"]["SigningKey"]
-    s3, bucket = check.cloud.client("s3"), made["outputs"]["Bucket"]
-    pointer = json.loads(s3.get_object(Bucket=bucket, Key=f"published/{check.job}/scene.json")["Body"].read())
-
-    def sign(message: bytes) -> bytes:
-        command = ["openssl", "dgst", "-sha1", "-sign", str(private)]
-        return subprocess.run(command, input=message, stdout=subprocess.PIPE, check=True).stdout
-
-    page = f"{site}/{pointer['page']}"
-    link = CloudFrontSigner(key, sign).generate_presigned_url(page, datetime.now(timezone.utc) + timedelta(hours=1))
-    return {"without": status_of(page), "with": status_of(link)}
+    check.spaceport("deploy", "--yes", "--set", "Publishing=signed", "--set", f"PublicKey=@{public}")
+    (link,) = check.spaceport("link", check.job, "--key", str(private))["links"]
+    (direct,) = check.spaceport("link", check.job)["links"]
+    without = link["page"].partition("?")[0]
+    return {"without": status_of(without), "with": status_of(link["page"]), "bucket": status_of(direct["page"])}
 
 
 def status_of(address: str) -> int:

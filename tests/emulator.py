@@ -10,6 +10,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spaceport_gs.pipeline.aws.cloud import Cloud
 
 VARIABLES = {"ministack": "AWS_ENDPOINT_URL", "moto": "AWS_ENDPOINT_URL_SAGEMAKER"}
 SERVERS = tuple(VARIABLES)
@@ -29,14 +33,34 @@ def emulated_aws(log: Path, names: Sequence[str] = SERVERS) -> Iterator[dict[str
         "AWS_EC2_METADATA_DISABLED": "true",
         **{VARIABLES[name]: f"http://127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)},
     }
-    with ExitStack() as stack:
+    with ExitStack() as running:
         servers = [
-            stack.enter_context(started([__file__, name, str(port)], {**environment, "GATEWAY_PORT": str(port)}, log))
+            running.enter_context(started([__file__, name, str(port)], {**environment, "GATEWAY_PORT": str(port)}, log))
             for name, port in zip(names, ports, strict=True)
         ]
         for server, port in zip(servers, ports, strict=True):
             wait_for(server, port, log)
         yield environment
+
+
+@contextmanager
+def connected(log: Path, names: Sequence[str] = SERVERS, **variables: str) -> Iterator[Cloud]:
+    """To it, from this process; skips the test where an emulator is missing. `variables`: more of the environment."""
+    import pytest  # here, because the servers need none of it
+
+    from spaceport_gs.pipeline.aws import stack
+    from spaceport_gs.pipeline.aws.cloud import connect
+
+    for name in names:
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        with emulated_aws(log, names) as environment:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setattr(stack, "POLL_SECONDS", 0.02)
+            yield connect()
 
 
 @contextmanager
@@ -53,7 +77,7 @@ def started(arguments: list[str], environment: dict[str, str], log: Path) -> Ite
     try:
         yield server
     finally:
-        server.terminate()
+        server.kill()  # it has nothing to lose
         server.wait(timeout=30)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,14 @@ from botocore.exceptions import ClientError
 from deployed import JOBS, USUAL, described, s3
 from interpreter import REGION, TaskError, interpreter
 
+from spaceport_gs.pipeline.aws.prices import instances
+
 SYNC_SECONDS = 0.2
 MOUNT = "/opt/ml"
+QUOTAS = [
+    {"QuotaName": f"{instance} for {use} job usage", "QuotaCode": f"L-{number}", "Value": 2.0}
+    for number, (instance, use) in enumerate(product(instances(), ("processing", "training", "spot training")))
+]
 LOGS = {"Training": "/aws/sagemaker/TrainingJobs", "Processing": "/aws/sagemaker/ProcessingJobs"}
 
 
@@ -40,6 +47,8 @@ class Job:
     status: str = "InProgress"
     said: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    logged: int = 0
+    """Bytes of its log that CloudWatch has."""
 
     @property
     def kind(self) -> str:
@@ -88,6 +97,7 @@ class SageMaker:
                 job.process = None if is_stopped else self._started(job, log)
             while job.process and job.process.poll() is None:
                 self._upload_all(job, "Continuous")
+                self._log(job)
                 time.sleep(SYNC_SECONDS)
         self._upload_all(job, "Continuous")
         self._end(job)
@@ -181,10 +191,13 @@ class SageMaker:
 
     def _log(self, job: Job) -> None:
         named = {"logGroupName": LOGS[job.kind], "logStreamName": f"{job.name}/algo-1-1"}
-        lines = (job.base / "log").read_text(errors="replace").splitlines()
+        printed = (job.base / "log").read_bytes()[job.logged :]
+        whole = printed if job.process and job.process.poll() is not None else printed[: printed.rfind(b"\n") + 1]
         now = int(time.time() * 1000)
-        self.logs.create_log_stream(**named)
-        events = [{"timestamp": now, "message": line} for line in lines if line]
+        if whole and not job.logged:
+            self.logs.create_log_stream(**named)
+        job.logged += len(whole)
+        events = [{"timestamp": now, "message": line} for line in whole.decode(errors="replace").splitlines() if line]
         if events:
             self.logs.put_log_events(**named, logEvents=events)
 
@@ -194,7 +207,7 @@ def _place(job: Job, path: str) -> Path:
 
 
 def _server(sagemaker: SageMaker, port: int) -> ThreadingHTTPServer:
-    """The part of SageMaker's API that commands ask."""
+    """The part of SageMaker's API that commands ask, and quotas for its jobs."""
 
     class Api(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -206,6 +219,8 @@ def _server(sagemaker: SageMaker, port: int) -> ThreadingHTTPServer:
             try:
                 if operation.startswith("Describe"):
                     self._answer(200, sagemaker.known(name).description())
+                elif operation.endswith("ServiceQuotas"):
+                    self._answer(200, {"Quotas": QUOTAS})
                 elif operation.startswith("Stop"):
                     sagemaker.stop(name)
                     self._answer(200, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,13 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.session
 import pytest
 from botocore.stub import Stubber
 from emulator import emulated_aws, free_port, started, wait_for
+from typed import Typist, typist
 
 from spaceport_gs.pipeline import cli
 from spaceport_gs.pipeline import synthesize as synthesis
@@ -35,16 +39,17 @@ from spaceport_gs.progress import Progress
 
 REGION = "eu-central-1"
 PROGRAM = """
-import sys
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
 from spaceport_gs.pipeline.aws import scenes, stack, watch
 stack.POLL_SECONDS = watch.POLL_SECONDS = 0.1
 scenes.STOP_WAITS = (0.0, 0.3, 1.0)
 from spaceport_gs.pipeline.cli import main
 main()
 """
-"""The command, which asks its servers more often than it would ask AWS."""
+"""The command from its start, which asks its servers more often than it would ask AWS."""
 PODMAN = """#!{python}
-import json, sys
+import json, os, sys
 verb, rest = sys.argv[1], sys.argv[2:]
 with open({log!r}, "a") as file:
     file.write(json.dumps([verb, *rest]) + "\\n")
@@ -53,10 +58,17 @@ if verb == "image":
 elif verb == "login":
     assert sys.stdin.read() and "--password-stdin" in rest
 elif verb == "push":
-    import boto3
+    from urllib.request import Request, urlopen
     repository, _, tag = rest[-1].partition("/")[2].partition(":")
     manifest = dict(schemaVersion=2, mediaType="application/vnd.docker.distribution.manifest.v2+json", name=rest[-1])
-    boto3.client("ecr").put_image(repositoryName=repository, imageTag=tag, imageManifest=json.dumps(manifest))
+    image = dict(repositoryName=repository, imageTag=tag, imageManifest=json.dumps(manifest))
+    headers = {{
+        "Content-Type": "application/x-amz-json-1.1",
+        "X-Amz-Target": "AmazonEC2ContainerRegistry_V20150921.PutImage",
+        "Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/eu-central-1/ecr/aws4_request, Signature=none",
+    }}
+    urlopen(Request(os.environ["AWS_ENDPOINT_URL"], json.dumps(image).encode(), headers)).close()
+    sys.exit(int(os.environ.get("PUSH_ENDS_WITH", 0)))
 """
 """Stands for podman: it writes down what it is asked for, and lets ECR have an image without layers."""
 
@@ -67,13 +79,10 @@ class Shell:
 
     environment: Mapping[str, str]
     folder: Path
+    typist: Typist
 
     def __call__(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", PROGRAM, "aws", *arguments]
-        done = subprocess.run(
-            command, cwd=self.folder, env={**os.environ, **self.environment}, capture_output=True, text=True,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        done = self.typist.run(["aws", *arguments], self.folder, {**os.environ, **self.environment})
         assert done.returncode == expect, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -109,6 +118,7 @@ def account(folder: Path) -> Iterator[Shell]:
         environment |= {
             "AWS_ENDPOINT_URL_SFN": f"http://127.0.0.1:{flow}",
             "AWS_ENDPOINT_URL_SAGEMAKER": f"http://127.0.0.1:{jobs}",
+            "AWS_ENDPOINT_URL_SERVICE_QUOTAS": f"http://127.0.0.1:{jobs}",
             "MOTO_ACCOUNT_ID": "000000000000",  # that of ministack
             "XDG_CACHE_HOME": str(folder / "cache"),
         }
@@ -122,7 +132,8 @@ def account(folder: Path) -> Iterator[Shell]:
             podman.write_text(PODMAN.format(python=sys.executable, log=str(folder / "podman.jsonl")))
             podman.chmod(0o755)
             (folder / "home").mkdir()
-            yield Shell({**environment, "PATH": f"{tools}:/usr/bin:/bin"}, folder / "home")
+            with typist(folder / "printed") as commands:
+                yield Shell({**environment, "PATH": f"{tools}:/usr/bin:/bin"}, folder / "home", commands)
 
 
 def put_flow(shell: Shell, prefix: str = "spaceport") -> None:
@@ -153,6 +164,14 @@ def until(look: Callable[[], Any], seconds: float = 120) -> Any:
         assert time.monotonic() < end, "it never came"
         time.sleep(0.1)
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def services_are_read_once() -> Iterator[None]:
+    """What botocore knows of them, which takes longer than most commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", cache(botocore.session.create_loader))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +226,11 @@ def test_from_photos_to_a_scene_and_back_to_nothing(shell: Shell, capture: Path)
     state = until(lambda: (found := json.loads(read(f"{address}state.json"))).get("links") and found)
     assert [one["stage"] for one in state["stages"]] == ["sfm", "train"] and state["status"] == "RUNNING"
     assert "/preview.jpg?" in state["links"]["preview"]
+    following = shell.start("logs", job, "--follow")
+    assert following.stdout and following.stdout.readline().startswith(f"== spaceport-sfm-{job}-")
+    following.send_signal(signal.SIGINT)
+    assert f"{job} goes on without you; `spaceport aws stop {job}` ends it" in following.communicate(timeout=60)[1]
+    assert following.returncode == 130
     assert f"1 under way: {job}-1; stop them" in shell.error("destroy", "--yes")
     stopped = shell.json("stop", job)
     (name,) = stopped["stopped"]
@@ -223,6 +247,8 @@ def test_from_photos_to_a_scene_and_back_to_nothing(shell: Shell, capture: Path)
     assert [one["stage"] for one in state["jobs"]] == ["train", "compress"] and state["page"].endswith("/index.html")
     assert "== spaceport-train-" in (log := shell("logs", job, "--stage", "train").stdout) and "metric step=6" in log
 
+    (links,) = shell.json("link", job)["links"]
+    assert "Quarry é" in read(links["page"]).decode() and read(links["scene"])[:2] == b"PK"
     shell("fetch", job)
     assert "Quarry é" in (shell.folder / job / "index.html").read_text()
     cost = shell.json("cost", job)
@@ -239,12 +265,19 @@ def test_a_training_that_is_stopped_goes_on_where_it_was(shell: Shell, stack: st
     there, photos = ("--prefix", stack), str(orbit_capture / "photos")
     job = shell.json("submit", photos, "--steps", "600", "--device", "cpu", "--downscale", "2", *there)["job"]
 
+    s3, bucket = shell.client("s3"), f"{stack}-000000000000-{REGION}"
+
     def trained() -> bool:
-        progress = shell.json("status", job, *there)["progress"] or {}
-        return progress.get("stage") == "train" and progress["step"] > 0
+        keys = s3.list_objects_v2(Bucket=bucket, Prefix=f"checkpoints/{job}/").get("Contents", [])
+        told = [entry["Key"] for entry in keys if entry["Key"].endswith("/progress.json")]
+        return any(json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read())["step"] > 0 for key in told)
 
     until(trained)
+    following = shell.start("logs", job, "--follow", *there)
+    assert following.stdout and following.stdout.readline().startswith(f"== {stack}-sfm-{job}-")
     shell("stop", job, *there)
+    printed, said = following.communicate(timeout=60)
+    assert following.returncode == 0 and "metric step=" in printed and said == f"{job}-1: aborted\n"
     assert f"{job}-2: succeeded" in shell("retry", job, "--watch", *there).stdout
     events = [json.loads(line) for line in (shell.folder / job / "events.jsonl").read_text().splitlines()]
     assert min(event["step"] for event in events if event["stage"] == "train" and event["n_steps"] == 600) > 0
@@ -338,6 +371,9 @@ def here(shell: Shell, stack: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         (["fetch", "nothere"], "no finished result"),
         (["stop", "batch/../x"], "knows of none"),
         (["retry", "nothere"], "knows of none"),
+        (["link", "nothere"], "is not published"),
+        (["link", "a1", "--hours", "200"], "a link holds for up to 168"),
+        (["logs", "batch/x", "--follow"], "--follow follows one scene"),
         (["cost", "nothere"], "knows of none"),
         (["cost", "./nothere"], "expected a folder of photos"),
         (["submit", "nothere"], "expected a folder of photos"),
@@ -490,6 +526,19 @@ def test_images_are_built_once_and_recorded_by_digest(
     assert "build" not in [command[0] for command in built(shell)]
 
 
+def test_who_pushes_the_same_at_the_same_time_gets_what_is_there(
+    here: Callable[..., int], stack: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The repository refuses a tag that it has; the image under it is made of the same."""
+    monkeypatch.setenv("PUSH_ENDS_WITH", "1")
+    assert here("push", "--image", "sfm", "--build-arg", "PIP_INDEX_URL=https://other.example", "--json") == 0
+    image = json.loads(capfd.readouterr().out)["sfm"]
+    (there,) = boto3.client("ecr", REGION).describe_images(
+        repositoryName=f"{stack}/sfm", imageIds=[{"imageTag": image["tag"]}]
+    )["imageDetails"]
+    assert image["address"].endswith(f"@{there['imageDigest']}")
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -499,6 +548,8 @@ def test_images_are_built_once_and_recorded_by_digest(
         ('[ "$1" = pull ] && exit 1; exit 0', "looking up debian:bookworm-slim: docker failed with exit code 1"),
         ('[ "$1" = image ] && echo null; exit 0', "docker knows no digest of it"),
         ('[ "$1" = build ] && exit 3; [ "$1" = image ] && echo "[\\"debian@sha256:1\\"]"; exit 0', "building sfm: docker failed with exit code 3"),
+        ('[ "$1" = push ] && exit 1; [ "$1" = image ] && echo "[\\"debian@sha256:1\\"]"; exit 0', "pushing sfm: docker failed with exit code 1"),
+        ('[ "$1" = image ] && echo "[\\"debian@sha256:1\\"]"; exit 0', "pushing sfm: the repository has no 000000000000.dkr.ecr"),
     ],
 )  # fmt: skip
 def test_tools_that_do_not_work(

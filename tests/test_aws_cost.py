@@ -21,6 +21,7 @@ from spaceport_gs.pipeline.aws.cloud import Cloud
 from spaceport_gs.pipeline.aws.contract import STAGES
 from spaceport_gs.pipeline.aws.cost import Capture, Range, bill_of, bills, cheapest, estimate, idle_line, within
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machine
+from spaceport_gs.pipeline.aws.orders import Order
 from spaceport_gs.pipeline.aws.prices import PRICING_REGION, Prices, gpus, instances, load_prices, refresh
 from spaceport_gs.pipeline.run import RunSettings
 
@@ -183,6 +184,24 @@ def test_memory_and_disks_decide_too(prices: Prices) -> None:
     assert machine.volume_gb > 2 * 20
     with pytest.raises(InputError, match="no instance has the memory for the stage train with 4000 photos"):
         cheapest(replace(large, n_photos=4000), RunSettings(), prices)
+
+
+@pytest.mark.parametrize(
+    ("capture", "settings", "words"),
+    [
+        (Capture(300, 20.0), {}, "300 photos of 20.0 megapixels: about 49 GB of memory for the stage train, and ml.g5.xlarge has 16; --instance auto"),
+        (Capture(40_000, 20.0), {"downscale": 40.0}, "GB of disk for the stage train, and ml.g5.xlarge has 250"),
+        (Capture(4_000_000, 20.0), {"downscale": 40.0}, "GB of disk, and a volume has 16,384 at most; take fewer photos"),
+    ],
+)  # fmt: skip
+def test_a_capture_beyond_what_the_machines_have(
+    capture: Capture, settings: dict[str, Any], words: str, prices: Prices
+) -> None:
+    """Is refused before anything starts; what fits gets volumes that are large enough."""
+    with pytest.raises(InputError, match=words):
+        Order(RunSettings(**settings)).estimated(capture, prices)
+    fits = Order(RunSettings(device="cpu", downscale=40.0)).estimated(Capture(2000, 20.0), prices).machines
+    assert {machine.volume_gb for machine in fits.values()} == {261}
 
 
 def test_what_else_is_wanted_of_the_machines_stays(prices: Prices) -> None:

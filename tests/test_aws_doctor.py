@@ -13,9 +13,8 @@ from typing import Any
 import boto3
 import pytest
 from botocore.stub import Stubber
-from emulator import emulated_aws
+from emulator import connected
 
-from spaceport_gs.pipeline.aws import stack as stacks
 from spaceport_gs.pipeline.aws.cloud import Cloud, connect
 from spaceport_gs.pipeline.aws.doctor import Finding, examine
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES
@@ -40,13 +39,8 @@ def no_refreshed_prices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """With a stack called doctored."""
-    pytest.importorskip("ministack", reason="ministack is not installed")
-    pytest.importorskip("moto", reason="moto is not installed")
-    with pytest.MonkeyPatch.context() as patch, emulated_aws(tmp_path_factory.mktemp("aws") / "log") as environment:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        patch.setattr(stacks, "POLL_SECONDS", 0.02)
-        assert deploy(connect(), "doctored", {"Email": "a@example.org"}, lambda changes: True, lambda line: None)
+    with connected(tmp_path_factory.mktemp("aws") / "log") as cloud:
+        assert deploy(cloud, "doctored", {"Email": "a@example.org"}, lambda changes: True, lambda line: None)
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -130,6 +131,32 @@ def test_a_stopped_training_goes_on(number: signal.Signals, sfm: Path, trained: 
     shutil.copytree(first / "checkpoints", second / "checkpoints")
     assert run_job(second, *job(second, "train", {"sfm": sfm}, ARGUMENTS)) == 0
     assert (second / "model/scene.ply").read_bytes() == (trained / "model/scene.ply").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_ended_at_random_moments_it_comes_to_the_same_end(seed: int, sfm: Path, trained: Path, tmp_path: Path) -> None:
+    """By SIGTERM and SIGKILL, before and while it trains and while it writes; whatever a moment leaves can be gone on with."""
+    moments, before = random.Random(seed), tmp_path / "none"
+    for attempt in range(5):
+        base = tmp_path / str(attempt)
+        command = job(base, "train", {"sfm": sfm}, ARGUMENTS)
+        if before.exists():
+            shutil.copytree(before, base / "checkpoints")
+        running = process(base, command)
+        number = moments.choice((signal.SIGTERM, signal.SIGKILL))
+        try:
+            running.communicate(timeout=None if attempt == 4 else moments.uniform(1, 10))
+        except subprocess.TimeoutExpired:
+            running.send_signal(number)
+            running.communicate(timeout=120)
+        before = base / "checkpoints"
+        if (base / "model/manifest.json").exists():
+            break
+        assert running.returncode in (0, -number) and not (base / "output/failure").exists()
+    assert running.returncode == 0
+    assert (base / "model/scene.ply").read_bytes() == (trained / "model/scene.ply").read_bytes()
+    read_manifest(base / "model", "train")
 
 
 def test_a_processing_job_that_is_stopped_says_so(orbit_capture: Path, tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import ClientError
+from botocore.stub import Stubber
 from deployed import BUCKET, IMAGES, USUAL, VALUES, deployed, described
 from interpreter import REGION, Interpreter, TaskError, client_of
 
 from spaceport_gs.errors import InputError
-from spaceport_gs.pipeline.aws import scenes, uploads
+from spaceport_gs.pipeline.aws import scenes, uploads, watch
 from spaceport_gs.pipeline.aws.cloud import Cloud
 from spaceport_gs.pipeline.aws.flow import Scene, spot_of
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES
@@ -240,6 +241,28 @@ def test_a_file_that_changes_under_way(n_bytes: int, cloud: Cloud, photos: Path)
     assert f"{folder}/a.jpg" not in keys and not client_of("s3").list_multipart_uploads(Bucket=BUCKET).get("Uploads")
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "words"), [("403", 403, "is not ours, or may not be read"), ("404", 404, "destroy it and deploy again")]
+)  # fmt: skip
+def test_nothing_is_sent_to_a_bucket_that_is_not_ours(
+    code: str, status: int, words: str, cloud: Cloud, photos: Path
+) -> None:
+    """As it can be where a bucket was deleted, and somebody else made one of its name."""
+    with Stubber(cloud.client("s3")) as stubber:  # and whatever else is asked of S3 is an error
+        asked = {"Bucket": BUCKET, "ExpectedBucketOwner": "123456789012"}
+        stubber.add_client_error("head_bucket", code, "", status, expected_params=asked)
+        with pytest.raises(InputError, match=words):
+            submit(cloud, STACK, SCENE, plan(photos), ignore)
+        stubber.assert_no_pending_responses()
+
+
+def test_a_clock_that_is_wrong_is_told_by_every_service(cloud: Cloud, photos: Path) -> None:
+    with Stubber(cloud.client("s3")) as stubber:
+        stubber.add_client_error("head_bucket", "RequestTimeTooSkewed", "", 403)
+        with pytest.raises(InputError, match="this machine's clock is wrong"):
+            submit(cloud, STACK, SCENE, plan(photos), ignore)
+
+
 UPLOADER = """
 import sys
 from pathlib import Path
@@ -325,6 +348,36 @@ def test_twice_is_once(cloud: Cloud, photos: Path, tmp_path: Path) -> None:
     assert runs[-1].status == "SUCCEEDED"
 
 
+def test_two_users_with_other_settings_at_once_make_one_run(cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path) -> None:  # fmt: skip
+    """Whoever comes second hears of the first, and nothing of theirs starts."""
+    upload, together, goes_on = plan(photos), threading.Barrier(4), threading.Event()
+    put_results(upload.scene, "compress", tmp_path)
+    runs, refused = list[Run](), list[str]()
+
+    def sfm(request: dict[str, Any], attempt: int) -> Any:
+        assert goes_on.wait(SECONDS)
+        return sagemaker.run(request, attempt)
+
+    def user(steps: int) -> None:
+        together.wait(SECONDS)
+        try:
+            runs.append(submit(cloud, STACK, replace(SCENE, settings={"steps": steps}), upload, ignore))
+        except InputError as error:
+            refused.append(str(error))
+
+    aws.handlers = {**aws.handlers, "Sfm": sfm}
+    users = [threading.Thread(target=user, args=(steps,)) for steps in (100, 200, 300, 400)]
+    for one in users:
+        one.start()
+    for one in users:
+        one.join()
+    assert [run.name for run in runs] == [f"{upload.scene}-1"] and len(refused) == 3
+    assert all(f"{upload.scene}-1 makes it with other settings; stop that one first" in line for line in refused)
+    goes_on.set()
+    wait_for(cloud, upload.scene)
+    assert len(client_of("s3").list_objects_v2(Bucket=BUCKET, Prefix=f"jobs/{upload.scene}/")["Contents"]) == 1
+
+
 def test_other_settings_are_another_run(
     cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
 ) -> None:
@@ -394,6 +447,50 @@ def test_progress_is_what_the_job_says(
     for text in (b"{half", b'{"stage": "compress", "step": 1, "time": 5}', b'{"time": "?"}'):  # not this job's
         s3.put_object(Bucket=BUCKET, Key=key, Body=text)
         assert status(cloud, STACK, upload.scene).progress is None
+
+
+def test_logs_are_followed_until_the_run_is_over(
+    cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line once, however often it is looked for; also what comes late, and before others in time."""
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
+    upload, logs, heard = plan(photos), client_of("logs"), threading.Event()
+    put_results(upload.scene, "compress", tmp_path)
+    group, now = "/aws/sagemaker/ProcessingJobs", int(time.time() * 1000)
+    streams: list[str] = []
+
+    def write(line: str, when: int) -> None:
+        logs.put_log_events(
+            logGroupName=group, logStreamName=streams[0], logEvents=[{"timestamp": when, "message": line}]
+        )
+
+    def sfm(request: dict[str, Any], attempt: int) -> Any:
+        job = sagemaker.put(request, "InProgress")
+        streams.append(f"{job['ProcessingJobName']}/algo-1-1")
+        logs.create_log_group(logGroupName=group)
+        logs.create_log_stream(logGroupName=group, logStreamName=streams[0])
+        write("twice", now)
+        write("twice", now)
+        assert heard.wait(SECONDS)
+        write("late", now - 1000)
+        return sagemaker.run(request, attempt)
+
+    told: list[watch.Line] = []
+
+    def tell(line: watch.Line) -> None:
+        told.append(line)
+        if len(told) == 2:
+            heard.set()
+
+    aws.handlers = {**aws.handlers, "Sfm": sfm}
+    submit(cloud, STACK, SCENE, upload, ignore)
+    found = watch.follow_logs(cloud, STACK, upload.scene, "", tell)
+    assert found.run.status == "SUCCEEDED"
+    assert [line.line for line in told] == ["twice", "twice", "late"] and told[0].time == now / 1000
+    assert {line.job for line in told} == {found.jobs[0].name} and len({line.id for line in told}) == 3
+    told.clear()
+    watch.follow_logs(cloud, STACK, upload.scene, "train", told.append)
+    assert not told
 
 
 @pytest.mark.parametrize("state", ["Sfm", "TrainSpot"])

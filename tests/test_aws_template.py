@@ -19,7 +19,7 @@ from botocore.exceptions import (
     TokenRetrievalError,
 )
 from botocore.stub import Stubber
-from emulator import emulated_aws
+from emulator import connected
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws import stack as stacks
@@ -300,13 +300,8 @@ def test_wrong_parameters(parameters: dict[str, str], reason: str) -> None:
 
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    pytest.importorskip("ministack", reason="ministack is not installed")
-    pytest.importorskip("moto", reason="moto is not installed")
-    with pytest.MonkeyPatch.context() as patch, emulated_aws(tmp_path_factory.mktemp("aws") / "log") as environment:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        patch.setattr(stacks, "POLL_SECONDS", 0.02)
-        yield connect()
+    with connected(tmp_path_factory.mktemp("aws") / "log") as cloud:
+        yield cloud
 
 
 @pytest.fixture

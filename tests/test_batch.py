@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,18 +13,39 @@ from pathlib import Path
 
 import pytest
 
-from spaceport_gs.pipeline import cli
-from spaceport_gs.pipeline.synthesize import SynthesizeSettings, synthesize
+from spaceport_gs.pipeline import cli, synthesize
+from spaceport_gs.pipeline.contained import Containers
 
 SPACEPORT = str(Path(sys.executable).parent / "spaceport")
 QUICK = ("--steps", "6", "--eval-every", "0")
+PODMAN = """#!{python}
+import os, pathlib, sys
+verb, *rest = sys.argv[1:]
+if verb == "image":
+    sys.exit(not rest[-1].endswith(":there"))
+if verb == "run":
+    print(" ".join(rest), file=open({log!r}, "a"))
+    volumes = [part.removeprefix("--volume=").split(":") for part in rest if part.startswith("--volume=")]
+    base = pathlib.Path(volumes[0][0])
+    for source, target, mode in volumes[1:]:
+        place = base / pathlib.PurePath(target).relative_to(volumes[0][1])
+        if not place.is_symlink():
+            place.rmdir()
+            place.symlink_to(source)
+    arguments = rest[[part.endswith(":there") for part in rest].index(True) + 1:]
+    os.environ["SAGEMAKER_BASE_DIR"] = str(base)
+    os.execv(sys.executable, [sys.executable, "-m", "spaceport_gs.pipeline.aws.entrypoint", *arguments])
+"""
+"""Stands for podman: it runs what is in the images as a process, on the folders that it is given."""
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small COLMAP project."""
+    """A small COLMAP project with few points, so that stages take seconds."""
     out = tmp_path_factory.mktemp("small")
-    synthesize(out, SynthesizeSettings(n_photos=12, width=96, height=64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesize, "N_POINTS", 600)
+        synthesize.synthesize(out, synthesize.SynthesizeSettings(n_photos=12, width=96, height=64))
     return out / "truth"
 
 
@@ -76,6 +98,82 @@ def test_a_signal_ends_all_and_a_resumed_batch_completes(captures: Path, tmp_pat
     assert not (out / "quarry").exists() and not (out / "harbour" / "index.html").exists()
     subprocess.run([*command, "--resume"], check=True, timeout=300, stdout=subprocess.DEVNULL)
     assert all((out / name / "index.html").is_file() for name in ("harbour", "quarry"))
+
+
+@pytest.fixture
+def podman(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The log of what it was asked to run."""
+    log, tool = tmp_path / "podman.log", tmp_path / "bin/podman"
+    tool.parent.mkdir()
+    tool.write_text(PODMAN.format(python=sys.executable, log=str(log)))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    return log
+
+
+def test_captures_go_through_containers(
+    captures: Path, podman: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They leave what a run without leaves, and are gone on with stage by stage."""
+    out = tmp_path / "out"
+    shutil.rmtree(captures / "harbour")
+    command = ["batch", str(captures), "-o", str(out), *QUICK, "--backend", "container", "--image-tag", "there"]
+    assert cli.run([*command, "--json"]) == 1
+    outcomes = {one["name"]: one for one in json.loads(capsys.readouterr().out)["captures"]}
+    assert outcomes["broken"]["error"].startswith("sfm: ") and "a.jpg" in outcomes["broken"]["error"]
+    assert outcomes["quarry"]["error"] == "" and outcomes["quarry"]["report"]["gaussians"] > 0
+    left = {path.name for path in (out / "quarry").iterdir()}
+    assert {"scene.ply", "scene.sog", "index.html", "report.html", "report.json", "sfm", "pictures"} < left
+    assert not list((out / "quarry").glob("jobs/sfm/processing/input/photos/*"))
+    events = [json.loads(line) for line in (out / "quarry/events.jsonl").read_text().splitlines()]
+    assert {"sfm", "train", "compress"} <= {event["stage"] for event in events}
+    runs = [line.split() for line in podman.read_text().splitlines()]
+    assert len(runs) == 4 and all({"--network=none", "--read-only", "--cap-drop=all"} < set(run) for run in runs)
+    assert "localhost/spaceport/3dgs:there" in podman.read_text()
+
+    podman.unlink()
+    shutil.rmtree(captures / "broken")
+    (out / "quarry/jobs/train/model/scene.ply").write_bytes(b"damaged")
+    assert cli.run([*command, "--resume"]) == 0
+    assert "/3dgs:there train" in podman.read_text() and "/sfm:there" not in podman.read_text()
+    podman.unlink()
+    assert cli.run([*command, "--resume", "--seed", "7"]) == 1
+    assert "begun with another value of seed" in json.loads((out / "batch.json").read_text())[0]["error"]
+    assert not podman.exists()
+
+
+def test_without_containers(
+    captures: Path, podman: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is begun where nothing can be run."""
+    command = ["batch", str(captures), "-o", str(tmp_path / "out"), *QUICK, "--backend", "container"]
+    assert cli.run([*command, "--image-prefix", "example.org/ours", "--image-tag", "none"]) == 2
+    assert "podman has no image example.org/ours/sfm:none: build it with `spaceport images`" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.run(command) == 2
+    assert "no podman or docker that works here: containers are run by one" in capsys.readouterr().err
+    assert cli.run([*command[:-1], "cloud"]) == 2
+    assert "choose local, container or aws" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("tool", "user", "device", "options"),
+    [
+        ("podman", 0, "cpu", []),
+        ("podman", 1000, "cpu", ["--userns=keep-id:uid=10001,gid=10001"]),
+        ("docker", 1000, "cuda", ["--user=1000:1000", "--gpus=all"]),
+        ("podman", 0, "cuda", ["--device=nvidia.com/gpu=all"]),
+    ],
+)
+def test_users_and_gpus_of_containers(
+    tool: str, user: int, device: str, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: user)
+    monkeypatch.setattr(os, "getgid", lambda: user)
+    containers = Containers(tool, {})
+    assert containers.options("train", device)[1:] == options
+    assert not any("gpu" in option for option in containers.options("sfm", device))
 
 
 def test_wrong_folders(captures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

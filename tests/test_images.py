@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -63,6 +64,33 @@ def test_every_stage_has_an_image(context: Path) -> None:
         assert {"--build-arg=BASE=debian:x", f"--build-arg=VERSION={__version__}"} < set(command)
     assert re.fullmatch(r"unknown|[0-9a-f]{40}(-dirty)?", images.commit())
     assert "--format=docker" in images.build_command("sfm", context, "x", {}, "buildah")
+
+
+def test_images_for_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """Built under the names that `--backend container` looks for, by the tool that will run them."""
+    log = tmp_path / "log"
+    for tool in ("docker", "podman"):
+        (tmp_path / tool).write_text(f'#!/bin/sh\necho {tool} "$@" >> {log}\n')
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert cli.run(["images", "--image", "3dgs", "--device", "cpu", "--build-arg", "TORCH=x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"train": f"localhost/spaceport/3dgs:{__version__}"}
+    version, build = log.read_text().splitlines()
+    assert version == "podman version" and build.startswith("podman build --file=")
+    for argument in (f"--tag=localhost/spaceport/3dgs:{__version__}", "--build-arg=CMAKE_ARGS=-DSPACEPORT_CUDA=OFF", "--build-arg=TORCH=x"):  # fmt: skip
+        assert f" {argument} " in build
+    assert cli.run(["images", "--tool", "docker", "--image", "sfm", "--image-prefix", "a/b", "--image-tag", "c"]) == 0
+    assert " --tag=a/b/sfm:c " in log.read_text() and capsys.readouterr().out == "a/b/sfm:c\n"
+    assert cli.run(["images", "--device", "tpu"]) == 2 and "choose cuda or cpu" in capsys.readouterr().err
+
+
+def test_arguments_of_the_image_that_trains_on_the_cpu() -> None:
+    """The Dockerfile knows all of them, and says the same."""
+    dockerfile = (images.CONTAINERS / "3dgs/Dockerfile").read_text()
+    for name, value in images.CPU.items():
+        assert f"--build-arg {name}={value}" in dockerfile and f"ARG {name}" in dockerfile
+    known = re.search(r"^torch==(\S+)$", CONSTRAINTS, re.MULTILINE)
+    assert known and images.CPU["TORCH"] == f"{known[1]}+cpu"
 
 
 def locked(path: Path) -> dict[str, str]:

@@ -21,15 +21,19 @@ from spaceport_gs.pipeline.aws import PREFIX
 from spaceport_gs.pipeline.options import (
     EXIT_MISTAKE,
     EXIT_SOME_FAILED,
+    BuildArgument,
     DeviceOption,
     Downscale,
     EvalEvery,
     Json,
     MaxSeconds,
+    OnlyImage,
     Preset,
     Seed,
     Steps,
     Title,
+    Tool,
+    chosen_images,
     fail,
     finish,
 )  # fmt: skip
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from spaceport_gs.pipeline.aws.push import Image
     from spaceport_gs.pipeline.aws.scenes import JobState, Status
     from spaceport_gs.pipeline.aws.stack import Change, Stack
+    from spaceport_gs.pipeline.aws.watch import Line
     from spaceport_gs.pipeline.batch import Outcome
     from spaceport_gs.pipeline.run import RunSettings
     from spaceport_gs.progress import Listener
@@ -172,26 +177,16 @@ def _teller(as_json: bool) -> Callable[[str], None]:
 
 @app.command(name="push")
 def push_command(
-    image: Annotated[list[str] | None, typer.Option("--image", help="Only this one: sfm, 3dgs or compressor. May be repeated.")] = None,
-    build_arg: Annotated[list[str] | None, typer.Option("--build-arg", help="NAME=VALUE, of the Dockerfiles. May be repeated.")] = None,
-    tool: Annotated[str, typer.Option("--tool", help="docker, podman or buildah; default: the first that works.")] = "",
+    image: OnlyImage = None, build_arg: BuildArgument = None, tool: Tool = "",
     region: Region = "", profile: Profile = "", prefix: Prefix = PREFIX, json: Json = False,
 ) -> None:  # fmt: skip
     """Builds the images of the containers, pushes them to the stack's repositories and records their digests."""
-    from spaceport_gs.pipeline.aws.push import find_tool, push
-    from spaceport_gs.pipeline.images import IMAGES
+    from spaceport_gs.pipeline.aws.push import push
+    from spaceport_gs.pipeline.images import find_tool
 
-    chosen, given = image or list(IMAGES.values()), build_arg or []
-    for name in chosen:
-        if name not in IMAGES.values():
-            raise InputError(f"--image {name}: choose {', '.join(IMAGES.values())}")
-    for argument in given:
-        if "=" not in argument:
-            raise InputError(f"--build-arg {argument}: expected NAME=VALUE")
-    arguments = dict(argument.split("=", 1) for argument in given)
-    stages = [stage for stage, name in IMAGES.items() if name in chosen]
+    stages, arguments = chosen_images(image, build_arg)
     cloud, stack = _stack(region, profile, prefix)
-    pushed = push(cloud, stack, stages, arguments, find_tool(tool), _teller(True))
+    pushed = push(cloud, stack, stages, arguments, find_tool(wanted=tool), _teller(True))
     result = {stage: asdict(one) for stage, one in pushed.items()}
     finish(result, json, False, lambda: "\n".join(_image_lines(pushed)))
 
@@ -434,6 +429,7 @@ def _state_lines(found: Status) -> Iterator[str]:
 def logs_command(
     job: Job,
     stage: Annotated[str, typer.Option("--stage", help="Only of this one: sfm, train or compress.")] = "",
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run is over; --json: one object a line.")] = False,
     region: Region = "", profile: Profile = "", prefix: Prefix = PREFIX, json: Json = False,
 ) -> None:  # fmt: skip
     """What the jobs of a scene's latest run printed."""
@@ -444,24 +440,49 @@ def logs_command(
     if stage and stage not in STAGES:
         raise InputError(f"--stage {stage}: choose {', '.join(STAGES)}")
     cloud, stack = _stack(region, profile, prefix)
+    if follow:
+        _follow_logs(cloud, stack, job, stage, json)
+        return
     jobs = [
         one
         for scene in _scenes(cloud, stack, job)
         for one in status(cloud, stack, scene).jobs
         if stage in ("", one.stage)
     ]
-    lines = [(one.name, when, line) for one in jobs for when, line in log_lines(cloud, one)]
-    result = {"lines": [{"job": name, "time": when, "line": line} for name, when, line in lines]}
-    finish(result, json, False, lambda: "\n".join(_log_lines(lines)) or "nothing was printed yet")
+    lines = [line for one in jobs for line in log_lines(cloud, one)]
+    result = {"lines": [_log_line(line) for line in lines]}
+    before = ["", *(line.job for line in lines)]
+    finish(result, json, False, lambda: "\n".join(map(_log_text, lines, before)) or "nothing was printed yet")
 
 
-def _log_lines(lines: Sequence[tuple[str, float, str]]) -> Iterator[str]:
+def _log_line(line: Line) -> dict[str, Any]:
+    """As JSON."""
+    return {"job": line.job, "time": line.time, "line": line.line}
+
+
+def _log_text(line: Line, before: str) -> str:
+    """With the job's name where the one before was of another job."""
+    return line.line if line.job == before else f"== {line.job}\n{line.line}"
+
+
+def _follow_logs(cloud: Cloud, stack: Stack, job: str, stage: str, as_json: bool) -> None:
+    from spaceport_gs.pipeline.aws.watch import follow_logs
+
+    if job.startswith(BATCH):
+        raise InputError("--follow follows one scene; follow those of a batch one by one")
     before = ""
-    for name, _, line in lines:
-        if name != before:
-            yield f"== {name}"
-        before = name
-        yield line
+
+    def tell(line: Line) -> None:
+        nonlocal before
+        text = json_format.dumps(_log_line(line), ensure_ascii=False) if as_json else _log_text(line, before)
+        before = line.job
+        print(text, flush=True)
+
+    try:
+        found = follow_logs(cloud, stack, job, stage, tell)
+    except KeyboardInterrupt:
+        raise Interrupted(f"scene {job} goes on without you; `{_command('stop', job, stack)}` ends it") from None
+    _teller(True)(f"{found.run.name}: {found.run.status.lower()}")
 
 
 @app.command(name="stop")
@@ -498,6 +519,25 @@ def fetch_command(
             _fetch(cloud, stack, scene, target, listen)
     result = {"job": job, "folders": [str(target) for target in folders.values()]}
     finish(result, json, False, lambda: "\n".join(f"page    {target / 'index.html'}" for target in folders.values()))
+
+
+@app.command(name="link")
+def link_command(
+    job: Job,
+    hours: Annotated[float, typer.Option("--hours", help="That the links hold, up to 168.")] = 24,
+    key: Annotated[Path | None, typer.Option("--key", help="Private key of a stack with Publishing=signed: links through CloudFront.", show_default=False)] = None,
+    region: Region = "", profile: Profile = "", prefix: Prefix = PREFIX, json: Json = False,
+) -> None:  # fmt: skip
+    """Links to the page and the .sog of a published scene, for people without an account."""
+    from spaceport_gs.pipeline.aws.links import links_to
+
+    cloud, stack = _stack(region, profile, prefix)
+    found = {scene: links_to(cloud, stack, scene, hours, key) for scene in _scenes(cloud, stack, job)}
+    result = {"job": job, "links": [{"job": scene, **asdict(links), "expires": links.expires and links.expires.isoformat()} for scene, links in found.items()]}  # fmt: skip
+    finish(result, json, False, lambda: "\n".join(
+        f"page    {links.page}\nscene   {links.scene}\nuntil   {links.expires or 'ever'}, signed by {links.signed_by}"
+        for links in found.values()
+    ))  # fmt: skip
 
 
 def _fetch(cloud: Cloud, stack: Stack, scene: str, folder: Path, listen: Listener) -> None:

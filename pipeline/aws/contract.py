@@ -49,9 +49,13 @@ class Places:
     def is_training(self) -> bool:
         return self.stage == "train"
 
+    def input(self, name: str) -> Path:
+        """The folder of an input."""
+        return self.base / ("input/data" if self.is_training else "processing/input") / name
+
     def channel(self, name: str) -> Path:
         """An input; InputError if there is nothing in it."""
-        folder = self.base / ("input/data" if self.is_training else "processing/input") / name
+        folder = self.input(name)
         if not folder.is_dir() or not any(folder.iterdir()):
             raise InputError(f"{folder}: no files; the job of the stage {self.stage} needs the input {name}")
         return folder
@@ -69,11 +73,15 @@ class Places:
     def work(self) -> Path:
         return self.base / "work"
 
+    @property
+    def reason(self) -> Path:
+        """The file that says why the job failed."""
+        return self.base / "output" / ("failure" if self.is_training else "message")
+
     def write_failure(self, reason: str) -> None:
         """`class: sentence`; the first that is written stays."""
-        path = self.base / "output" / ("failure" if self.is_training else "message")
-        if not path.exists():
-            write_text(path, reason.encode()[:MOST_FAILURE_BYTES].decode(errors="ignore"))
+        if not self.reason.exists():
+            write_text(self.reason, reason.encode()[:MOST_FAILURE_BYTES].decode(errors="ignore"))
 
 
 def settings_of(places: Places, arguments: Sequence[str]) -> RunSettings:

@@ -74,6 +74,7 @@ COMPRESS_BYTES_PER_GAUSSIAN = 2_000
 COMPRESS_BYTES_FIXED = 1e9
 MEMORY_SHARE = 0.9  # of an instance's that a job can have
 VOLUME_GB = 20  # beside photos and results
+MOST_VOLUME_GB = 16_384  # that SageMaker gives to a job
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class Capture:
     n_photos: int
     megapixels: float
     """Of one photo."""
+
+    def __str__(self) -> str:
+        return f"{self.n_photos} photos of {self.megapixels:.1f} megapixels"
 
 
 @dataclass(frozen=True)
@@ -141,10 +145,15 @@ def estimate(capture: Capture, settings: RunSettings, machines: Mapping[str, Mac
     )
 
 
-def _estimate(stage: str, capture: Capture, settings: RunSettings, machine: Machine, prices: Prices) -> StageEstimate:
+def _instance_of(machine: Machine) -> Instance:
     instance = instances().get(machine.instance)
     if instance is None:
         raise InputError(f"{machine.instance}: nothing is known of it; take {', '.join(instances())}")
+    return instance
+
+
+def _estimate(stage: str, capture: Capture, settings: RunSettings, machine: Machine, prices: Prices) -> StageEstimate:
+    instance = _instance_of(machine)
     seconds = JOB_SECONDS + _WORK[stage](capture, settings, instance)
     hourly = prices.of(machine.instance, USES[stage])
     usd = seconds * (hourly / 3600) * (SPOT_SHARE if machine.is_spot else 1.0)
@@ -270,7 +279,7 @@ def cheapest(
 
 
 def _fitting(stage: str, capture: Capture, settings: RunSettings, machine: Machine, prices: Prices) -> list[Machine]:
-    volume_gb = VOLUME_GB + math.ceil((Cost().disk_fixed + Cost().disk_per_megapixel * _pixels(capture) / 1e6) / 1e9)
+    volume_gb = _volume_gb(capture)
     on_gpu = stage == "train" and settings.device != "cpu"
     found = [
         replace(machine, instance=name, volume_gb=max(machine.volume_gb, volume_gb))
@@ -282,11 +291,37 @@ def _fitting(stage: str, capture: Capture, settings: RunSettings, machine: Machi
         and (instance.disk_gb == 0 or volume_gb <= instance.disk_gb)
     ]
     if not found:
-        raise InputError(
-            f"no instance has the memory for the stage {stage} with {capture.n_photos} photos of"
-            f" {capture.megapixels:.1f} megapixels; take a larger --downscale"
-        )
+        raise InputError(f"no instance has the memory for the stage {stage} with {capture}; take a larger --downscale")
     return found
+
+
+def fitted(capture: Capture, settings: RunSettings, machines: Mapping[str, Machine]) -> dict[str, Machine]:
+    """The same machines with volumes that are large enough; InputError if one has not the disk or the memory that is likely
+    to be taken.
+    """
+    volume_gb = _volume_gb(capture)
+    if volume_gb > MOST_VOLUME_GB:
+        raise InputError(f"{capture}: {volume_gb:,} GB of disk, and a volume has {MOST_VOLUME_GB:,} at most; take fewer photos")  # fmt: skip
+    for stage, machine in machines.items():
+        instance = _instance_of(machine)
+        memory_gb = host_bytes(stage, capture, settings, instance) / 1e9
+        needs: list[tuple[str, float, float]] = [
+            ("disk", volume_gb, instance.disk_gb or math.inf),
+            ("memory", memory_gb, instance.memory_gb),
+        ]
+        if stage == "train" and instance.gpu and settings.device != "cpu":
+            needs.append(("memory on its GPU", gpu_bytes(capture, settings) / 1e9, gpus()[instance.gpu].memory_gb))
+        for what, needed, there in needs:
+            if needed > there:
+                raise InputError(
+                    f"{capture}: about {math.ceil(needed)} GB of {what} for the stage {stage}, and {machine.instance} has"
+                    f" {there:g}; --instance auto finds one that has it, a larger --downscale or fewer photos take less"
+                )
+    return {stage: replace(m, volume_gb=max(m.volume_gb, volume_gb)) for stage, m in machines.items()}
+
+
+def _volume_gb(capture: Capture) -> int:
+    return VOLUME_GB + math.ceil((Cost().disk_fixed + Cost().disk_per_megapixel * _pixels(capture) / 1e6) / 1e9)
 
 
 def host_bytes(stage: str, capture: Capture, settings: RunSettings, instance: Instance) -> float:

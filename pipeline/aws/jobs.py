@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,15 +233,18 @@ class Job:
             "NetworkConfig": {"EnableNetworkIsolation": True},
         }
 
-    def container_command(self, folder: Path, tool: str = "podman", memory_gb: int = 0) -> list[str]:
+    def container_command(
+        self, folder: Path, tool: str = "podman", memory_gb: int = 0, options: Sequence[str] = ()
+    ) -> list[str]:
         """The job in its container here, over a folder laid out as /opt/ml: no network, nothing else of the host writable.
 
-        The folder must let the image's user write. `memory_gb`: that the container may take; 0: all there is.
+        The folder must let the image's user write. `memory_gb`: that the container may take; 0: all there is. `options`: more
+        of the tool's, such as inputs that lie elsewhere.
         """
         limits = [f"--memory={memory_gb}g"] if memory_gb else []
         return [
             tool, "run", "--rm", "--network=none", "--read-only", "--cap-drop=all", "--tmpfs=/tmp", "--no-healthcheck",
-            *limits, f"--volume={folder}:{MOUNT}", self.image, self.stage, *self._arguments,
+            *limits, f"--volume={folder}:{MOUNT}", *options, self.image, self.stage, *self._arguments,
         ]  # fmt: skip
 
     def process(self, folder: Path) -> tuple[list[str], dict[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.contract import STAGES
-from spaceport_gs.pipeline.aws.cost import Capture, Estimate, StageEstimate, cheapest, estimate, within
+from spaceport_gs.pipeline.aws.cost import Capture, Estimate, StageEstimate, cheapest, estimate, fitted, within
 from spaceport_gs.pipeline.aws.flow import Scene, spot_of
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES
 from spaceport_gs.pipeline.aws.prices import Prices
@@ -57,6 +57,8 @@ class Order:
             wanted["train"] = spot_of(wanted["train"])
         if self.is_cheapest:
             wanted = cheapest(capture, self.settings, prices, self.deadline_seconds, wanted)
+        else:
+            wanted = fitted(capture, self.settings, wanted)
         estimated = estimate(capture, self.settings, wanted, prices)
         limits = {name: _longest(stage) for name, stage in estimated.stages.items()}
         if self.most_usd < math.inf:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import platform
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +21,9 @@ from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explained
 from spaceport_gs.pipeline.aws.contract import STAGES
 from spaceport_gs.pipeline.aws.stack import Stack
-from spaceport_gs.pipeline.images import IMAGES, build_command, commit, write_context
+from spaceport_gs.pipeline.images import IMAGES, build_command, commit, last_line, run_tool, write_context
 
-TOOLS = ("docker", "podman", "buildah")
 RECORD = "deploy/images.json"
-STDERR = 2
 _BASE = re.compile(r"^ARG (\w*BASE)=([^\s$]+)$", re.MULTILINE)  # not one that takes another's value
 
 
@@ -42,23 +38,6 @@ class Image:
     commit: str
     bases: Mapping[str, str] = field(default_factory=dict)
     """What it was built on, with digests, by the Dockerfile's argument."""
-
-
-def find_tool(wanted: str = "") -> str:
-    """The first of TOOLS that works here, or the one that is wanted; InputError if it does not."""
-    if wanted and wanted not in TOOLS:
-        raise InputError(f"--tool {wanted}: choose {', '.join(TOOLS)}")
-    said = []
-    for tool in (wanted,) if wanted else TOOLS:
-        if shutil.which(tool):
-            answer = subprocess.run([tool, "version"], capture_output=True, text=True)  # fails where no daemon answers
-            if answer.returncode == 0:
-                return tool
-            said.append(f"{tool}: {_last_line(answer.stderr)}")
-    tried = f" ({'; '.join(said)})" if said else ""
-    raise InputError(
-        f"no {wanted or 'docker, podman or buildah'} that works here{tried}: the images are built with one"
-    )
 
 
 @explained()
@@ -90,15 +69,28 @@ def push(
             if not (digest := _digest_of(cloud, stack, stage, tag)):
                 tell(f"{IMAGES[stage]}: builds {name}")
                 command = build_command(IMAGES[stage], context, name, given, tool)
-                _run([*command[:2], *_platform(), *command[2:]], f"building {IMAGES[stage]}")
+                run_tool([*command[:2], *_platform(), *command[2:]], f"building {IMAGES[stage]}")
                 tell(f"{IMAGES[stage]}: pushes it")
-                _run([tool, "push", name], f"pushing {IMAGES[stage]}")
-                digest = _digest_of(cloud, stack, stage, tag)
+                digest = _pushed(cloud, stack, stage, name, tool)
             address = f"{stack.repository(stage)}@{digest}"
             pushed[stage] = Image(address, tag, __version__, commit(), {name: given[name] for name in on})
             _write_record(cloud, stack, pushed)
             tell(f"{IMAGES[stage]}: {address}")
     return pushed
+
+
+def _pushed(cloud: Cloud, stack: Stack, stage: str, name: str, tool: str) -> str:
+    """The digest of an image, once it is in its repository: by us, or by somebody who pushed the same meanwhile, because a
+    tag that is there cannot be given away again.
+    """
+    tag, refused = name.rpartition(":")[2], None
+    try:
+        run_tool([tool, "push", name], f"pushing {IMAGES[stage]}")
+    except InputError as error:
+        refused = error
+    if not (digest := _digest_of(cloud, stack, stage, tag)):
+        raise refused or InputError(f"pushing {IMAGES[stage]}: the repository has no {name} after it; push again")
+    return digest
 
 
 @explained()
@@ -144,7 +136,7 @@ def resolved(tool: str, base: str) -> str:
     if "@" in base:
         return base
     what = f"looking up {base}"
-    _run([tool, "pull", "--quiet", *_platform(), base], what)
+    run_tool([tool, "pull", "--quiet", *_platform(), base], what)
     if tool == "buildah":
         digest = json.loads(_output([tool, "inspect", "--type=image", base], what)).get("FromImageDigest", "")
         digests = [f"{base.rpartition(':')[0] or base}@{digest}"] if digest else []
@@ -190,22 +182,8 @@ def _log_in(cloud: Cloud, stack: Stack, tool: str) -> None:
     _output(command, f"logging in to {registry}", password)
 
 
-def _run(command: Sequence[str], what: str) -> None:
-    """What it says goes to stderr."""
-    # SageMaker wants an image, not the list of an image and of where it comes from that docker makes.
-    environment = {**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=STDERR, env=environment)
-    if done.returncode:
-        raise InputError(f"{what}: {command[0]} failed with exit code {done.returncode}; its own lines above say why")
-
-
 def _output(command: Sequence[str], what: str, given: str = "") -> str:
     done = subprocess.run(command, input=given, capture_output=True, text=True)
     if done.returncode:
-        raise InputError(f"{what}: {command[0]} failed: {_last_line(done.stderr)}")
+        raise InputError(f"{what}: {command[0]} failed: {last_line(done.stderr)}")
     return done.stdout
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it says nothing"

@@ -20,7 +20,7 @@ from spaceport_gs.files import replacing
 from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explained
 from spaceport_gs.pipeline.aws.flow import BATCH_NAME, Scene, batch_input, batch_manifest, scene_input
 from spaceport_gs.pipeline.aws.jobs import SCENE_ID
-from spaceport_gs.pipeline.aws.stack import Stack
+from spaceport_gs.pipeline.aws.stack import Stack, check_bucket
 from spaceport_gs.pipeline.aws.uploads import Upload, send, sizes
 from spaceport_gs.pipeline.manifest import FORMAT, read_manifest, sha256_of
 from spaceport_gs.pipeline.manifest import NAME as MANIFEST
@@ -119,7 +119,8 @@ def submit(cloud: Cloud, stack: Stack, scene: Scene, upload: Upload, listen: Lis
 
 
 def send_photos(cloud: Cloud, stack: Stack, upload: Upload, listen: Listener) -> None:
-    """To where the jobs of their scene look for them, as far as they are not there."""
+    """To where the jobs of their scene look for them, as far as they are not there, and to nobody else's bucket."""
+    check_bucket(cloud, stack)
     send(cloud, stack.bucket, f"inputs/{upload.scene}/photos", upload, listen)
 
 
@@ -217,6 +218,19 @@ def fetch(cloud: Cloud, stack: Stack, scene: str, out: Path, listen: Listener) -
         path.write_text(text, encoding="utf-8")
     read_manifest(out, "compress")
     listen(Progress("fetch", total, total))
+
+
+@explained()
+def pointer_of(cloud: Cloud, stack: Stack, scene: str) -> dict[str, str]:
+    """What is published of a scene: `page` and `scene`, keys below published/. InputError if nothing is."""
+    text = _text(cloud, stack.bucket, f"published/{_checked(scene)}/scene.json")
+    if text is None:
+        raise InputError(f"scene {scene}: is not published; see its status")
+    try:
+        pointer = json.loads(text)
+        return {name: str(pointer[name]) for name in ("page", "scene")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"scene {scene}: published/{scene}/scene.json is damaged; retry the scene") from error
 
 
 @explained()

@@ -82,6 +82,11 @@ class Stack:
         return self.outputs["Bucket"]
 
     @property
+    def account_id(self) -> str:
+        """Of whom it belongs to."""
+        return self.outputs["SfmRole"].split(":")[4]
+
+    @property
     def machines(self) -> tuple[str, str]:
         """ARNs of the flows of one scene and of many."""
         return self.outputs["SceneMachine"], self.outputs["BatchMachine"]
@@ -452,6 +457,13 @@ def _there(ask: Callable[..., Any], **named: Any) -> bool:
             raise InputError(f"{next(iter(named.values()))}: is not ours, or may not be read") from error
         raise
     return True
+
+
+@explained()
+def check_bucket(cloud: Cloud, stack: Stack) -> None:
+    """InputError if the stack's bucket has gone, or has been made anew by another account, who would get what is sent there."""
+    if not _there(cloud.client("s3").head_bucket, Bucket=stack.bucket, ExpectedBucketOwner=stack.account_id):
+        raise InputError(f"{stack.bucket} is gone, and with it what the stack {stack.prefix} needs: destroy it and deploy again")  # fmt: skip
 
 
 def _delete(cloud: Cloud, kept: Mapping[str, str], tell: Tell) -> None:

@@ -104,6 +104,10 @@ def check(parameters: Mapping[str, str]) -> None:
             raise InputError(f"{name}: no such parameter of the stack; there are {', '.join(known)}")
         if wrong := _wrong(known[name], value):
             raise InputError(f"{name} {value!r}: {wrong}. {known[name].get('Description', '')}".strip())
+    if (key := parameters.get("PublicKey", "").strip()) and not key.startswith("-----BEGIN PUBLIC KEY-----"):
+        raise InputError(
+            "PublicKey: expected the public one of a pair of RSA keys in PEM; keep the private one to yourself"
+        )
     if parameters.get("Publishing") == "signed" and not parameters.get("PublicKey"):
         raise InputError("Publishing signed: give PublicKey, the public one of a pair of RSA keys in PEM")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from spaceport_gs.pipeline.aws.scenes import (
     told_in,
 )
 from spaceport_gs.pipeline.aws.stack import Stack
+from spaceport_gs.pipeline.events import progress_in
 from spaceport_gs.progress import Listener, Progress
 
 POLL_SECONDS = 10.0
 STOP_SECONDS = 180.0
+LATE_SECONDS = 60.0  # that a line of a log may come after later ones
 PREVIEW = "preview.jpg"
 UNDER_WAY = ("InProgress", "Stopping")
 PUBLISHING = ("ReadManifest", "Publish", "Copy", "Point", "Notify")
@@ -90,22 +93,8 @@ def _progress_of(job: JobState, event: Mapping[str, Any] | None) -> Progress:
     if job.status == "Completed":
         return Progress(job.stage, 1, 1, "done")
     if job.status in UNDER_WAY and event and job.detail in ("", "Training"):
-        return _progress_in(event, job.stage)
+        return progress_in(event, job.stage)
     return Progress(job.stage, 0, 1, _words(job))
-
-
-def _progress_in(event: Mapping[str, Any], stage: str) -> Progress:
-    """An event, which another machine wrote, as progress."""
-    known = ("time", "stage", "step", "n_steps", "fraction", "seconds_left", "message")
-    figures = {
-        str(name): value for name, value in event.items() if name not in known and isinstance(value, int | float)
-    }
-    try:
-        return Progress(
-            str(event.get("stage", stage)), int(event["step"]), int(event["n_steps"]), str(event.get("message", "")), figures
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError):
-        return Progress(stage, 0, 1, "runs")
 
 
 def _words(job: JobState) -> str:
@@ -135,17 +124,57 @@ def save_preview(cloud: Cloud, found: Status, path: Path, tag: str) -> str:
     return str(answer["ETag"])
 
 
-def log_lines(cloud: Cloud, job: JobState) -> Iterator[tuple[float, str]]:
-    """(seconds since 1970, line) of what a job printed."""
+@dataclass(frozen=True)
+class Line:
+    """Of what a job printed."""
+
+    job: str
+    time: float
+    """In seconds since 1970."""
+    line: str
+    id: str = ""
+    """CloudWatch's, for no other line."""
+
+
+def log_lines(cloud: Cloud, job: JobState, since: float = 0.0) -> Iterator[Line]:
+    """What a job printed; `since`: seconds since 1970."""
     named = {"logGroupName": LOGS[job.is_training], "logStreamNamePrefix": f"{job.name}/"}
     try:
         with explained():
-            for page in cloud.client("logs").get_paginator("filter_log_events").paginate(**named):
+            pages = cloud.client("logs").get_paginator("filter_log_events")
+            for page in pages.paginate(**named, startTime=round(1000 * since)):
                 for event in page["events"]:
-                    yield event["timestamp"] / 1000, event["message"].rstrip("\n")
+                    text = event["message"].rstrip("\n")
+                    yield Line(job.name, event["timestamp"] / 1000, text, event["eventId"])
     except InputError as error:
         if not isinstance(error.__cause__, ClientError) or code_of(error.__cause__) != "ResourceNotFoundException":
             raise  # else no job of this kind has run yet
+
+
+def follow_logs(cloud: Cloud, stack: Stack, scene: str, stage: str, tell: Callable[[Line], None]) -> Status:
+    """Where a scene stands once its latest run is over. Until then tells each line that its jobs print, once, those of all
+    stages or of one. Lines come some seconds late, and not always in their order.
+    """
+    seen, newest = set[str](), dict[str, float]()
+
+    def look() -> Status:
+        found = status(cloud, stack, scene)
+        for job in found.jobs:
+            if stage not in ("", job.stage):
+                continue
+            for line in log_lines(cloud, job, max(0.0, newest.get(job.name, 0.0) - LATE_SECONDS)):
+                newest[job.name] = max(line.time, newest.get(job.name, 0.0))
+                if line.id not in seen:
+                    seen.add(line.id)
+                    tell(line)
+        return found
+
+    while (found := look()).run.status == RUNNING:
+        time.sleep(POLL_SECONDS)
+    if found.run.status == UNSTARTED:
+        raise InputError(f"scene {scene}: {found.run.name} was recorded, but never started; retry starts it")
+    time.sleep(POLL_SECONDS)
+    return look()
 
 
 def follow_batch(cloud: Cloud, stack: Stack, batch: str, tell: Callable[[str], None]) -> list[Status]:
