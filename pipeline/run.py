@@ -74,10 +74,7 @@ def reconstruct(source: Path, workspace: Workspace, settings: RunSettings, liste
     train_stage(workspace, settings, listen)
     compress_stage(workspace, settings, listen)
     publish_stage(workspace, settings, listen)
-    report = report_of(workspace, settings)
-    _write_report_page(workspace, report)
-    write_json(workspace.folder / "report.json", report)
-    return report
+    return write_reports(workspace, settings)
 
 
 def train_project(source: Path, workspace: Workspace, settings: RunSettings, listen: Listener) -> dict[str, Any]:
@@ -316,6 +313,14 @@ def _heat(error: np.ndarray) -> np.ndarray:
     """[H, W] mean absolute error in 0 … 255 as black, red, yellow, white; white from 64 on."""
     level = np.clip(error / 64.0, 0, 1)[..., None] * 3
     return (np.clip(level - np.array([0.0, 1.0, 2.0]), 0, 1) * 255).astype(np.uint8)
+
+
+def write_reports(workspace: Workspace, settings: RunSettings) -> dict[str, Any]:
+    """report.html and report.json, from what SfM and training left; returns the values."""
+    report = report_of(workspace, settings)
+    _write_report_page(workspace, report)
+    write_json(workspace.folder / "report.json", report)
+    return report
 
 
 def report_of(workspace: Workspace, settings: RunSettings) -> dict[str, Any]:

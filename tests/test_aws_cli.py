@@ -225,7 +225,10 @@ def test_from_photos_to_a_scene_and_back_to_nothing(shell: Shell, capture: Path)
 
     shell("fetch", job)
     assert "Quarry é" in (shell.folder / job / "index.html").read_text()
+    report = (shell.folder / job / "report.html").read_text()
+    assert f"{job}-1: aborted, " in report and f"{job}-2: succeeded, " in report and "ml.g5.xlarge" not in report
     cost = shell.json("cost", job)
+    assert f"<th>{cost['usd']:.3f} $</th>" in report
     assert len(cost["jobs"]) == 4 and cost["usd"] == pytest.approx(sum(one["usd"] for one in cost["jobs"]))
     gone = shell("destroy", "--yes")
     assert "keep Bucket" in gone.stdout and "the stack spaceport is gone" in gone.stdout

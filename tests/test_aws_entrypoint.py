@@ -90,6 +90,10 @@ def test_three_jobs_make_what_a_local_run_makes(sfm: Path, trained: Path, tmp_pa
     assert set(manifest.inputs) == {"train", "sfm"} and manifest.metrics["sog_bytes"] > 0
     told = json.loads((base / "processing/progress/progress.json").read_text())
     assert told["fraction"] == 1
+    assert {"report.html", "report.json"} < set(manifest.outputs)
+    report = json.loads((base / "processing/output/report.json").read_text())
+    assert report["registered"] == 16 and report["gaussians"] > 0 and report["sog_bytes"] == manifest.metrics["sog_bytes"]
+    assert "render of view 1" in (base / "processing/output/report.html").read_text()
 
     settings = stages.RunSettings(device="cpu", seed=3, steps=120, checkpoint_every=20)
     config = {"version": "0", "command": "reconstruct"}

@@ -489,7 +489,7 @@ def fetch_command(
     prefix: Prefix = PREFIX,
     json: Json = False,
 ) -> None:
-    """Brings a finished scene here: scene.sog, index.html and their manifest, checked."""
+    """Brings a finished scene here: scene.sog, index.html, the report and their manifest, checked."""
     cloud, stack = _stack(region, profile, prefix)
     scenes, folder = _scenes(cloud, stack, job), output or Path(job)
     folders = {scene: folder / scene if job.startswith(BATCH) else folder for scene in scenes}
@@ -497,12 +497,19 @@ def fetch_command(
         for scene, target in folders.items():
             _fetch(cloud, stack, scene, target, listen)
     result = {"job": job, "folders": [str(target) for target in folders.values()]}
-    finish(result, json, False, lambda: "\n".join(f"page    {target / 'index.html'}" for target in folders.values()))
+    finish(result, json, False, lambda: "\n".join(line for target in folders.values() for line in _page_lines(target)))
+
+
+def _page_lines(folder: Path) -> Iterator[str]:
+    for word, name in (("page", "index.html"), ("report", "report.html")):
+        if (folder / name).exists():
+            yield f"{word:6}  {folder / name}"
 
 
 def _fetch(cloud: Cloud, stack: Stack, scene: str, folder: Path, listen: Listener) -> None:
     """Into a folder that is new, empty, or of this scene."""
     from spaceport_gs.pipeline.aws.scenes import fetch
+    from spaceport_gs.pipeline.aws.timeline import add_to_report
 
     known = ("manifest.json", "events.jsonl")
     if folder.exists() and (
@@ -510,6 +517,7 @@ def _fetch(cloud: Cloud, stack: Stack, scene: str, folder: Path, listen: Listene
     ):
         raise InputError(f"{folder}: holds other files; give an empty or a new folder with --output")
     fetch(cloud, stack, scene, folder, listen)
+    add_to_report(cloud, stack, scene, folder)
 
 
 @app.command(name="retry")

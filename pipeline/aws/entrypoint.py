@@ -2,7 +2,7 @@
 
     sfm        photos → sfm            a processing job
     train      sfm → scene.ply         a training job; resumes from its checkpoints
-    compress   train (, sfm) → scene.sog, index.html   a processing job
+    compress   train (, sfm) → scene.sog, index.html (, report.html, report.json)   a processing job
 
 It needs no network. Exit codes: 0 done, or stopped with a checkpoint (then there is no manifest); 2 the user's mistake; 70 any
 other failure; 143 stopped with nothing to go on from.
@@ -125,7 +125,9 @@ def _compress(places: Places, settings: RunSettings) -> None:
             _take(workspace, inputs["sfm"], "sfm")
         run.compress_stage(workspace, settings, reporter, scores=False)
         run.publish_stage(workspace, settings, reporter)
-        _deliver(places, workspace, ("scene.sog", "index.html"), settings, inputs)
+        if "sfm" in inputs:
+            run.write_reports(workspace, settings)
+        _deliver(places, workspace, ("scene.sog", "index.html", "report.html", "report.json"), settings, inputs)
 
 
 _STAGES: Mapping[str, Callable[[Places, RunSettings], None]] = {"sfm": _sfm, "train": _train, "compress": _compress}

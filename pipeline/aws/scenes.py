@@ -159,7 +159,14 @@ def runs(cloud: Cloud, stack: Stack, scene: str) -> list[Run]:
 @explained()
 def jobs_of(cloud: Cloud, run: Run) -> list[JobState]:
     """Every attempt at every stage of a run, in the order in which they were asked for."""
-    return list(_jobs(cloud, _events(cloud, run)))
+    return history_of(cloud, run)[1]
+
+
+@explained()
+def history_of(cloud: Cloud, run: Run) -> tuple[list[Mapping[str, Any]], list[JobState]]:
+    """(what Step Functions wrote down of a run, its jobs); nothing once that is ninety days old."""
+    events = _events(cloud, run)
+    return events, list(_jobs(cloud, events))
 
 
 @explained()
