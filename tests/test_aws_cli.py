@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -266,6 +266,18 @@ def test_a_capture_that_fails_says_why(shell: Shell, stack: str, tmp_path: Path)
     job = last.split()[3].rstrip(":")
     state = shell.json("status", job, "--prefix", stack)
     assert state["status"] == "FAILED" and state["error"] == "Spaceport.sfm" and state["reason"].startswith("input: ")
+
+
+@pytest.mark.slow
+def test_a_drill_fails_as_it_should_and_retry_goes_on(shell: Shell, stack: str, capture: Path) -> None:
+    order = ("submit", str(capture), "--steps", "30", "--device", "cpu", "--prefix", stack, "--drill", "train:crash@20")
+    assert "set SPACEPORT_DRILLS=1" in shell.error(*order)
+    allowed = replace(shell, environment={**shell.environment, "SPACEPORT_DRILLS": "1"})
+    job = allowed.json(*order)["job"]
+    failed = shell.json("watch", job, "-o", "drill", "--prefix", stack, expect=70)
+    assert failed["error"] == "Spaceport.train" and failed["reason"].startswith("interrupted: ")
+    assert "drill train:crash@20" in shell("logs", job, "--stage", "train", "--prefix", stack).stdout
+    assert f"{job}-2: succeeded" in shell("retry", job, "--watch", "-o", "drill", "--prefix", stack).stdout
 
 
 @pytest.mark.slow

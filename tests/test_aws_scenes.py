@@ -27,7 +27,8 @@ from interpreter import REGION, Interpreter, TaskError, client_of
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws import scenes, uploads
 from spaceport_gs.pipeline.aws.cloud import Cloud
-from spaceport_gs.pipeline.aws.flow import Scene, spot_of
+from spaceport_gs.pipeline.aws.drills import parsed
+from spaceport_gs.pipeline.aws.flow import Scene, scene_input, spot_of
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES
 from spaceport_gs.pipeline.aws.prices import load_prices
 from spaceport_gs.pipeline.aws.scenes import (
@@ -468,6 +469,30 @@ def test_retry_goes_on_after_what_is_complete(
         retry(cloud, STACK, upload.scene)
 
 
+def test_retry_does_not_rehearse_again(
+    cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
+) -> None:
+    """Whatever was to go wrong, on spot instances and on demand; everything else is asked for as before."""
+    asked = list[dict[str, Any]]()
+
+    def drilled(request: dict[str, Any], attempt: int) -> Any:
+        asked.append(request)
+        return (sagemaker.fail(FailureReason="AlgorithmError: ") if len(asked) == 1 else sagemaker.run)(
+            request, attempt
+        )
+
+    aws.handlers = {**aws.handlers, "TrainSpot": drilled}
+    upload, _ = make(cloud, photos, tmp_path, replace(SCENE, drills={"train": parsed("train:crash@5")}))
+    failed = wait_for(cloud, upload.scene, "FAILED")
+    with_it = {stage for stage, request in failed.run.stages.items() if "SPACEPORT_DRILL" in request["Environment"]}
+    assert with_it == {"train", "spot"}
+    again = retry(cloud, STACK, upload.scene)
+    wait_for(cloud, upload.scene)
+    first, second = (request["Environment"] for request in asked)
+    assert first == {**second, "SPACEPORT_DRILL": "train:crash@5", "SPACEPORT_DRILLS": "1"}
+    assert again.stages == scene_input(replace(SCENE, scene=upload.scene), STACK.account("sfm"))["stages"]
+
+
 def test_retry_publishes_what_could_not_be(
     cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
 ) -> None:
@@ -612,7 +637,7 @@ def test_a_report_shows_every_try_and_what_it_cost(
         ("compress", "ml.c6i.2xlarge", "Completed"),
         ("publish", "", ""),
     ]
-    assert [row[2:4] for row in rows if row[0] == "sfm"] == [["2.0 min", "30.0 min"], ["1,800 s", "1,800 s"]]
+    assert [row[2:4] for row in rows if row[0] == "sfm"] == [["2.0\xa0min", "30.0\xa0min"], ["1,800 s", "1,800 s"]]
     assert [row[3] for row in rows if row[:2] == ["train", "ml.g5.xlarge, spot"]][:2] == ["–", "–"]
     assert "<script>" not in text and text.count("</body>") == 1 and text.startswith(before.partition("</body>")[0])
 

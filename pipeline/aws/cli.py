@@ -74,6 +74,14 @@ MaxCost = Annotated[float, typer.Option("--max-cost", min=0, help="US dollars th
 Deadline = Annotated[
     float, typer.Option("--deadline", min=0, help="With --instance auto: minutes that it may take; 0: any.")
 ]
+DrillOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--drill",
+        help="STAGE:FAULT or train:FAULT@STEP: a job fails on purpose; needs SPACEPORT_DRILLS=1. May be repeated.",
+        show_default=False,
+    ),
+]
 Watch = Annotated[bool, typer.Option("--watch", help="Then follow it until it is over.")]
 Into = Annotated[
     Path | None,
@@ -237,11 +245,14 @@ def doctor_command(
 def submit_command(
     photos: Folder, preset: Preset = "standard", steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1,
     eval_every: EvalEvery = 8, seed: Seed = 0, device: DeviceOption = "auto", title: Title = "", instance: Instance = None,
-    spot: Spot = False, max_cost: MaxCost = 0, deadline: Deadline = 0, watch: Watch = False, output: Into = None,
-    region: Region = "", profile: Profile = "", prefix: Prefix = PREFIX, json: Json = False,
+    spot: Spot = False, max_cost: MaxCost = 0, deadline: Deadline = 0, drill: DrillOption = None, watch: Watch = False,
+    output: Into = None, region: Region = "", profile: Profile = "", prefix: Prefix = PREFIX, json: Json = False,
 ) -> None:  # fmt: skip
     """Uploads photos, as far as they are not there yet, and starts what makes a scene of them."""
+    from dataclasses import replace
+
     from spaceport_gs.pipeline.aws.doctor import require_quotas
+    from spaceport_gs.pipeline.aws.drills import ordered
     from spaceport_gs.pipeline.aws.orders import capture_in
     from spaceport_gs.pipeline.aws.prices import load_prices
     from spaceport_gs.pipeline.aws.push import images_of
@@ -250,7 +261,7 @@ def submit_command(
     from spaceport_gs.pipeline.run import RunSettings
 
     settings = RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every, title=title)
-    order = _order(settings, instance, spot, max_cost, deadline)
+    order = replace(_order(settings, instance, spot, max_cost, deadline), drills=ordered(drill or ()))
     capture = capture_in(photos)
     cloud, stack = _stack(region, profile, prefix)
     images = images_of(cloud, stack)

@@ -182,7 +182,7 @@ def _table_of(bills: Sequence[tuple[str, Bill]], prices: Prices) -> str:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min"
+    return f"{seconds / 60:.1f}\N{NO-BREAK SPACE}min"
 
 
 def _text(words: str) -> str:
