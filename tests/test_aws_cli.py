@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -357,6 +358,11 @@ def here(shell: Shell, stack: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         (["cost", "./nothere"], "expected a folder of photos"),
         (["submit", "nothere"], "expected a folder of photos"),
         (["submit", "few"], "2 photos; at least 3"),
+        (["submit", "few.zip"], "2 photos; at least 3"),
+        (["submit", "wrong.zip"], "wrong.zip: not a readable zip file"),
+        (["cost", "./few.zip"], "2 photos; at least 3"),
+        (["submit", "photos", "--drill", "train:crash"], "set SPACEPORT_DRILLS=1 to allow that"),
+        (["submit", "photos", "--drill", "train:fire"], "faults are interrupt, crash"),
         (["submit", "photos", "--preset", "best"], "best"),
         (["submit", "photos", "--device", "tpu"], "choose auto, cpu or cuda"),
         (["submit", "photos", "--eval-every", "1"], "--eval-every 1"),
@@ -389,6 +395,8 @@ def test_bad_input_is_one_line(
         (tmp_path / folder).mkdir()
         for name in ("a.jpg", "b.jpg", "c.jpg")[:n]:
             (tmp_path / folder / name).write_bytes(name.encode())
+    shutil.make_archive(str(tmp_path / "few"), "zip", tmp_path, "few")
+    (tmp_path / "wrong.zip").write_bytes((tmp_path / "few.zip").read_bytes()[:-10])
     (tmp_path / "twice.json").write_text(json.dumps(2 * [{"name": "a", "photos": "photos"}]))
     (tmp_path / "wrong.json").write_text('[{"name": "a", "photos": "photos", "settings": {"steps": "many"}}]')
     assert here(*arguments) == 2

@@ -7,6 +7,7 @@ import html
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,7 @@ from spaceport_gs.pipeline.aws.scenes import (
 from spaceport_gs.pipeline.aws.stack import Stack
 from spaceport_gs.pipeline.aws.timeline import add_to_report
 from spaceport_gs.pipeline.aws.uploads import Upload, plan, send
+from spaceport_gs.pipeline.capture import as_folder
 from spaceport_gs.pipeline.manifest import read_manifest, write_manifest
 from spaceport_gs.pipeline.run import RunSettings
 from spaceport_gs.progress import Progress, ignore
@@ -190,6 +192,16 @@ def test_a_scene_is_what_its_photos_hold(photos: Path, tmp_path: Path) -> None:
     renamed = plan(moved).scene
     (moved / "z.jpg").write_bytes(b"other")
     assert len({upload.scene, renamed, plan(moved).scene}) == 3
+
+
+def test_photos_in_a_zip_are_the_same_scene(photos: Path, tmp_path: Path) -> None:
+    archive = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path, "photos"))
+    with as_folder(archive) as folder:
+        assert plan(folder).scene == plan(photos).scene
+    assert not folder.exists()
+    with as_folder(photos) as folder:
+        assert folder == photos
+    assert photos.exists()
 
 
 def test_what_is_no_capture_is_refused(tmp_path: Path) -> None:

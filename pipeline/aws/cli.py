@@ -62,7 +62,9 @@ Prefix = Annotated[
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Drain = Annotated[bool, typer.Option("--drain", help="Wait for scenes under way, instead of refusing.")]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="As submit printed it; batch/NAME: all scenes of a batch.")]
-Folder = Annotated[Path, typer.Argument(metavar="PHOTOS", help="A folder of photos, or a COLMAP project.")]
+Folder = Annotated[
+    Path, typer.Argument(metavar="PHOTOS", help="A folder of photos, a .zip of one, or a COLMAP project.")
+]
 Instance = Annotated[
     list[str] | None,
     typer.Option(
@@ -258,19 +260,21 @@ def submit_command(
     from spaceport_gs.pipeline.aws.push import images_of
     from spaceport_gs.pipeline.aws.scenes import submit
     from spaceport_gs.pipeline.aws.uploads import plan
+    from spaceport_gs.pipeline.capture import as_folder
     from spaceport_gs.pipeline.run import RunSettings
 
     settings = RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every, title=title)
     order = replace(_order(settings, instance, spot, max_cost, deadline), drills=ordered(drill or ()))
-    capture = capture_in(photos)
-    cloud, stack = _stack(region, profile, prefix)
-    images = images_of(cloud, stack)
-    estimated = order.estimated(capture, load_prices(cloud.region))
-    require_quotas(cloud, estimated.machines)
-    _teller(json)(str(estimated))
-    upload = plan(photos)
-    with _bars(json) as listen:
-        run = submit(cloud, stack, order.scene(estimated, images), upload, listen)
+    with as_folder(photos) as folder:
+        capture = capture_in(folder)
+        cloud, stack = _stack(region, profile, prefix)
+        images = images_of(cloud, stack)
+        estimated = order.estimated(capture, load_prices(cloud.region))
+        require_quotas(cloud, estimated.machines)
+        _teller(json)(str(estimated))
+        upload = plan(folder)
+        with _bars(json) as listen:
+            run = submit(cloud, stack, order.scene(estimated, images), upload, listen)
     result = {
         "job": run.scene,
         "run": run.name,
@@ -601,21 +605,23 @@ def _submit_batch(
     from spaceport_gs.pipeline.aws.push import images_of
     from spaceport_gs.pipeline.aws.scenes import send_photos, submit_batch
     from spaceport_gs.pipeline.aws.uploads import plan
+    from spaceport_gs.pipeline.capture import as_folder
 
     tell, images, prices = _teller(as_json), images_of(cloud, stack), load_prices(cloud.region)
     scenes, refused = dict[str, Scene](), dict[str, str]()
-    for capture, (folder, given) in captures.items():
+    for capture, (path, given) in captures.items():
         try:
             one = replace(order, settings=changed(order.settings, given))
-            estimated = one.estimated(capture_in(folder), prices)
-            if not scenes:
-                require_quotas(cloud, estimated.machines, n_at_once)
-            tell(f"{capture}: {estimated.usd.likely:.2f} $ ({estimated.usd.low:.2f} to {estimated.usd.high:.2f})")
-            upload = plan(folder)
-            if twin := next((known for known, scene in scenes.items() if scene.scene == upload.scene), ""):
-                raise InputError(f"{folder}: has the same photos as {twin}")
-            with _bars(as_json) as listen:
-                send_photos(cloud, stack, upload, listen)
+            with as_folder(path) as folder:
+                estimated = one.estimated(capture_in(folder), prices)
+                if not scenes:
+                    require_quotas(cloud, estimated.machines, n_at_once)
+                tell(f"{capture}: {estimated.usd.likely:.2f} $ ({estimated.usd.low:.2f} to {estimated.usd.high:.2f})")
+                upload = plan(folder)
+                if twin := next((known for known, scene in scenes.items() if scene.scene == upload.scene), ""):
+                    raise InputError(f"{path}: has the same photos as {twin}")
+                with _bars(as_json) as listen:
+                    send_photos(cloud, stack, upload, listen)
             scenes[capture] = replace(one.scene(estimated, images), scene=upload.scene)
         except InputError as error:
             refused[capture] = str(error)
@@ -681,6 +687,7 @@ def cost_command(
     from spaceport_gs.pipeline.aws.cost import idle_line, idle_usd_per_month
     from spaceport_gs.pipeline.aws.orders import capture_in
     from spaceport_gs.pipeline.aws.prices import load_prices
+    from spaceport_gs.pipeline.capture import as_folder
     from spaceport_gs.pipeline.run import RunSettings
 
     cloud = connect(region, profile)
@@ -689,7 +696,8 @@ def cost_command(
     if _is_folder(what):
         settings = RunSettings(device, 0, preset, steps, max_seconds, downscale, eval_every)
         order = _order(settings, instance, spot, max_cost, deadline)
-        estimated = order.estimated(capture_in(Path(what)), load_prices(cloud.region))
+        with as_folder(Path(what)) as folder:
+            estimated = order.estimated(capture_in(folder), load_prices(cloud.region))
         finish({"estimate": asdict(estimated)}, json, False, lambda: str(estimated))
         return
     cloud, stack = _stack(region, profile, prefix)

@@ -117,7 +117,7 @@ def instances_of(choices: Sequence[str]) -> tuple[dict[str, str], bool]:
 def capture_in(folder: Path) -> Capture:
     """InputError if that is no folder with enough photos."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder of photos; unpack a .zip first")
+        raise InputError(f"{folder}: expected a folder of photos, or a .zip of one")
     files = list_photos(folder)
     if len(files) < MIN_PHOTOS:
         raise InputError(f"{folder}: {len(files)} photos; at least {MIN_PHOTOS} are needed")
