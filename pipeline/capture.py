@@ -92,7 +92,7 @@ def open_capture(path: Path, work: Path, listen: Listener = ignore) -> Capture:
     if path.is_file():
         if path.suffix.lower() != ".zip":
             raise InputError(f"{path}: expected a folder of photos, a .zip of one, or a COLMAP project")
-        path = _unzipped(path, work / "unzipped")
+        path = unzipped(path, work / "unzipped")
     root = _single_folder(path)
     reconstruction, images = _find_project(root, work)
     names = _find_photos(images, work)
@@ -108,12 +108,18 @@ def open_capture(path: Path, work: Path, listen: Listener = ignore) -> Capture:
 
 @contextmanager
 def as_folder(path: Path) -> Iterator[Path]:
-    """The path, or for a .zip a folder with what is wanted of it, which is gone afterwards. InputError: it cannot be read."""
+    """The path, or for a .zip a folder with what is wanted of it, which is gone afterwards. InputError: it cannot be read, or
+    what was said of the folder, said of the .zip.
+    """
     if not path.is_file() or path.suffix.lower() != ".zip":
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="spaceport-") as folder:
-        yield _single_folder(_unzipped(path, Path(folder) / "unzipped"))
+    with tempfile.TemporaryDirectory(prefix="spaceport-") as temporary:
+        folder = _single_folder(unzipped(path, Path(temporary)))
+        try:
+            yield folder
+        except InputError as error:
+            raise InputError(str(error).replace(str(folder), str(path))) from error
 
 
 def list_photos(path: Path) -> list[Path]:
@@ -148,7 +154,7 @@ def stamp_of(path: Path) -> dict[str, Any]:
     return {"files": len(files), "sha256": digest.hexdigest()}
 
 
-def _unzipped(archive: Path, folder: Path) -> Path:
+def unzipped(archive: Path, folder: Path) -> Path:
     """The photos and model files of a .zip; nothing outside `folder` is ever written."""
     done = folder / ".complete"
     stamp = f"{archive.resolve()} {archive.stat().st_size} {archive.stat().st_mtime_ns}"

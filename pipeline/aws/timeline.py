@@ -46,7 +46,9 @@ class Bar:
 
 
 def add_to_report(cloud: Cloud, stack: Stack, scene: str, folder: Path) -> None:
-    """The timeline and the bill of all of a scene's runs, to the report that was fetched into `folder`, if there is one."""
+    """The timeline and the bill of all of a scene's runs, to the report that was fetched into `folder`, if there is one, and the
+    report's new size to the manifest there.
+    """
     if not (folder / REPORT).is_file():
         return
     histories = [(run, *history_of(cloud, run)) for run in runs(cloud, stack, scene)]
@@ -110,7 +112,7 @@ def _failure_in(event: Mapping[str, Any] | None) -> tuple[str, str]:
     for name, details in (event or {}).items():
         if name.endswith("EventDetails") and "error" in details:
             return str(details["error"]), str(details.get("cause", ""))
-    return ("asked for", "") if event is None else ("refused", "")
+    return ("refused" if event else "", "")
 
 
 def _outcome_of(job: JobState) -> str:
