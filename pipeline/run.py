@@ -74,7 +74,7 @@ def reconstruct(source: Path, workspace: Workspace, settings: RunSettings, liste
     train_stage(workspace, settings, listen)
     compress_stage(workspace, settings, listen)
     publish_stage(workspace, settings, listen)
-    return write_reports(workspace, settings)
+    return write_report(workspace, settings)
 
 
 def train_project(source: Path, workspace: Workspace, settings: RunSettings, listen: Listener) -> dict[str, Any]:
@@ -315,14 +315,6 @@ def _heat(error: np.ndarray) -> np.ndarray:
     return (np.clip(level - np.array([0.0, 1.0, 2.0]), 0, 1) * 255).astype(np.uint8)
 
 
-def write_reports(workspace: Workspace, settings: RunSettings) -> dict[str, Any]:
-    """report.html and report.json, from what SfM and training left; returns the values."""
-    report = report_of(workspace, settings)
-    _write_report_page(workspace, report)
-    write_json(workspace.folder / "report.json", report)
-    return report
-
-
 def report_of(workspace: Workspace, settings: RunSettings) -> dict[str, Any]:
     """What report.json holds; stages that did not run are left out."""
     records = {name: workspace.record_of(name) for name in ("sfm", "train", "compress", "publish")}
@@ -355,6 +347,14 @@ def report_of(workspace: Workspace, settings: RunSettings) -> dict[str, Any]:
         "device": train.get("device"),
         "version": __version__,
     }
+    return report
+
+
+def write_report(workspace: Workspace, settings: RunSettings) -> dict[str, Any]:
+    """report.html and report.json of a finished run; returns what the latter holds."""
+    report = report_of(workspace, settings)
+    _write_report_page(workspace, report)
+    write_json(workspace.folder / "report.json", report)
     return report
 
 

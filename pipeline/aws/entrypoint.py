@@ -140,7 +140,7 @@ def _compress(places: Places, settings: RunSettings, rehearsal: Rehearsal) -> No
         run.compress_stage(workspace, settings, listen, scores=False)
         run.publish_stage(workspace, settings, listen)
         if "sfm" in inputs:
-            run.write_reports(workspace, settings)
+            run.write_report(workspace, settings)
         _deliver(places, workspace, ("scene.sog", "index.html", "report.html", "report.json"), settings, inputs)
 
 
