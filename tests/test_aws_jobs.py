@@ -13,6 +13,7 @@ from service_model import wrong
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.contract import Places, settings_of
+from spaceport_gs.pipeline.aws.drills import parsed
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machine
 from spaceport_gs.pipeline.run import RunSettings
 
@@ -98,6 +99,19 @@ def test_the_same_job_as_a_process(tmp_path: Path) -> None:
     container = Job("sfm", "a1", IMAGE, SETTINGS).container_command(tmp_path)
     assert container[-5:] == ["sfm", "downscale=2.0", 'preset="baseline"', "steps=7000", 'title="Quarry \\"3\\""']
     assert {"--network=none", "--read-only", f"--volume={tmp_path}:/opt/ml"} < set(container)
+
+
+def test_a_drill_goes_where_the_job_goes(tmp_path: Path) -> None:
+    """Of one stage, to its environment, without a change of anything else, such as where its checkpoints are."""
+    plain, drilled = (Job("train", "a1", IMAGE, SETTINGS, drill=drill) for drill in (None, parsed("train:crash@5")))
+    request = drilled.request(ACCOUNT)
+    assert not any(wrong(drilled.operation(), request))
+    assert request["Environment"].pop("SPACEPORT_DRILL") == "train:crash@5"
+    assert request["Environment"].pop("SPACEPORT_DRILLS") == "1" and request == plain.request(ACCOUNT)
+    assert drilled.process(tmp_path)[1]["SPACEPORT_DRILL"] == "train:crash@5"
+    assert {"--env=SPACEPORT_DRILL=train:crash@5", "--env=SPACEPORT_DRILLS=1"} < set(
+        drilled.container_command(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("scene", ["", "A1", "a_1", "a-1", 25 * "a", "a1\n", "../a"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,8 +29,10 @@ from interpreter import REGION, Interpreter, TaskError, client_of
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws import scenes, uploads, watch
 from spaceport_gs.pipeline.aws.cloud import Cloud
-from spaceport_gs.pipeline.aws.flow import Scene, spot_of
+from spaceport_gs.pipeline.aws.drills import parsed
+from spaceport_gs.pipeline.aws.flow import Scene, scene_input, spot_of
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES
+from spaceport_gs.pipeline.aws.prices import load_prices
 from spaceport_gs.pipeline.aws.scenes import (
     Run,
     batch_scenes,
@@ -40,8 +45,10 @@ from spaceport_gs.pipeline.aws.scenes import (
     submit_batch,
 )
 from spaceport_gs.pipeline.aws.stack import Stack
+from spaceport_gs.pipeline.aws.timeline import add_to_report
 from spaceport_gs.pipeline.aws.uploads import Upload, plan, send
-from spaceport_gs.pipeline.manifest import write_manifest
+from spaceport_gs.pipeline.capture import as_folder
+from spaceport_gs.pipeline.manifest import read_manifest, write_manifest
 from spaceport_gs.pipeline.run import RunSettings
 from spaceport_gs.progress import Progress, ignore
 
@@ -144,8 +151,8 @@ def put_results(scene: str, stage: str, tmp_path: Path, settings: Mapping[str, A
     """As the job of a stage would leave them in the bucket."""
     folder = tmp_path / scene / stage
     folder.mkdir(parents=True)
-    for name in ("scene.sog", "index.html") if stage == "compress" else ("sparse.bin",):
-        (folder / name).write_text(f"{name} of {scene}")
+    for name in ("scene.sog", "index.html", "report.html") if stage == "compress" else ("sparse.bin",):
+        (folder / name).write_text(f"<html><body>{name} of {scene}</body></html>")
     write_manifest(folder, stage, asdict(RunSettings(**settings)), {}, {})
     for path in folder.iterdir():
         client_of("s3").put_object(Bucket=BUCKET, Key=f"work/{scene}/{stage}/{path.name}", Body=path.read_bytes())
@@ -186,6 +193,16 @@ def test_a_scene_is_what_its_photos_hold(photos: Path, tmp_path: Path) -> None:
     renamed = plan(moved).scene
     (moved / "z.jpg").write_bytes(b"other")
     assert len({upload.scene, renamed, plan(moved).scene}) == 3
+
+
+def test_photos_in_a_zip_are_the_same_scene(photos: Path, tmp_path: Path) -> None:
+    archive = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path, "photos"))
+    with as_folder(archive) as folder:
+        assert plan(folder).scene == plan(photos).scene
+    assert not folder.exists()
+    with as_folder(photos) as folder:
+        assert folder == photos
+    assert photos.exists()
 
 
 def test_what_is_no_capture_is_refused(tmp_path: Path) -> None:
@@ -561,6 +578,30 @@ def test_retry_goes_on_after_what_is_complete(
         retry(cloud, STACK, upload.scene)
 
 
+def test_retry_does_not_rehearse_again(
+    cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
+) -> None:
+    """Whatever was to go wrong, on spot instances and on demand; everything else is asked for as before."""
+    asked = list[dict[str, Any]]()
+
+    def drilled(request: dict[str, Any], attempt: int) -> Any:
+        asked.append(request)
+        return (sagemaker.fail(FailureReason="AlgorithmError: ") if len(asked) == 1 else sagemaker.run)(
+            request, attempt
+        )
+
+    aws.handlers = {**aws.handlers, "TrainSpot": drilled}
+    upload, _ = make(cloud, photos, tmp_path, replace(SCENE, drills={"train": parsed("train:crash@5")}))
+    failed = wait_for(cloud, upload.scene, "FAILED")
+    with_it = {stage for stage, request in failed.run.stages.items() if "SPACEPORT_DRILL" in request["Environment"]}
+    assert with_it == {"train", "spot"}
+    again = retry(cloud, STACK, upload.scene)
+    wait_for(cloud, upload.scene)
+    first, second = (request["Environment"] for request in asked)
+    assert first == {**second, "SPACEPORT_DRILL": "train:crash@5", "SPACEPORT_DRILLS": "1"}
+    assert again.stages == scene_input(replace(SCENE, scene=upload.scene), STACK.account("sfm"))["stages"]
+
+
 def test_retry_publishes_what_could_not_be(
     cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
 ) -> None:
@@ -610,13 +651,13 @@ def test_results_are_fetched_once_and_checked(cloud: Cloud, photos: Path, tmp_pa
     wait_for(cloud, upload.scene)
     out, told = tmp_path / "out", list[Progress]()
     fetch(cloud, STACK, upload.scene, out, told.append)
-    assert (out / "scene.sog").read_text() == f"scene.sog of {upload.scene}"
-    assert sorted(path.name for path in out.iterdir()) == ["index.html", "manifest.json", "scene.sog"]
+    assert f"scene.sog of {upload.scene}" in (out / "scene.sog").read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["index.html", "manifest.json", "report.html", "scene.sog"]
     assert told[-1].step == told[-1].n_steps > 0
     stamp = (out / "index.html").stat().st_mtime_ns
     (out / "scene.sog").write_bytes(bytes((out / "scene.sog").stat().st_size))
     fetch(cloud, STACK, upload.scene, out, ignore)
-    assert (out / "scene.sog").read_text() == f"scene.sog of {upload.scene}"
+    assert f"scene.sog of {upload.scene}" in (out / "scene.sog").read_text()
     assert (out / "index.html").stat().st_mtime_ns == stamp
 
 
@@ -634,6 +675,107 @@ def test_results_that_are_not_what_the_manifest_says(cloud: Cloud, photos: Path,
         with pytest.raises(InputError, match=word):
             fetch(cloud, STACK, upload.scene, tmp_path / "out", ignore)
     assert not (tmp_path / "x").exists()
+
+
+# Reports
+
+HOSTILE = '</section></body><script>alert("é")</script>'
+
+
+def times(kind: str, minutes: int, **more: Any) -> dict[str, Any]:
+    """Of a job that begins two minutes from now."""
+    begin = datetime.now(timezone.utc) + timedelta(minutes=2)
+    return {f"{kind}StartTime": begin, f"{kind}EndTime": begin + timedelta(minutes=minutes), **more}
+
+
+def test_a_report_shows_every_try_and_what_it_cost(
+    cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
+) -> None:
+    """No spot instances, twice refused and once waited for; then no hardware on demand, a failure, and a second run."""
+    usual, tried = aws.handlers, list[str]()
+
+    def described_as(request: Mapping[str, Any], state: str, **said: Any) -> dict[str, Any]:
+        answer = sagemaker.put(request, state, **{k: v for k, v in said.items() if isinstance(v, str)})
+        sagemaker.jobs[request.get("TrainingJobName") or request["ProcessingJobName"]] |= said
+        return answer
+
+    def sfm(request: dict[str, Any], attempt: int) -> Any:
+        return described_as(request, "Completed", **times("Processing", 30))
+
+    def spot(request: dict[str, Any], attempt: int) -> Any:
+        if attempt < 2:
+            raise TaskError("SageMaker.ResourceLimitExceededException", HOSTILE)
+        interrupted = {"BillableTimeInSeconds": 600, "TrainingTimeInSeconds": 1800}
+        return described_as(request, "Stopped", SecondaryStatus="MaxWaitTimeExceeded", **times("Training", 30, **interrupted))  # fmt: skip
+
+    def on_demand(request: dict[str, Any], attempt: int) -> Any:
+        tried.append(request["TrainingJobName"])
+        if len(tried) == 1:
+            return sagemaker.fail(FailureReason="CapacityError: none")(request, attempt)
+        if len(tried) == 2:
+            reason = f"AlgorithmError: {HOSTILE}"
+            answer = described_as(request, "Failed", FailureReason=reason, **times("Training", 60))
+            raise TaskError("SageMaker.JobFailed", json.dumps(answer))
+        cut = [{"Status": status} for status in ("Starting", "Training", "Interrupted", "Training", "Interrupted")]
+        return described_as(request, "Completed", SecondaryStatusTransitions=cut, **times("Training", 60))
+
+    aws.handlers = {**usual, "Sfm": sfm, "TrainSpot": spot, "Train": on_demand}
+    upload, _ = make(cloud, photos, tmp_path)
+    wait_for(cloud, upload.scene, "FAILED")
+    aws.handlers = {**usual, "TrainSpot": on_demand}
+    retry(cloud, STACK, upload.scene)
+    wait_for(cloud, upload.scene)
+    out = tmp_path / "out"
+    fetch(cloud, STACK, upload.scene, out, ignore)
+    before = (out / "report.html").read_text()
+    add_to_report(cloud, STACK, upload.scene, out)
+
+    text = (out / "report.html").read_text()
+    rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    tries = [(row[0], row[1], row[4]) for row in rows if len(row) >= 5 and row[0] in ("sfm", "train", "wait", "compress", "publish") and "<svg" in row[-1]]  # fmt: skip
+    refused = "SageMaker.ResourceLimitExceededException: " + html.escape(HOSTILE)
+    assert tries == [
+        ("sfm", "ml.c6i.2xlarge", "Completed"),
+        ("train", "ml.g5.xlarge, spot", refused),
+        ("train", "ml.g5.xlarge, spot", refused),
+        ("train", "ml.g5.xlarge, spot", "MaxWaitTimeExceeded"),
+        ("train", "ml.g5.xlarge", "Failed: CapacityError: none"),
+        ("wait", "", "no hardware"),
+        ("train", "ml.g5.xlarge", "Failed: AlgorithmError: " + html.escape(HOSTILE)),
+        ("train", "ml.g5.xlarge, spot", "Completed, interrupted 2 times"),
+        ("compress", "ml.c6i.2xlarge", "Completed"),
+        ("publish", "", ""),
+    ]
+    (chart, bill) = (row[2:4] for row in rows if row[0] == "sfm")
+    assert chart[0].startswith("2.") and chart[1] == "30.0\xa0min" and bill == ["1,800 s", "1,800 s"]
+    assert [row[3] for row in rows if row[:2] == ["train", "ml.g5.xlarge, spot"]][:2] == ["–", "–"]
+    assert "<script>" not in text and text.count("</body>") == 1 and text.startswith(before.partition("</body>")[0])
+
+    prices = load_prices(REGION)
+    cpu, gpu = prices.of("ml.c6i.2xlarge", "processing"), prices.of("ml.g5.xlarge", "training")
+    (total,) = (row for row in rows if row[0] == "together")
+    assert total[-2:] == [f"{cpu / 2 + gpu * (600 / 3600 + 2):.3f} $", f"{gpu * 1200 / 3600:.3f} $"]
+    assert f"Prices of {prices.region}, {prices.as_of}" in text
+
+    fetch(cloud, STACK, upload.scene, out, ignore)
+    add_to_report(cloud, STACK, upload.scene, out)
+    add_to_report(cloud, STACK, upload.scene, out)
+    assert (out / "report.html").read_text() == text
+    assert read_manifest(out, "compress").outputs["report.html"]["bytes"] == len(text.encode())
+
+
+def test_a_run_whose_history_is_gone_leaves_a_report(cloud: Cloud, photos: Path, tmp_path: Path) -> None:
+    """As after ninety days; and results of a version that made no report stay as they are."""
+    upload, _ = make(cloud, photos, tmp_path)
+    wait_for(cloud, upload.scene)
+    fetch(cloud, STACK, upload.scene, tmp_path / "out", ignore)
+    elsewhere = replace(STACK, outputs={**STACK.outputs, "SceneMachine": f"{VALUES['SceneMachine']}-other"})
+    add_to_report(cloud, elsewhere, upload.scene, tmp_path / "out")
+    text = (tmp_path / "out/report.html").read_text()
+    assert "<svg" not in text and "<th>0.000 $</th>" in text
+    (tmp_path / "out/report.html").unlink()
+    add_to_report(cloud, STACK, upload.scene, tmp_path / "out")
+    assert not (tmp_path / "out/report.html").exists()
 
 
 @pytest.mark.parametrize("scene", ["", "../a", "A1", "a1\n", 25 * "a"])

@@ -67,7 +67,9 @@ Prefix = Annotated[
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Drain = Annotated[bool, typer.Option("--drain", help="Wait for scenes under way, instead of refusing.")]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="As submit printed it; batch/NAME: all scenes of a batch.")]
-Folder = Annotated[Path, typer.Argument(metavar="PHOTOS", help="A folder of photos, or a COLMAP project.")]
+Folder = Annotated[
+    Path, typer.Argument(metavar="PHOTOS", help="A folder of photos, a .zip of one, or a COLMAP project.")
+]
 Instance = Annotated[
     list[str] | None,
     typer.Option(
@@ -78,6 +80,14 @@ Spot = Annotated[bool, typer.Option("--spot", help="Train on spot instances; if 
 MaxCost = Annotated[float, typer.Option("--max-cost", min=0, help="US dollars that a scene may cost; 0: no limit.")]
 Deadline = Annotated[
     float, typer.Option("--deadline", min=0, help="With --instance auto: minutes that it may take; 0: any.")
+]
+DrillOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--drill",
+        help="STAGE:FAULT or train:FAULT@STEP: a job fails on purpose; needs SPACEPORT_DRILLS=1. May be repeated.",
+        show_default=False,
+    ),
 ]
 Watch = Annotated[bool, typer.Option("--watch", help="Then follow it until it is over.")]
 Into = Annotated[
@@ -232,29 +242,34 @@ def doctor_command(
 def submit_command(
     photos: Folder, preset: Preset = "standard", steps: Steps = 0, max_seconds: MaxSeconds = 0, downscale: Downscale = 1,
     eval_every: EvalEvery = 8, seed: Seed = 0, device: DeviceOption = "auto", title: Title = "", instance: Instance = None,
-    spot: Spot = False, max_cost: MaxCost = 0, deadline: Deadline = 0, watch: Watch = False, output: Into = None,
-    region: Region = "", profile: Profile = "", prefix: Prefix = PREFIX, json: Json = False,
+    spot: Spot = False, max_cost: MaxCost = 0, deadline: Deadline = 0, drill: DrillOption = None, watch: Watch = False,
+    output: Into = None, region: Region = "", profile: Profile = "", prefix: Prefix = PREFIX, json: Json = False,
 ) -> None:  # fmt: skip
     """Uploads photos, as far as they are not there yet, and starts what makes a scene of them."""
+    from dataclasses import replace
+
     from spaceport_gs.pipeline.aws.doctor import require_quotas
+    from spaceport_gs.pipeline.aws.drills import ordered
     from spaceport_gs.pipeline.aws.orders import capture_in
     from spaceport_gs.pipeline.aws.prices import load_prices
     from spaceport_gs.pipeline.aws.push import images_of
     from spaceport_gs.pipeline.aws.scenes import submit
     from spaceport_gs.pipeline.aws.uploads import plan
+    from spaceport_gs.pipeline.capture import as_folder
     from spaceport_gs.pipeline.run import RunSettings
 
     settings = RunSettings(device, seed, preset, steps, max_seconds, downscale, eval_every, title=title)
-    order = _order(settings, instance, spot, max_cost, deadline)
-    capture = capture_in(photos)
-    cloud, stack = _stack(region, profile, prefix)
-    images = images_of(cloud, stack)
-    estimated = order.estimated(capture, load_prices(cloud.region))
-    require_quotas(cloud, estimated.machines)
-    _teller(json)(str(estimated))
-    upload = plan(photos)
-    with _bars(json) as listen:
-        run = submit(cloud, stack, order.scene(estimated, images), upload, listen)
+    order = replace(_order(settings, instance, spot, max_cost, deadline), drills=ordered(drill or ()))
+    with as_folder(photos) as folder:
+        capture = capture_in(folder)
+        cloud, stack = _stack(region, profile, prefix)
+        images = images_of(cloud, stack)
+        estimated = order.estimated(capture, load_prices(cloud.region))
+        require_quotas(cloud, estimated.machines)
+        _teller(json)(str(estimated))
+        upload = plan(folder)
+        with _bars(json) as listen:
+            run = submit(cloud, stack, order.scene(estimated, images), upload, listen)
     result = {
         "job": run.scene,
         "run": run.name,
@@ -510,7 +525,7 @@ def fetch_command(
     prefix: Prefix = PREFIX,
     json: Json = False,
 ) -> None:
-    """Brings a finished scene here: scene.sog, index.html and their manifest, checked."""
+    """Brings a finished scene here: scene.sog, index.html, the report and their manifest, checked."""
     cloud, stack = _stack(region, profile, prefix)
     scenes, folder = _scenes(cloud, stack, job), output or Path(job)
     folders = {scene: folder / scene if job.startswith(BATCH) else folder for scene in scenes}
@@ -518,7 +533,13 @@ def fetch_command(
         for scene, target in folders.items():
             _fetch(cloud, stack, scene, target, listen)
     result = {"job": job, "folders": [str(target) for target in folders.values()]}
-    finish(result, json, False, lambda: "\n".join(f"page    {target / 'index.html'}" for target in folders.values()))
+    finish(result, json, False, lambda: "\n".join(line for target in folders.values() for line in _page_lines(target)))
+
+
+def _page_lines(folder: Path) -> Iterator[str]:
+    for word, name in (("page", "index.html"), ("report", "report.html")):
+        if (folder / name).exists():
+            yield f"{word:6}  {folder / name}"
 
 
 @app.command(name="link")
@@ -543,6 +564,7 @@ def link_command(
 def _fetch(cloud: Cloud, stack: Stack, scene: str, folder: Path, listen: Listener) -> None:
     """Into a folder that is new, empty, or of this scene."""
     from spaceport_gs.pipeline.aws.scenes import fetch
+    from spaceport_gs.pipeline.aws.timeline import add_to_report
 
     known = ("manifest.json", "events.jsonl")
     if folder.exists() and (
@@ -550,6 +572,7 @@ def _fetch(cloud: Cloud, stack: Stack, scene: str, folder: Path, listen: Listene
     ):
         raise InputError(f"{folder}: holds other files; give an empty or a new folder with --output")
     fetch(cloud, stack, scene, folder, listen)
+    add_to_report(cloud, stack, scene, folder)
 
 
 @app.command(name="retry")
@@ -622,21 +645,23 @@ def _submit_batch(
     from spaceport_gs.pipeline.aws.push import images_of
     from spaceport_gs.pipeline.aws.scenes import send_photos, submit_batch
     from spaceport_gs.pipeline.aws.uploads import plan
+    from spaceport_gs.pipeline.capture import as_folder
 
     tell, images, prices = _teller(as_json), images_of(cloud, stack), load_prices(cloud.region)
     scenes, refused = dict[str, Scene](), dict[str, str]()
-    for capture, (folder, given) in captures.items():
+    for capture, (path, given) in captures.items():
         try:
             one = replace(order, settings=changed(order.settings, given))
-            estimated = one.estimated(capture_in(folder), prices)
-            if not scenes:
-                require_quotas(cloud, estimated.machines, n_at_once)
-            tell(f"{capture}: {estimated.usd.likely:.2f} $ ({estimated.usd.low:.2f} to {estimated.usd.high:.2f})")
-            upload = plan(folder)
-            if twin := next((known for known, scene in scenes.items() if scene.scene == upload.scene), ""):
-                raise InputError(f"{folder}: has the same photos as {twin}")
-            with _bars(as_json) as listen:
-                send_photos(cloud, stack, upload, listen)
+            with as_folder(path) as folder:
+                estimated = one.estimated(capture_in(folder), prices)
+                if not scenes:
+                    require_quotas(cloud, estimated.machines, n_at_once)
+                tell(f"{capture}: {estimated.usd.likely:.2f} $ ({estimated.usd.low:.2f} to {estimated.usd.high:.2f})")
+                upload = plan(folder)
+                if twin := next((known for known, scene in scenes.items() if scene.scene == upload.scene), ""):
+                    raise InputError(f"{path}: has the same photos as {twin}")
+                with _bars(as_json) as listen:
+                    send_photos(cloud, stack, upload, listen)
             scenes[capture] = replace(one.scene(estimated, images), scene=upload.scene)
         except InputError as error:
             refused[capture] = str(error)
@@ -702,6 +727,7 @@ def cost_command(
     from spaceport_gs.pipeline.aws.cost import idle_line, idle_usd_per_month
     from spaceport_gs.pipeline.aws.orders import capture_in
     from spaceport_gs.pipeline.aws.prices import load_prices
+    from spaceport_gs.pipeline.capture import as_folder
     from spaceport_gs.pipeline.run import RunSettings
 
     cloud = connect(region, profile)
@@ -710,7 +736,8 @@ def cost_command(
     if _is_folder(what):
         settings = RunSettings(device, 0, preset, steps, max_seconds, downscale, eval_every)
         order = _order(settings, instance, spot, max_cost, deadline)
-        estimated = order.estimated(capture_in(Path(what)), load_prices(cloud.region))
+        with as_folder(Path(what)) as folder:
+            estimated = order.estimated(capture_in(folder), load_prices(cloud.region))
         finish({"estimate": asdict(estimated)}, json, False, lambda: str(estimated))
         return
     cloud, stack = _stack(region, profile, prefix)

@@ -356,6 +356,7 @@ class Bill:
     seconds: float
     """That it ran."""
     billed_seconds: float
+    usd_per_hour: float
     usd: float
     saved_usd: float
     """By running on spot instances."""
@@ -373,9 +374,9 @@ def bill_of(description: Mapping[str, Any], prices: Prices, now: datetime) -> Bi
     else:
         resources = description["ProcessingResources"]["ClusterConfig"]
     billed = float(description.get("BillableTimeInSeconds", seconds))
-    usd = prices.of(resources["InstanceType"], use) * resources.get("InstanceCount", 1) / 3600
-    saved = max(0.0, seconds - billed) * usd
-    return Bill(description[f"{kind}JobName"], resources["InstanceType"], seconds, billed, billed * usd, saved)
+    hourly = prices.of(resources["InstanceType"], use) * resources.get("InstanceCount", 1)
+    usd, saved = billed * hourly / 3600, max(0.0, seconds - billed) * hourly / 3600
+    return Bill(description[f"{kind}JobName"], resources["InstanceType"], seconds, billed, hourly, usd, saved)
 
 
 def bills(cloud: Cloud, jobs: Sequence[tuple[str, str]], prices: Prices) -> Iterator[Bill]:

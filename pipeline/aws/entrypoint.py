@@ -2,15 +2,16 @@
 
     sfm        photos → sfm            a processing job
     train      sfm → scene.ply         a training job; resumes from its checkpoints
-    compress   train (, sfm) → scene.sog, index.html   a processing job
+    compress   train (, sfm) → scene.sog, index.html (, report.html, report.json)   a processing job
 
 It needs no network. Exit codes: 0 done, or stopped with a checkpoint (then there is no manifest); 2 the user's mistake; 70 any
-other failure; 143 stopped with nothing to go on from.
+other failure; 143 stopped with nothing to go on from. SPACEPORT_DRILL has it fail on purpose: see drills.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import signal
 import sys
@@ -24,10 +25,13 @@ from typing import Any
 from spaceport_gs import __version__
 from spaceport_gs.errors import BackendError, InputError, Interrupted
 from spaceport_gs.pipeline import doctor, run
+from spaceport_gs.pipeline.aws import drills
 from spaceport_gs.pipeline.aws.contract import STAGES, Places, Reporter, Watchdog, settings_of, unpacked
+from spaceport_gs.pipeline.aws.drills import Rehearsal
 from spaceport_gs.pipeline.manifest import read_manifest, write_manifest
 from spaceport_gs.pipeline.run import RunSettings
 from spaceport_gs.pipeline.workspace import Existing, Workspace, open_workspace
+from spaceport_gs.progress import Listener
 
 EXIT_MISTAKE, EXIT_FAILURE, EXIT_TERMINATED = 2, 70, 143
 
@@ -48,10 +52,13 @@ def run_stage(arguments: Sequence[str]) -> int:
         print(doctor.as_text(doctor.examine()), flush=True)
         settings = settings_of(places, arguments[1:])
         run.check(settings)
-        _STAGES[places.stage](places, settings)
+        rehearsal = Rehearsal(places.stage)
+        _STAGES[places.stage](places, settings, rehearsal)
         return 0
     except Interrupted as error:
         print(error, flush=True)
+        if rehearsal.is_interruption:
+            _start_again(places)
         return 0
     except _Terminated:
         return _terminated(places)
@@ -80,6 +87,13 @@ def _terminated(places: Places) -> int:
     return EXIT_TERMINATED
 
 
+def _start_again(places: Places) -> None:
+    """As SageMaker does with a training whose spot instance was taken back: of it only the checkpoints are left."""
+    shutil.rmtree(places.work)
+    environment = {name: value for name, value in os.environ.items() if name != drills.VARIABLE}
+    os.execve(sys.executable, sys.orig_argv, environment)
+
+
 def _failure_of(error: BaseException) -> tuple[str, str, int]:
     """(class, sentence, exit code) of what went wrong."""
     if isinstance(error, InputError):
@@ -94,27 +108,27 @@ def _failure_of(error: BaseException) -> tuple[str, str, int]:
     return "internal", f"{type(error).__name__}: {error}", EXIT_FAILURE
 
 
-def _sfm(places: Places, settings: RunSettings) -> None:
+def _sfm(places: Places, settings: RunSettings, rehearsal: Rehearsal) -> None:
     photos = places.channel("photos")
-    with _workspace(places, photos) as (workspace, reporter):
-        run.sfm_stage(photos, workspace, settings, reporter)
+    with _workspace(places, photos, rehearsal) as (workspace, listen):
+        run.sfm_stage(photos, workspace, settings, listen)
         _deliver(places, workspace, ("sfm/sparse", "sfm/images", "sfm/masks"), settings, {})
 
 
-def _train(places: Places, settings: RunSettings) -> None:
+def _train(places: Places, settings: RunSettings, rehearsal: Rehearsal) -> None:
     before = places.channel("sfm")
     read_manifest(before, "sfm")
-    with _workspace(places, before) as (workspace, reporter):
+    with _workspace(places, before, rehearsal) as (workspace, listen):
         places.progress.mkdir(parents=True, exist_ok=True)
         _link(workspace.folder / "checkpoints", places.progress)
         _take(workspace, before, "sfm")
-        run.train_stage(workspace, settings, reporter, places.progress / "preview.jpg")
+        run.train_stage(workspace, settings, listen, places.progress / "preview.jpg")
         _deliver(places, workspace, ("scene.ply", "pictures"), settings, {"sfm": before})
 
 
-def _compress(places: Places, settings: RunSettings) -> None:
+def _compress(places: Places, settings: RunSettings, rehearsal: Rehearsal) -> None:
     channel = places.channel("train")
-    with _workspace(places, channel) as (workspace, reporter):
+    with _workspace(places, channel, rehearsal) as (workspace, listen):
         before = unpacked(channel, workspace.folder)
         read_manifest(before, "train")
         inputs = {"train": before}
@@ -123,21 +137,27 @@ def _compress(places: Places, settings: RunSettings) -> None:
             inputs["sfm"] = places.channel("sfm")
             read_manifest(inputs["sfm"], "sfm")
             _take(workspace, inputs["sfm"], "sfm")
-        run.compress_stage(workspace, settings, reporter, scores=False)
-        run.publish_stage(workspace, settings, reporter)
-        _deliver(places, workspace, ("scene.sog", "index.html"), settings, inputs)
+        run.compress_stage(workspace, settings, listen, scores=False)
+        run.publish_stage(workspace, settings, listen)
+        if "sfm" in inputs:
+            run.write_report(workspace, settings)
+        _deliver(places, workspace, ("scene.sog", "index.html", "report.html", "report.json"), settings, inputs)
 
 
-_STAGES: Mapping[str, Callable[[Places, RunSettings], None]] = {"sfm": _sfm, "train": _train, "compress": _compress}
+_STAGES: Mapping[str, Callable[[Places, RunSettings, Rehearsal], None]] = {
+    "sfm": _sfm,
+    "train": _train,
+    "compress": _compress,
+}
 
 
 @contextmanager
-def _workspace(places: Places, source: Path) -> Iterator[tuple[Workspace, Reporter]]:
+def _workspace(places: Places, source: Path, rehearsal: Rehearsal) -> Iterator[tuple[Workspace, Listener]]:
     config = {"version": __version__, "command": "reconstruct", "input": str(source)}
     reporter = Reporter(places.progress)
     with open_workspace(places.work, source, Existing.RESUME, config) as workspace:
         with Watchdog(places, reporter).watching():
-            yield workspace, reporter
+            yield workspace, rehearsal.around(reporter)
 
 
 def _take(workspace: Workspace, results: Path, stage: str) -> None:

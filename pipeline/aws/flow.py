@@ -15,6 +15,7 @@ from typing import Any
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.contract import STAGES
+from spaceport_gs.pipeline.aws.drills import Drill
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machine
 
 MACHINES = ("scene", "batch")
@@ -55,9 +56,11 @@ class Scene:
     """By stage, where they are not the default ones."""
     spot: Machine | None = None
     """To train on at first; `machines` have what to take if there are none of these."""
+    drills: Mapping[str, Drill] = field(default_factory=dict)
+    """By stage."""
 
     def job(self, stage: str, **fields: str) -> Job:
-        return Job(stage, self.scene, self.images[stage], self.settings, **fields)
+        return Job(stage, self.scene, self.images[stage], self.settings, drill=self.drills.get(stage), **fields)
 
     def machine(self, stage: str) -> Machine:
         return self.machines.get(stage, DEFAULT_MACHINES[stage])

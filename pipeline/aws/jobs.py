@@ -18,6 +18,7 @@ from spaceport_gs import __version__
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws import PREFIX
 from spaceport_gs.pipeline.aws.contract import MODEL, STAGES
+from spaceport_gs.pipeline.aws.drills import Drill
 from spaceport_gs.pipeline.aws.prices import instances
 
 INPUTS: Mapping[str, tuple[str, ...]] = {"sfm": ("photos",), "train": ("sfm",), "compress": ("train", "sfm")}
@@ -79,6 +80,8 @@ class Job:
     """Tells the attempts at a stage apart: letters and digits. In a state machine each has random ones."""
     trained: str = ""
     """To compress: the training job whose model it is, by its name; empty: the first attempt."""
+    drill: Drill | None = None
+    """That is to happen to it."""
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -122,6 +125,10 @@ class Job:
         return {name: json.dumps(value) for name, value in sorted(self.settings.items())}
 
     @property
+    def _rehearsed(self) -> dict[str, str]:
+        return self.drill.environment if self.drill else {}
+
+    @property
     def _arguments(self) -> list[str]:
         return [f"{name}={value}" for name, value in self._hyperparameters.items()]
 
@@ -141,7 +148,11 @@ class Job:
             "JobId": self.scene,
             "Version": __version__,
         }
-        environment = {"SPACEPORT_PREFIX": account.prefix, "SPACEPORT_EXPECTED_SECONDS": str(chosen.expected_seconds)}
+        environment = {
+            "SPACEPORT_PREFIX": account.prefix,
+            "SPACEPORT_EXPECTED_SECONDS": str(chosen.expected_seconds),
+            **self._rehearsed,
+        }
         common = {
             "RoleArn": account.role,
             "Environment": environment,
@@ -242,15 +253,16 @@ class Job:
         of the tool's, such as inputs that lie elsewhere.
         """
         limits = [f"--memory={memory_gb}g"] if memory_gb else []
+        variables = [f"--env={name}={value}" for name, value in self._rehearsed.items()]
         return [
             tool, "run", "--rm", "--network=none", "--read-only", "--cap-drop=all", "--tmpfs=/tmp", "--no-healthcheck",
-            *limits, f"--volume={folder}:{MOUNT}", *options, self.image, self.stage, *self._arguments,
+            *limits, *variables, f"--volume={folder}:{MOUNT}", *options, self.image, self.stage, *self._arguments,
         ]  # fmt: skip
 
     def process(self, folder: Path) -> tuple[list[str], dict[str, str]]:
         """The job as a process here: its command, and what it needs in its environment."""
         command = [sys.executable, "-m", "spaceport_gs.pipeline.aws.entrypoint", self.stage, *self._arguments]
-        return command, {"SAGEMAKER_BASE_DIR": str(folder)}
+        return command, {"SAGEMAKER_BASE_DIR": str(folder), **self._rehearsed}
 
 
 def _key_of(account: Account) -> dict[str, str]:

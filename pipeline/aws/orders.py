@@ -13,6 +13,7 @@ from typing import Any
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.contract import STAGES
 from spaceport_gs.pipeline.aws.cost import Capture, Estimate, StageEstimate, cheapest, estimate, fitted, within
+from spaceport_gs.pipeline.aws.drills import Drill
 from spaceport_gs.pipeline.aws.flow import Scene, spot_of
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES
 from spaceport_gs.pipeline.aws.prices import Prices
@@ -38,6 +39,8 @@ class Order:
     most_usd: float = math.inf
     deadline_seconds: float = math.inf
     """For the cheapest instances: all is to be done in this time."""
+    drills: Mapping[str, Drill] = field(default_factory=dict)
+    """By stage: what is to go wrong."""
 
     def __post_init__(self) -> None:
         check(replace(self.settings, device="cpu"))  # what is here does not matter there
@@ -74,7 +77,8 @@ class Order:
         """What the flow is given; its id comes with the photos."""
         machines = estimated.machines
         spot = machines["train"] if self.is_spot else None
-        return Scene("", images, self.given, {**machines, "train": replace(machines["train"], is_spot=False)}, spot)
+        machines["train"] = replace(machines["train"], is_spot=False)
+        return Scene("", images, self.given, machines, spot, self.drills)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -115,7 +119,7 @@ def instances_of(choices: Sequence[str]) -> tuple[dict[str, str], bool]:
 def capture_in(folder: Path) -> Capture:
     """InputError if that is no folder with enough photos."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder of photos; unpack a .zip first")
+        raise InputError(f"{folder}: expected a folder of photos, or a .zip of one")
     files = list_photos(folder)
     if len(files) < MIN_PHOTOS:
         raise InputError(f"{folder}: {len(files)} photos; at least {MIN_PHOTOS} are needed")

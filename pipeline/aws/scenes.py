@@ -18,6 +18,7 @@ from typing import Any
 from spaceport_gs.errors import InputError
 from spaceport_gs.files import replacing
 from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explained
+from spaceport_gs.pipeline.aws.drills import without
 from spaceport_gs.pipeline.aws.flow import BATCH_NAME, Scene, batch_input, batch_manifest, scene_input
 from spaceport_gs.pipeline.aws.jobs import SCENE_ID
 from spaceport_gs.pipeline.aws.stack import Stack, check_bucket
@@ -126,14 +127,14 @@ def send_photos(cloud: Cloud, stack: Stack, upload: Upload, listen: Listener) ->
 
 @explained()
 def retry(cloud: Cloud, stack: Stack, scene: str) -> Run:
-    """Goes on after the last stage that is complete; a training goes on from its checkpoint."""
+    """Goes on after the last stage that is complete, a training from its checkpoint; what was rehearsed is not done again."""
     last = _existing(cloud, stack, scene)
     if last.status == UNSTARTED:
         return _start(cloud, stack, last)
     if last.status in (RUNNING, SUCCEEDED):
         raise InputError(f"scene {scene}: {last.name} {'still runs' if last.status == RUNNING else 'is done'}")
     start, model = _where(cloud, stack, last)
-    given = {**json.loads(last.given), "from": start, "model": model}
+    given = {**json.loads(last.given), "from": start, "model": model, "stages": without(last.stages)}
     run = _record(cloud, stack, scene, last.number + 1, given)
     return _start(cloud, stack, run) if run else _start(cloud, stack, _existing(cloud, stack, scene))
 
@@ -160,7 +161,14 @@ def runs(cloud: Cloud, stack: Stack, scene: str) -> list[Run]:
 @explained()
 def jobs_of(cloud: Cloud, run: Run) -> list[JobState]:
     """Every attempt at every stage of a run, in the order in which they were asked for."""
-    return list(_jobs(cloud, _events(cloud, run)))
+    return history_of(cloud, run)[1]
+
+
+@explained()
+def history_of(cloud: Cloud, run: Run) -> tuple[list[Mapping[str, Any]], list[JobState]]:
+    """(what Step Functions wrote down of a run, its jobs); nothing once that is ninety days old."""
+    events = _events(cloud, run)
+    return events, list(_jobs(cloud, events))
 
 
 @explained()

@@ -54,7 +54,7 @@ class Upload:
 def plan(folder: Path) -> Upload:
     """Reads all of a folder of photos, or a COLMAP project. InputError if there is too little in it."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder of photos; unpack a .zip first")
+        raise InputError(f"{folder}: expected a folder of photos, or a .zip of one")
     n_photos = len(list_photos(folder))
     if n_photos < MIN_PHOTOS:
         raise InputError(f"{folder}: {n_photos} photos; at least {MIN_PHOTOS} are needed")
