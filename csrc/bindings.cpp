@@ -485,15 +485,19 @@ void bind_cluster(py::module_& m) {
       "Moves every centroid to the weighted mean of its points.");
 }
 
-void bind_diagnose(py::module_& m) {
-  m.attr("MULTIPLY_ADD_FLOPS") = kMultiplyAddFlops;
+template <class Backend>
+void bind_multiply_adds(py::module_& m) {
   m.def(
       "multiply_adds",
-      [](const Cpu& cpu, int64_t n_pieces) {
+      [](const Backend& backend, int64_t n_pieces) {
         Unlocked unlocked;
-        multiply_adds(cpu, n_pieces);
+        multiply_adds(backend, n_pieces);
       },
-      "Does n_pieces * MULTIPLY_ADD_FLOPS operations on registers.");
+      "Does n_pieces * MULTIPLY_ADD_FLOPS operations on registers; a GPU is not waited for.");
+}
+
+void bind_diagnose(py::module_& m) {
+  m.attr("MULTIPLY_ADD_FLOPS") = kMultiplyAddFlops;
   m.def(
       "count_pairs",
       [](const Cpu& cpu, py::object projected, py::object tiles, py::object camera, py::object settings) {
@@ -559,6 +563,7 @@ PYBIND11_MODULE(_engine, m) {
   bind_verbs<Cpu>(m);
   bind_growth<Cpu>(m);
   bind_cluster<Cpu>(m);
+  bind_multiply_adds<Cpu>(m);
   bind_diagnose(m);
 
 #ifdef SPACEPORT_BUILD_CUDA
@@ -567,6 +572,7 @@ PYBIND11_MODULE(_engine, m) {
   bind_verbs<Cuda>(m);
   bind_growth<Cuda>(m);
   bind_cluster<Cuda>(m);
+  bind_multiply_adds<Cuda>(m);
   bind_step(m);
   bind_render(m);
   m.def("cuda_status", &cuda_status,

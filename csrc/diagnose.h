@@ -14,5 +14,6 @@ PairCounts count_pairs(const Cpu&, const Projected&, const Tiles&, const Camera&
 // Runs n_pieces times kMultiplyAddFlops floating-point operations on registers alone.
 constexpr int64_t kMultiplyAddFlops = int64_t(1) << 28;
 void multiply_adds(const Cpu&, int64_t n_pieces);
+void multiply_adds(const Cuda&, int64_t n_pieces);  // queued
 
 }  // namespace spaceport
