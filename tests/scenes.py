@@ -8,7 +8,11 @@ import numpy as np
 import torch
 
 from spaceport_gs.gaussians import Gaussians
-from spaceport_gs.types import Camera
+from spaceport_gs.types import Camera, DrawKey, GrowthSettings
+
+GROWTH = GrowthSettings(
+    threshold=0.6, split_log_scale=math.log(0.08), min_opacity=-2.0, key=DrawKey(2**40 + 3, 7), max_log_scale=-1.9
+)
 
 
 def random_gaussians(n: int, seed: int = 0, sh_degree: int = 3, scale: float = 0.08) -> Gaussians:
@@ -43,3 +47,19 @@ def assert_close(value: torch.Tensor, truth: torch.Tensor, flips: float = 0.0, s
     outside = error > 1e-4
     assert outside.double().mean() <= flips, f"{int(outside.sum())} of {error.numel()} entries are off"
     assert error.max() <= max(size_of_flips, 1e-4), f"off by {float(error.max()):.2g} of the largest"
+
+
+def leaves(gaussians: Gaussians, dtype: torch.dtype, device: str = "cpu") -> Gaussians:
+    return gaussians.map(lambda array: array.detach().to(device, dtype).clone().requires_grad_())
+
+
+def on(device: str, gaussians: Gaussians) -> Gaussians:
+    return gaussians.map(lambda array: array.to(device))
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
+    """To the bit; on a GPU, where sums are made in no fixed order, nearly."""
+    if a.device.type == "cpu":
+        assert torch.equal(a, b)
+    else:
+        assert_close(a, b)
