@@ -50,6 +50,7 @@ GPU_CENTROIDS = 65_536  # for all Gaussians of a cloud
 REPEATS = 9
 N_VIEWS, GPU_WARM_UP, GPU_REPEATS = 8, 24, 64
 RENDER_BATCH = 32  # images that a renderer is asked for at once
+OPAQUE = 1e-2  # transmittance below which a pixel counts as opaque: it stops before 1e-4
 
 
 @dataclass(frozen=True)
@@ -473,9 +474,10 @@ def gpu_kernels(cloud: Cloud) -> dict[str, Callable[[int], object]]:
         "whole step, all rows": steps(UpdateRule.ALL),
         "whole step, all rows in order": steps(UpdateRule.ALL, in_order),
         "whole step, with masks and exposures": steps(UpdateRule.ALL, target=target),
-        "whole step, compact moments": steps(UpdateRule.ALL, compact_rows),
+        "whole step, all rows, compact moments": steps(UpdateRule.ALL, compact_rows),
         "whole step, SH deferred": steps(UpdateRule.DEFERRED),
         "whole step": steps(UpdateRule.CONTRIBUTING),
+        "whole step, compact moments": steps(UpdateRule.CONTRIBUTING, compact_rows),
         "whole step, no depth limits": steps(UpdateRule.CONTRIBUTING, limits=False),
         "whole step, deterministic": steps(UpdateRule.CONTRIBUTING, rows, ordered),
         "whole step, in order": steps(UpdateRule.CONTRIBUTING, in_order),
@@ -533,10 +535,34 @@ def training_memory(cloud: Cloud, storage: ops.MomentStorage) -> float:
     return (torch.cuda.max_memory_allocated() - photo.numel()) / 2**30
 
 
+def gpu_scene(cloud: Cloud) -> dict[str, float]:
+    """What the first view of the cloud holds."""
+    gaussians, view, settings = random_cloud(cloud, "cuda"), camera(cloud), RasterSettings()
+    projected = ops.project(gaussians, view, settings)
+    tiles = ops.tile(projected, view)
+    image = ops.blend(projected, tiles, view, settings)
+    lists = tiles.offsets.diff()
+    d_image = Image(torch.ones_like(image.color), torch.zeros_like(image.transmittance))
+    d_splats = ops.blend_vjp(projected, tiles, view, settings, image, d_image)
+    return {
+        "visible": len(projected.splats),
+        "contributing": int((d_splats != 0).any(dim=1).sum()),
+        "instances": int(lists.sum()),
+        "list_mean": float(lists.float().mean()),
+        "list_longest": int(lists.max()),
+        "opaque_share": float((image.transmittance < OPAQUE).float().mean()),
+    }
+
+
 def measure_cuda(cloud: Cloud, prefixes: list[str]) -> dict[str, object]:
     """Prints the table, and returns its figures."""
+    scene = gpu_scene(cloud)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {machine.commit()}")
-    print(f"{cloud.n:,} Gaussians at {cloud.width}×{cloud.height}")
+    print(
+        f"{cloud.n:,} Gaussians at {cloud.width}×{cloud.height}: {scene['visible']:,} visible, "
+        f"{scene['contributing']:,} contributing; {scene['instances']:,} instances, {scene['list_mean']:,.0f} a tile, "
+        f"{scene['list_longest']:,} at most; {scene['opaque_share']:.0%} of the pixels opaque"
+    )
     memory = {storage.value: training_memory(cloud, storage) for storage in ops.MomentStorage}
     print("peak memory of training: " + ", ".join(f"{gib:.2f} GiB ({name} moments)" for name, gib in memory.items()))
     print(f"{'kernel':32}{'median':>10}{'10 %':>10}{'90 %':>10}")
@@ -553,7 +579,7 @@ def measure_cuda(cloud: Cloud, prefixes: list[str]) -> dict[str, object]:
         fast, median, slow = np.quantile(times, [0.1, 0.5, 0.9])
         print(f"{name:32}{median:7.3f} ms{fast:7.3f} ms{slow:7.3f} ms")
         rows.append({"kernel": name, "milliseconds": median, "milliseconds_10": fast, "milliseconds_90": slow})
-    return {"gpu": torch.cuda.get_device_name(), "training_gib": memory, "rows": rows}
+    return {"gpu": torch.cuda.get_device_name(), "scene": scene, "training_gib": memory, "rows": rows}
 
 
 def main() -> None:
