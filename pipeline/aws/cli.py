@@ -657,6 +657,8 @@ def _submit_batch(
                 if not scenes:
                     require_quotas(cloud, estimated.machines, n_at_once)
                 tell(f"{capture}: {estimated.usd.likely:.2f} $ ({estimated.usd.low:.2f} to {estimated.usd.high:.2f})")
+                for line in estimated.shortages:
+                    tell(f"{capture}: warning: {line}")
                 upload = plan(folder)
                 if twin := next((known for known, scene in scenes.items() if scene.scene == upload.scene), ""):
                     raise InputError(f"{path}: has the same photos as {twin}")
