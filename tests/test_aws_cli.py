@@ -300,6 +300,8 @@ def test_a_capture_that_fails_says_why(shell: Shell, stack: str, tmp_path: Path)
     job = last.split()[3].rstrip(":")
     state = shell.json("status", job, "--prefix", stack)
     assert state["status"] == "FAILED" and state["error"] == "Spaceport.sfm" and state["reason"].startswith("input: ")
+    again = shell("submit", str(tmp_path), "--prefix", stack).stdout
+    assert f"({job}-1: failed)\nretry it  spaceport aws retry {job} --prefix {stack}\n" in again
 
 
 @pytest.mark.slow

@@ -282,8 +282,9 @@ def submit_command(
             print(f"job       {run.scene}")
         _follow(cloud, stack, run.scene, output, json)
         return
+    what_now, verb = {"RUNNING": ("follow it", "watch"), "SUCCEEDED": ("fetch it", "fetch")}.get(run.status, ("retry it", "retry"))  # fmt: skip
     finish(result, json, False, lambda: (
-        f"job       {run.scene} ({run.name}: {run.status.lower()})\nfollow it  {_command('watch', run.scene, stack)}"
+        f"job       {run.scene} ({run.name}: {run.status.lower()})\n{what_now:9} {_command(verb, run.scene, stack)}"
     ))  # fmt: skip
 
 
@@ -625,7 +626,7 @@ def batch_command(
         _follow_batch(cloud, stack, BATCH + result["batch"], json)
     else:
         job = BATCH + str(result["batch"])
-        finish(result, json, False, lambda: f"job       {job}\nfollow it  {_command('watch', job, stack)}")
+        finish(result, json, False, lambda: f"job       {job}\nfollow it {_command('watch', job, stack)}")
     if result["refused"]:
         raise typer.Exit(EXIT_SOME_FAILED)
 
