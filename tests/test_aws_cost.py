@@ -205,6 +205,11 @@ def test_photos_that_no_gpu_holds_are_refused(prices: Prices) -> None:
         order.estimated(Capture(450, 20.0), prices)
 
 
+def test_a_gpu_that_the_instance_has_not_is_missed_at_once(prices: Prices) -> None:
+    with pytest.raises(InputError, match="--device cuda: ml.c6i.4xlarge has no GPU; take one such as ml.g5.xlarge"):
+        Order(RunSettings(device="cuda"), {"train": "ml.c6i.4xlarge"}).estimated(DRONE, prices)
+
+
 @pytest.mark.parametrize(
     ("capture", "settings", "words"),
     [

@@ -324,7 +324,9 @@ def shortages(capture: Capture, settings: RunSettings, machines: Mapping[str, Ma
 
 
 def fitted(capture: Capture, settings: RunSettings, machines: Mapping[str, Machine]) -> dict[str, Machine]:
-    """The same machines with volumes that are large enough; InputError if that of the training cannot even hold the photos."""
+    """The same machines with volumes that are large enough; InputError if that of the training cannot even hold the photos, or
+    has not the GPU that is wanted.
+    """
     if machine := machines.get("train"):
         _require_room(capture, settings, machine)
     return {stage: _with_volume(machine, capture) for stage, machine in machines.items()}
@@ -333,6 +335,8 @@ def fitted(capture: Capture, settings: RunSettings, machines: Mapping[str, Machi
 def _require_room(capture: Capture, settings: RunSettings, machine: Machine) -> None:
     """For the decoded photos alone: a training never takes less."""
     instance = _instance_of(machine)
+    if settings.device == "cuda" and not instance.gpu:
+        raise InputError(f"--device cuda: {machine.instance} has no GPU; take one such as ml.g5.xlarge, or --device cpu")
     photos_gib = PHOTO_BYTES_PER_PIXEL * _pixels(capture) / settings.downscale**2 / 2**30
     rooms: dict[str, float] = {"memory": instance.memory_gb}
     if instance.gpu and settings.device != "cpu":
