@@ -19,7 +19,7 @@ from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws import cost
 from spaceport_gs.pipeline.aws.cloud import Cloud
 from spaceport_gs.pipeline.aws.contract import STAGES
-from spaceport_gs.pipeline.aws.cost import Capture, Range, bill_of, bills, cheapest, estimate, idle_line, within
+from spaceport_gs.pipeline.aws.cost import Capture, Range, bill_of, cheapest, estimate, idle_line, within
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machine
 from spaceport_gs.pipeline.aws.orders import Order
 from spaceport_gs.pipeline.aws.prices import PRICING_REGION, Prices, gpus, instances, load_prices, refresh
@@ -182,7 +182,9 @@ def test_memory_and_disks_decide_too(prices: Prices) -> None:
     gpu = gpus()[instances()[machine.instance].gpu]
     assert 0.9 * gpus()["A10G"].memory_gb < needed < 0.9 * gpu.memory_gb
     assert machine.volume_gb > 2 * 20
-    with pytest.raises(InputError, match="no instance likely has the memory and the disk for the stage train with 4000 photos"):
+    with pytest.raises(
+        InputError, match="no instance likely has the memory and the disk for the stage train with 4000 photos"
+    ):
         cheapest(replace(large, n_photos=4000), RunSettings(), prices)
 
 
@@ -266,11 +268,7 @@ PROCESSED: Mapping[str, Any] = {
 
 
 def test_a_bill_is_billed_seconds_by_price(prices: Prices) -> None:
-    cloud = Cloud(boto3.Session("key", "secret", region_name="us-east-1"))
-    with Stubber(cloud.client("sagemaker")) as client:
-        client.add_response("describe_processing_job", dict(PROCESSED), {"ProcessingJobName": "spaceport-sfm-a1-0"})
-        client.add_response("describe_training_job", dict(TRAINED), {"TrainingJobName": "spaceport-train-a1-0"})
-        sfm, train = bills(cloud, [("sfm", "spaceport-sfm-a1-0"), ("train", "spaceport-train-a1-0")], prices)
+    sfm, train = (bill_of(described, prices, NOW) for described in (PROCESSED, TRAINED))
     assert (sfm.seconds, sfm.billed_seconds, sfm.saved_usd) == (900, 900, 0)
     assert sfm.usd == pytest.approx(0.408 / 4)
     assert (train.seconds, train.billed_seconds) == (3600, 1200)

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import Any
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.contract import STAGES
@@ -31,9 +31,6 @@ from spaceport_gs.pipeline.compress import MAX_PALETTE
 from spaceport_gs.pipeline.run import Cost, RunSettings
 from spaceport_gs.pipeline.sfm import SfmSettings
 from spaceport_gs.schedule import Recipe, preset
-
-if TYPE_CHECKING:
-    from spaceport_gs.pipeline.aws.cloud import Cloud
 
 USES: Mapping[str, str] = {"sfm": "processing", "train": "training", "compress": "processing"}
 MEASURED_CORES = 2  # that `Cost` and the compression were measured on
@@ -336,7 +333,9 @@ def _require_room(capture: Capture, settings: RunSettings, machine: Machine) -> 
     """For the decoded photos alone: a training never takes less."""
     instance = _instance_of(machine)
     if settings.device == "cuda" and not instance.gpu:
-        raise InputError(f"--device cuda: {machine.instance} has no GPU; take one such as ml.g5.xlarge, or --device cpu")
+        raise InputError(
+            f"--device cuda: {machine.instance} has no GPU; take one such as ml.g5.xlarge, or --device cpu"
+        )
     photos_gib = PHOTO_BYTES_PER_PIXEL * _pixels(capture) / settings.downscale**2 / 2**30
     rooms: dict[str, float] = {"memory": instance.memory_gb}
     if instance.gpu and settings.device != "cpu":
@@ -410,16 +409,6 @@ def bill_of(description: Mapping[str, Any], prices: Prices, now: datetime) -> Bi
     hourly = prices.of(resources["InstanceType"], use) * resources.get("InstanceCount", 1)
     usd, saved = billed * hourly / 3600, max(0.0, seconds - billed) * hourly / 3600
     return Bill(description[f"{kind}JobName"], resources["InstanceType"], seconds, billed, hourly, usd, saved)
-
-
-def bills(cloud: Cloud, jobs: Sequence[tuple[str, str]], prices: Prices) -> Iterator[Bill]:
-    """Of jobs by (stage, name), in this order."""
-    client, now = cloud.client("sagemaker"), datetime.now(timezone.utc)
-    for stage, name in jobs:
-        if USES[stage] == "training":
-            yield bill_of(client.describe_training_job(TrainingJobName=name), prices, now)
-        else:
-            yield bill_of(client.describe_processing_job(ProcessingJobName=name), prices, now)
 
 
 # ---- When nothing runs -------------------------------------------------------------------------------------------------------
