@@ -413,6 +413,8 @@ def here(shell: Shell, stack: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         (["submit", "photos", "--max-cost", "0.01"], "more than --max-cost 0.01"),
         (["batch", "twice.json"], "the name a stands in it twice"),
         (["batch", "photos/a.jpg"], "expected JSON"),
+        (["batch", "one.json", "--name", "A b"], "batch 'A b': a name has 1 to 40 lower-case letters"),
+        (["batch", "one.json", "--jobs", "2000"], "2000 scenes at once: give 1 to 1000"),
         (["batch", "no.json"], "no.json"),
         (["batch", "wrong.json"], "no capture can be submitted; the first: setting steps: 'many' is none"),
         (["push", "--image", "train"], "choose sfm, 3dgs, compressor"),
@@ -435,6 +437,7 @@ def test_bad_input_is_one_line(
             (tmp_path / folder / name).write_bytes(name.encode())
     shutil.make_archive(str(tmp_path / "few"), "zip", tmp_path, "few")
     (tmp_path / "wrong.zip").write_bytes((tmp_path / "few.zip").read_bytes()[:-10])
+    (tmp_path / "one.json").write_text(json.dumps([{"name": "a", "photos": "photos"}]))
     (tmp_path / "twice.json").write_text(json.dumps(2 * [{"name": "a", "photos": "photos"}]))
     (tmp_path / "wrong.json").write_text('[{"name": "a", "photos": "photos", "settings": {"steps": "many"}}]')
     assert here(*arguments) == 2

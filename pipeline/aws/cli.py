@@ -640,7 +640,7 @@ def _submit_batch(
     from dataclasses import replace
 
     from spaceport_gs.pipeline.aws.doctor import require_quotas
-    from spaceport_gs.pipeline.aws.flow import Scene
+    from spaceport_gs.pipeline.aws.flow import Scene, batch_input
     from spaceport_gs.pipeline.aws.orders import capture_in, changed
     from spaceport_gs.pipeline.aws.prices import load_prices
     from spaceport_gs.pipeline.aws.push import images_of
@@ -648,6 +648,7 @@ def _submit_batch(
     from spaceport_gs.pipeline.aws.uploads import plan
     from spaceport_gs.pipeline.capture import as_folder
 
+    batch_input(name or "none", n_at_once)  # what is wrong with these is said before anything is uploaded
     tell, images, prices = _teller(as_json), images_of(cloud, stack), load_prices(cloud.region)
     scenes, refused = dict[str, Scene](), dict[str, str]()
     for capture, (path, given) in captures.items():
