@@ -117,8 +117,15 @@ class Cost:
     """Bytes for undistorted photos and prepared ones."""
     disk_fixed: float = 3e8
     memory_fixed: float = 6e8
-    memory_per_megapixel: float = 8e6
-    """Bytes; every photo is held decoded."""
+    memory_per_megapixel: float = 5.7e6
+    """Bytes; every photo is held decoded, three to a pixel, and smaller once more while the resolution rises."""
+    memory_to_decode: float = 1e8
+    """Bytes for a million pixels of the one photo that is being decoded and made smaller."""
+
+    def memory(self, n_photos: int, megapixels: float, downscale: float) -> float:
+        """Bytes of a training on these photos, each of `megapixels` in its file."""
+        held = self.memory_per_megapixel * n_photos * megapixels / downscale**2
+        return self.memory_fixed + held + self.memory_to_decode * megapixels
 
 
 def estimate(source: Path, settings: RunSettings, out: Path) -> str:
@@ -142,7 +149,7 @@ def estimate(source: Path, settings: RunSettings, out: Path) -> str:
     if settings.max_seconds:
         train = min(train, settings.max_seconds)
     disk = cost.disk_fixed + cost.disk_per_megapixel * n * megapixels
-    memory = cost.memory_fixed + cost.memory_per_megapixel * n * trained
+    memory = cost.memory(n, megapixels, settings.downscale)
     free = shutil.disk_usage(out).free
     warning = f"; only {free / 1e9:.1f} GB are free" if disk > free else ""
     minutes = max(1, round((sfm + train) / 60))

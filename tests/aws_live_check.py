@@ -337,9 +337,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         check = Check(given.region, given.profile, given.photos.resolve(), Path(folder))
         about = {"version": __version__, "commit": commit(), "region": check.cloud.region, "when": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}"}  # fmt: skip
-        for ask in chosen:
-            check.look(ask.__name__, ask)
-            given.report.write_text(json.dumps({**about, "seen": check.seen}, indent=2, default=str) + "\n")
+        try:
+            for ask in chosen:
+                check.look(ask.__name__, ask)
+                given.report.write_text(json.dumps({**about, "seen": check.seen}, indent=2, default=str) + "\n")
+        finally:  # Ctrl-C as well
+            if "said" not in check.seen.get("destroyed", {}):
+                command = f"spaceport aws destroy --prefix {PREFIX} --drain --delete-data"
+                print(f"not removed, and paid for; this does it: {' '.join([command, *check.options])}")
     print(f"what was seen is in {given.report}; it names the account: read it before you pass it on")
 
 

@@ -300,6 +300,8 @@ def test_a_capture_that_fails_says_why(shell: Shell, stack: str, tmp_path: Path)
     job = last.split()[3].rstrip(":")
     state = shell.json("status", job, "--prefix", stack)
     assert state["status"] == "FAILED" and state["error"] == "Spaceport.sfm" and state["reason"].startswith("input: ")
+    again = shell("submit", str(tmp_path), "--prefix", stack).stdout
+    assert f"({job}-1: failed)\nretry it  spaceport aws retry {job} --prefix {stack}\n" in again
 
 
 @pytest.mark.slow
@@ -411,6 +413,8 @@ def here(shell: Shell, stack: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         (["submit", "photos", "--max-cost", "0.01"], "more than --max-cost 0.01"),
         (["batch", "twice.json"], "the name a stands in it twice"),
         (["batch", "photos/a.jpg"], "expected JSON"),
+        (["batch", "one.json", "--name", "A b"], "batch 'A b': a name has 1 to 40 lower-case letters"),
+        (["batch", "one.json", "--jobs", "2000"], "2000 scenes at once: give 1 to 1000"),
         (["batch", "no.json"], "no.json"),
         (["batch", "wrong.json"], "no capture can be submitted; the first: setting steps: 'many' is none"),
         (["push", "--image", "train"], "choose sfm, 3dgs, compressor"),
@@ -433,6 +437,7 @@ def test_bad_input_is_one_line(
             (tmp_path / folder / name).write_bytes(name.encode())
     shutil.make_archive(str(tmp_path / "few"), "zip", tmp_path, "few")
     (tmp_path / "wrong.zip").write_bytes((tmp_path / "few.zip").read_bytes()[:-10])
+    (tmp_path / "one.json").write_text(json.dumps([{"name": "a", "photos": "photos"}]))
     (tmp_path / "twice.json").write_text(json.dumps(2 * [{"name": "a", "photos": "photos"}]))
     (tmp_path / "wrong.json").write_text('[{"name": "a", "photos": "photos", "settings": {"steps": "many"}}]')
     assert here(*arguments) == 2

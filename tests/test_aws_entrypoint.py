@@ -310,6 +310,18 @@ def test_a_gpu_that_is_not_there_is_refused(sfm: Path, tmp_path: Path) -> None:
     assert (tmp_path / "output/failure").read_text().startswith("gpu: --device cuda")
 
 
+def test_the_other_stages_do_without_the_gpu_of_the_training(trained: Path, tmp_path: Path) -> None:
+    arguments = ("device=cuda",)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").write_bytes(b"no photo")
+    base = tmp_path / "sfm"
+    assert run_job(base, *job(base, "sfm", {"photos": tmp_path / "photos"}, arguments)) == entrypoint.EXIT_MISTAKE
+    assert (base / "output/message").read_text().startswith("input: ")
+    base = tmp_path / "compress"
+    assert run_job(base, *job(base, "compress", {"train": trained / "model"}, arguments)) == 0
+    assert read_manifest(base / "processing/output", "compress").settings["device"] == "cuda"
+
+
 def test_damaged_results_of_the_stage_before(sfm: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "sfm"
     shutil.copytree(sfm, damaged)

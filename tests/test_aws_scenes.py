@@ -246,6 +246,35 @@ def test_a_large_file_goes_on_where_it_was_cut_off(cloud: Cloud, photos: Path, m
     assert not s3.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
 
 
+def test_a_large_file_that_somebody_else_completes_meanwhile(
+    cloud: Cloud, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "PART_BYTES", 5 << 20)
+    content = bytes(12 << 20)
+    (photos / "a.jpg").write_bytes(content)
+    upload = plan(photos)
+    folder = f"inputs/{upload.scene}/photos"
+    others, upload_part = list[int](), cloud.client("s3").upload_part
+
+    def part_as_aws_takes_it(**part: Any) -> Any:
+        try:
+            return upload_part(**part)
+        except KeyError:  # moto's answer to an upload that is over
+            raise ClientError({"Error": {"Code": "NoSuchUpload", "Message": "…"}}, "UploadPart") from None
+
+    monkeypatch.setattr(cloud.client("s3"), "upload_part", part_as_aws_takes_it)
+
+    def listen(progress: Progress) -> None:
+        if not others and progress.step >= 5 << 20:  # the first part is there
+            others.append(0)
+            others.append(send(cloud, BUCKET, folder, upload, ignore))
+
+    assert send(cloud, BUCKET, folder, upload, listen) < upload.n_bytes and others[1] >= 7 << 20
+    found = client_of("s3").get_object(Bucket=BUCKET, Key=f"{folder}/a.jpg")
+    assert found["Body"].read() == content
+    assert not client_of("s3").list_multipart_uploads(Bucket=BUCKET).get("Uploads")
+
+
 @pytest.mark.parametrize("n_bytes", [10, 20 << 20])
 def test_a_file_that_changes_under_way(n_bytes: int, cloud: Cloud, photos: Path) -> None:
     (photos / "a.jpg").write_bytes(bytes(n_bytes))

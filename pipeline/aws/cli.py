@@ -282,8 +282,9 @@ def submit_command(
             print(f"job       {run.scene}")
         _follow(cloud, stack, run.scene, output, json)
         return
+    what_now, verb = {"RUNNING": ("follow it", "watch"), "SUCCEEDED": ("fetch it", "fetch")}.get(run.status, ("retry it", "retry"))  # fmt: skip
     finish(result, json, False, lambda: (
-        f"job       {run.scene} ({run.name}: {run.status.lower()})\nfollow it  {_command('watch', run.scene, stack)}"
+        f"job       {run.scene} ({run.name}: {run.status.lower()})\n{what_now:9} {_command(verb, run.scene, stack)}"
     ))  # fmt: skip
 
 
@@ -625,7 +626,7 @@ def batch_command(
         _follow_batch(cloud, stack, BATCH + result["batch"], json)
     else:
         job = BATCH + str(result["batch"])
-        finish(result, json, False, lambda: f"job       {job}\nfollow it  {_command('watch', job, stack)}")
+        finish(result, json, False, lambda: f"job       {job}\nfollow it {_command('watch', job, stack)}")
     if result["refused"]:
         raise typer.Exit(EXIT_SOME_FAILED)
 
@@ -639,7 +640,7 @@ def _submit_batch(
     from dataclasses import replace
 
     from spaceport_gs.pipeline.aws.doctor import require_quotas
-    from spaceport_gs.pipeline.aws.flow import Scene
+    from spaceport_gs.pipeline.aws.flow import Scene, batch_input
     from spaceport_gs.pipeline.aws.orders import capture_in, changed
     from spaceport_gs.pipeline.aws.prices import load_prices
     from spaceport_gs.pipeline.aws.push import images_of
@@ -647,6 +648,7 @@ def _submit_batch(
     from spaceport_gs.pipeline.aws.uploads import plan
     from spaceport_gs.pipeline.capture import as_folder
 
+    batch_input(name or "none", n_at_once)  # what is wrong with these is said before anything is uploaded
     tell, images, prices = _teller(as_json), images_of(cloud, stack), load_prices(cloud.region)
     scenes, refused = dict[str, Scene](), dict[str, str]()
     for capture, (path, given) in captures.items():
@@ -657,6 +659,8 @@ def _submit_batch(
                 if not scenes:
                     require_quotas(cloud, estimated.machines, n_at_once)
                 tell(f"{capture}: {estimated.usd.likely:.2f} $ ({estimated.usd.low:.2f} to {estimated.usd.high:.2f})")
+                for line in estimated.shortages:
+                    tell(f"{capture}: warning: {line}")
                 upload = plan(folder)
                 if twin := next((known for known, scene in scenes.items() if scene.scene == upload.scene), ""):
                     raise InputError(f"{path}: has the same photos as {twin}")

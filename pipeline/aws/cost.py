@@ -6,7 +6,8 @@ What the estimates are made from, and where that was measured:
 - training: steps on one H200, the fox capture and the random clouds of benchmarks/results. Of other GPUs their
   multiprocessors and bandwidth, by the data sheets, say how many times slower they are at least and at most.
 - compression: `compress` of 40,000 and 100,000 Gaussians (32 and 181 seconds of a core of an Intel Xeon).
-- memory: `run.Cost` and the peak memory of the clouds; that of SfM is worked out from the pyramids of SIFT, not measured.
+- memory: `run.Cost`, whose bytes a pixel are those that views hold, and the peak memory of the clouds; that of SfM is worked
+  out from the pyramids of SIFT, not measured.
 - what a job takes besides, for its image and its data: from experience with SageMaker, not measured.
 
 Counted are the instances. Volumes, storage and requests come to some per cent of that.
@@ -16,10 +17,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import Any
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.contract import STAGES
@@ -30,9 +31,6 @@ from spaceport_gs.pipeline.compress import MAX_PALETTE
 from spaceport_gs.pipeline.run import Cost, RunSettings
 from spaceport_gs.pipeline.sfm import SfmSettings
 from spaceport_gs.schedule import Recipe, preset
-
-if TYPE_CHECKING:
-    from spaceport_gs.pipeline.aws.cloud import Cloud
 
 USES: Mapping[str, str] = {"sfm": "processing", "train": "training", "compress": "processing"}
 MEASURED_CORES = 2  # that `Cost` and the compression were measured on
@@ -65,8 +63,8 @@ STEP_GROWTH = Range(1.0, 1.5, 2.3)  # with 250,000, 1,000,000 and 3,000,000 Gaus
 FREE_GROWTH = Range(200_000, 1_000_000, 4_000_000)  # Gaussians where nothing caps them
 COMPRESS_SECONDS = 5.1e-8  # of a core, for a Gaussian and an entry of the palette
 PALETTE_SHARE = 0.37  # entries for each Gaussian, of 40,000 and of 100,000
+PHOTO_BYTES_PER_PIXEL = 3.0  # of every photo that is trained on: once in memory, once on the GPU
 GPU_BYTES_PER_GAUSSIAN = 950  # as trained, from peak memory of the clouds
-GPU_BYTES_PER_PIXEL = 3.0  # of every photo
 GPU_BYTES_FIXED = 2e9
 SFM_BYTES_PER_PIXEL = 150.0  # of the photos looked at together, one a core
 SFM_BYTES_FIXED = 2e9
@@ -75,6 +73,7 @@ COMPRESS_BYTES_FIXED = 1e9
 MEMORY_SHARE = 0.9  # of an instance's that a job can have
 VOLUME_GB = 20  # beside photos and results
 MOST_VOLUME_GB = 16_384  # that SageMaker gives to a job
+REMEDY = "--instance auto finds one that has it, a larger --downscale or fewer photos take less"
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,8 @@ class StageEstimate:
 class Estimate:
     stages: Mapping[str, StageEstimate]
     prices: Prices
+    shortages: tuple[str, ...] = ()
+    """Lines on what likely does not suffice."""
 
     @property
     def machines(self) -> dict[str, Machine]:
@@ -121,7 +122,8 @@ class Estimate:
     def __str__(self) -> str:
         lines = [f"{name:9} {_line(stage.machine, stage)}" for name, stage in self.stages.items()]
         total = f"together  {_minutes(self.seconds)}, {_dollars(self.usd)}; waiting for hardware not counted"
-        return "\n".join([*lines, total, f"prices    of {self.prices.region}, {self.prices.as_of}"])
+        warnings = [f"warning   {line}" for line in self.shortages]
+        return "\n".join([*lines, total, f"prices    of {self.prices.region}, {self.prices.as_of}", *warnings])
 
 
 def _line(machine: Machine, stage: StageEstimate) -> str:
@@ -140,9 +142,8 @@ def _dollars(usd: Range) -> str:
 
 def estimate(capture: Capture, settings: RunSettings, machines: Mapping[str, Machine], prices: Prices) -> Estimate:
     """Of the stages that `machines` names."""
-    return Estimate(
-        {stage: _estimate(stage, capture, settings, machine, prices) for stage, machine in machines.items()}, prices
-    )
+    stages = {stage: _estimate(stage, capture, settings, machine, prices) for stage, machine in machines.items()}
+    return Estimate(stages, prices, shortages(capture, settings, machines))
 
 
 def _instance_of(machine: Machine) -> Instance:
@@ -279,48 +280,79 @@ def cheapest(
 
 
 def _fitting(stage: str, capture: Capture, settings: RunSettings, machine: Machine, prices: Prices) -> list[Machine]:
-    volume_gb = _volume_gb(capture)
     on_gpu = stage == "train" and settings.device != "cpu"
     found = [
-        replace(machine, instance=name, volume_gb=max(machine.volume_gb, volume_gb))
+        _with_volume(replace(machine, instance=name), capture)
         for name, instance in instances().items()
         if bool(instance.gpu) == on_gpu
         and name in prices.usd_per_hour[USES[stage]]
-        and host_bytes(stage, capture, settings, instance) <= MEMORY_SHARE * instance.memory_gb * 1e9
-        and (not on_gpu or gpu_bytes(capture, settings) <= MEMORY_SHARE * gpus()[instance.gpu].memory_gb * 1e9)
-        and (instance.disk_gb == 0 or volume_gb <= instance.disk_gb)
+        and not _short_of(stage, capture, settings, instance)
     ]
     if not found:
-        raise InputError(f"no instance has the memory for the stage {stage} with {capture}; take a larger --downscale")
+        raise InputError(
+            f"no instance likely has the memory and the disk for the stage {stage} with {capture}; take a larger --downscale,"
+            f" or try one with --instance {stage}=TYPE"
+        )
     return found
 
 
+def _short_of(
+    stage: str, capture: Capture, settings: RunSettings, instance: Instance
+) -> list[tuple[str, float, float]]:
+    """(what, GB that the stage likely takes, GB that it can have) of what likely does not suffice."""
+    needs = [
+        ("disk", _disk_gb(capture), instance.disk_gb or MOST_VOLUME_GB),
+        ("memory", host_bytes(stage, capture, settings, instance) / 1e9, MEMORY_SHARE * instance.memory_gb),
+    ]
+    if stage == "train" and instance.gpu and settings.device != "cpu":
+        there = MEMORY_SHARE * gpus()[instance.gpu].memory_gb
+        needs.append(("memory of its GPU", gpu_bytes(capture, settings) / 1e9, there))
+    return [(what, needed, there) for what, needed, there in needs if needed > there]
+
+
+def shortages(capture: Capture, settings: RunSettings, machines: Mapping[str, Machine]) -> tuple[str, ...]:
+    """A line for each thing that likely does not suffice, but may all the same: it was estimated."""
+    return tuple(
+        f"{stage} likely takes {needed:,.0f} GB of {what}, and can have {there:,.0f} on {machine.instance}: it may fail;"
+        f" {REMEDY}"
+        for stage, machine in machines.items()
+        for what, needed, there in _short_of(stage, capture, settings, _instance_of(machine))
+    )
+
+
 def fitted(capture: Capture, settings: RunSettings, machines: Mapping[str, Machine]) -> dict[str, Machine]:
-    """The same machines with volumes that are large enough; InputError if one has not the disk or the memory that is likely
-    to be taken.
+    """The same machines with volumes that are large enough; InputError if that of the training cannot even hold the photos, or
+    has not the GPU that is wanted.
     """
-    volume_gb = _volume_gb(capture)
-    if volume_gb > MOST_VOLUME_GB:
-        raise InputError(f"{capture}: {volume_gb:,} GB of disk, and a volume has {MOST_VOLUME_GB:,} at most; take fewer photos")  # fmt: skip
-    for stage, machine in machines.items():
-        instance = _instance_of(machine)
-        memory_gb = host_bytes(stage, capture, settings, instance) / 1e9
-        needs: list[tuple[str, float, float]] = [
-            ("disk", volume_gb, instance.disk_gb or math.inf),
-            ("memory", memory_gb, instance.memory_gb),
-        ]
-        if stage == "train" and instance.gpu and settings.device != "cpu":
-            needs.append(("memory on its GPU", gpu_bytes(capture, settings) / 1e9, gpus()[instance.gpu].memory_gb))
-        for what, needed, there in needs:
-            if needed > there:
-                raise InputError(
-                    f"{capture}: about {math.ceil(needed)} GB of {what} for the stage {stage}, and {machine.instance} has"
-                    f" {there:g}; --instance auto finds one that has it, a larger --downscale or fewer photos take less"
-                )
-    return {stage: replace(m, volume_gb=max(m.volume_gb, volume_gb)) for stage, m in machines.items()}
+    if machine := machines.get("train"):
+        _require_room(capture, settings, machine)
+    return {stage: _with_volume(machine, capture) for stage, machine in machines.items()}
 
 
-def _volume_gb(capture: Capture) -> int:
+def _require_room(capture: Capture, settings: RunSettings, machine: Machine) -> None:
+    """For the decoded photos alone: a training never takes less."""
+    instance = _instance_of(machine)
+    if settings.device == "cuda" and not instance.gpu:
+        raise InputError(
+            f"--device cuda: {machine.instance} has no GPU; take one such as ml.g5.xlarge, or --device cpu"
+        )
+    photos_gib = PHOTO_BYTES_PER_PIXEL * _pixels(capture) / settings.downscale**2 / 2**30
+    rooms: dict[str, float] = {"memory": instance.memory_gb}
+    if instance.gpu and settings.device != "cpu":
+        rooms["memory of its GPU"] = gpus()[instance.gpu].memory_gb
+    for what, there in rooms.items():
+        if photos_gib > there:
+            raise InputError(
+                f"{capture}: decoded they take {math.ceil(photos_gib):,} GB, and {machine.instance} has {there:g} GB of {what}"
+                f" for the stage train; {REMEDY}"
+            )
+
+
+def _with_volume(machine: Machine, capture: Capture) -> Machine:
+    return replace(machine, volume_gb=max(machine.volume_gb, min(_disk_gb(capture), MOST_VOLUME_GB)))
+
+
+def _disk_gb(capture: Capture) -> int:
     return VOLUME_GB + math.ceil((Cost().disk_fixed + Cost().disk_per_megapixel * _pixels(capture) / 1e6) / 1e9)
 
 
@@ -331,12 +363,12 @@ def host_bytes(stage: str, capture: Capture, settings: RunSettings, instance: In
         return SFM_BYTES_FIXED + SFM_BYTES_PER_PIXEL * looked_at * instance.vcpus
     if stage == "compress":
         return COMPRESS_BYTES_FIXED + COMPRESS_BYTES_PER_GAUSSIAN * _gaussians(capture, settings).likely
-    return Cost().memory_fixed + Cost().memory_per_megapixel * _pixels(capture) / settings.downscale**2 / 1e6
+    return Cost().memory(capture.n_photos, capture.megapixels, settings.downscale)
 
 
 def gpu_bytes(capture: Capture, settings: RunSettings) -> float:
     """Memory that the training takes on a GPU, likely."""
-    photos = GPU_BYTES_PER_PIXEL * _pixels(capture) / settings.downscale**2
+    photos = PHOTO_BYTES_PER_PIXEL * _pixels(capture) / settings.downscale**2
     return GPU_BYTES_FIXED + photos + GPU_BYTES_PER_GAUSSIAN * _gaussians(capture, settings).likely
 
 
@@ -377,16 +409,6 @@ def bill_of(description: Mapping[str, Any], prices: Prices, now: datetime) -> Bi
     hourly = prices.of(resources["InstanceType"], use) * resources.get("InstanceCount", 1)
     usd, saved = billed * hourly / 3600, max(0.0, seconds - billed) * hourly / 3600
     return Bill(description[f"{kind}JobName"], resources["InstanceType"], seconds, billed, hourly, usd, saved)
-
-
-def bills(cloud: Cloud, jobs: Sequence[tuple[str, str]], prices: Prices) -> Iterator[Bill]:
-    """Of jobs by (stage, name), in this order."""
-    client, now = cloud.client("sagemaker"), datetime.now(timezone.utc)
-    for stage, name in jobs:
-        if USES[stage] == "training":
-            yield bill_of(client.describe_training_job(TrainingJobName=name), prices, now)
-        else:
-            yield bill_of(client.describe_processing_job(ProcessingJobName=name), prices, now)
 
 
 # ---- When nothing runs -------------------------------------------------------------------------------------------------------

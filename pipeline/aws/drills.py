@@ -19,7 +19,7 @@ from spaceport_gs.progress import Listener, Progress
 
 ALLOWED, VARIABLE = "SPACEPORT_DRILLS", "SPACEPORT_DRILL"
 EXIT_KILLED = 137  # as a shell and SageMaker tell of SIGKILL
-INTERRUPT = "interrupt"
+INTERRUPT, STALL = "interrupt", "stall"
 _WRITTEN = re.compile(r"(sfm|train|compress):([a-z-]+)(?:@(\d{1,9}))?")
 
 
@@ -47,8 +47,16 @@ def _fill_disk() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the volume, by a drill,")
 
 
-def _stall() -> None:
-    signal.pause()  # until the job is stopped
+def _stall(told: str) -> None:
+    """Until a signal comes, which the job has its way to answer; none is missed that comes after `told` was printed."""
+    signals, written = os.pipe()
+    os.set_blocking(written, False)
+    before = signal.set_wakeup_fd(written)
+    print(told, flush=True)
+    os.read(signals, 1)
+    signal.set_wakeup_fd(before)
+    os.close(signals)
+    os.close(written)
 
 
 FAULTS: Mapping[str, Callable[[], None]] = {
@@ -58,8 +66,8 @@ FAULTS: Mapping[str, Callable[[], None]] = {
     "bad-input": _refuse,
     "out-of-memory": _lack_memory,
     "disk-full": _fill_disk,
-    "stall": _stall,
 }
+NAMES = (*FAULTS, STALL)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Drill:
 
     stage: str
     fault: str
-    """One of FAULTS."""
+    """One of NAMES."""
     step: int = 0
     """Of the training, from which on."""
 
@@ -94,8 +102,8 @@ def ordered(texts: Sequence[str]) -> dict[str, Drill]:
 
 def parsed(text: str) -> Drill:
     found = _WRITTEN.fullmatch(text)
-    if found is None or found[2] not in FAULTS:
-        raise InputError(f"drill {text}: expected STAGE:FAULT or train:FAULT@STEP; faults are {', '.join(FAULTS)}")
+    if found is None or found[2] not in NAMES:
+        raise InputError(f"drill {text}: expected STAGE:FAULT or train:FAULT@STEP; faults are {', '.join(NAMES)}")
     drill = Drill(found[1], found[2], int(found[3] or 0))
     if drill.stage != "train" and (drill.step or drill.fault == INTERRUPT):
         raise InputError(f"drill {text}: only the training counts steps, and runs where it can be interrupted")
@@ -136,6 +144,9 @@ class Rehearsal:
             listen(progress)
             if not self._has_happened and progress.step >= drill.step:
                 self._has_happened = True
+                if drill.fault == STALL:
+                    _stall(f"drill {drill}")
+                    return
                 print(f"drill {drill}", flush=True)
                 FAULTS[drill.fault]()
 

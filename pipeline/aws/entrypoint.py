@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def run_stage(arguments: Sequence[str]) -> int:
     try:
         print(doctor.as_text(doctor.examine()), flush=True)
         settings = settings_of(places, arguments[1:])
-        run.check(settings)
+        run.check(_here(places, settings))
         rehearsal = Rehearsal(places.stage)
         _STAGES[places.stage](places, settings, rehearsal)
         return 0
@@ -68,6 +68,11 @@ def run_stage(arguments: Sequence[str]) -> int:
         print(reason, file=sys.stderr, flush=True)
         places.write_failure(reason)
         return code
+
+
+def _here(places: Places, settings: RunSettings) -> RunSettings:
+    """Settings on the machine of this stage: `cuda` is what the training is to have, which the others may not."""
+    return settings if places.is_training or settings.device != "cuda" else replace(settings, device="auto")
 
 
 class _Terminated(BaseException):
@@ -137,7 +142,7 @@ def _compress(places: Places, settings: RunSettings, rehearsal: Rehearsal) -> No
             inputs["sfm"] = places.channel("sfm")
             read_manifest(inputs["sfm"], "sfm")
             _take(workspace, inputs["sfm"], "sfm")
-        run.compress_stage(workspace, settings, listen, scores=False)
+        run.compress_stage(workspace, _here(places, settings), listen, scores=False)
         run.publish_stage(workspace, settings, listen)
         if "sfm" in inputs:
             run.write_report(workspace, settings)

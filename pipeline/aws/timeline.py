@@ -119,7 +119,7 @@ def _outcome_of(job: JobState) -> str:
     transitions = job.description.get("SecondaryStatusTransitions") or ()
     n = sum(transition.get("Status") == "Interrupted" for transition in transitions)
     status = job.detail if job.status in ("Stopped", "Stopping") and job.detail else job.status
-    return f"{status}, interrupted {n} times" if n else status
+    return f"{status}, interrupted {'once' if n == 1 else f'{n} times'}" if n else status
 
 
 def _machine_of(request: Mapping[str, Any]) -> str:

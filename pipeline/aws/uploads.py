@@ -129,6 +129,16 @@ class _Sending:
         self.tell(file.n_bytes, file.n_bytes)
 
     def _send_parts(self, file: File, place: Mapping[str, str]) -> None:
+        try:
+            self._send_by_parts(file, place)
+        except ClientError as error:  # somebody else, who sends the same, may have completed it
+            if (
+                code_of(error) != "NoSuchUpload"
+                or sizes(self._s3, place["Bucket"], place["Key"]).get(place["Key"]) != file.n_bytes
+            ):
+                raise
+
+    def _send_by_parts(self, file: File, place: Mapping[str, str]) -> None:
         upload_id, there = self._begun(place)
         part_bytes = max(PART_BYTES, -(-file.n_bytes // MOST_PARTS))
         whole, parts = hashlib.sha256(), list[dict[str, Any]]()
@@ -148,14 +158,7 @@ class _Sending:
         if whole.digest() != file.sha256:
             self._s3.abort_multipart_upload(**place, UploadId=upload_id)
             raise _changed(file)
-        try:
-            self._s3.complete_multipart_upload(**place, UploadId=upload_id, MultipartUpload={"Parts": parts})
-        except ClientError as error:  # somebody else may have completed it
-            if (
-                code_of(error) != "NoSuchUpload"
-                or sizes(self._s3, place["Bucket"], place["Key"]).get(place["Key"]) != file.n_bytes
-            ):
-                raise
+        self._s3.complete_multipart_upload(**place, UploadId=upload_id, MultipartUpload={"Parts": parts})
 
     def _begun(self, place: Mapping[str, str]) -> tuple[str, Mapping[int, Mapping[str, Any]]]:
         """(id of the upload, parts that are there by number): of one that was cut off, or of a new one."""
