@@ -162,9 +162,8 @@ def test_ended_at_random_moments_it_comes_to_the_same_end(seed: int, sfm: Path, 
         if (base / "model/manifest.json").exists():
             break
         assert running.returncode in (0, -number) and not (base / "output/failure").exists()
-    assert running.returncode == 0
+    read_manifest(base / "model", "train")  # perhaps it was ended when all was written
     assert (base / "model/scene.ply").read_bytes() == (trained / "model/scene.ply").read_bytes()
-    read_manifest(base / "model", "train")
 
 
 def test_a_processing_job_that_is_stopped_says_so(orbit_capture: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ if verb == "run":
             place.symlink_to(source)
     arguments = rest[[part.endswith(":there") for part in rest].index(True) + 1:]
     os.environ["SAGEMAKER_BASE_DIR"] = str(base)
+    os.chdir(base)
     os.execv(sys.executable, [sys.executable, "-m", "spaceport_gs.pipeline.aws.entrypoint", *arguments])
 """
 """Stands for podman: it runs what is in the images as a process, on the folders that it is given."""

@@ -262,7 +262,7 @@ def local_run(placed: Path, folder: Path, given: Mapping[str, Any]) -> Path:
 
 def spaceport(engine: Engine, *arguments: str) -> subprocess.Popen[str]:
     """The command as a user types it."""
-    command = [sys.executable, "-m", "spaceport_gs.pipeline.cli", *arguments]
+    command = [str(Path(sys.executable).parent / "spaceport"), *arguments]
     return subprocess.Popen(command, env=engine.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
