@@ -607,6 +607,22 @@ def test_retry_goes_on_after_what_is_complete(
         retry(cloud, STACK, upload.scene)
 
 
+def test_a_scene_that_is_done_begins_again_where_one_says(cloud: Cloud, photos: Path, tmp_path: Path) -> None:
+    upload, _ = make(cloud, photos, tmp_path)
+    wait_for(cloud, upload.scene)
+    starts = ("publish", "compress", "train", "sfm")
+    for number, start in enumerate(starts, 2):
+        again = retry(cloud, STACK, upload.scene, start)
+        given = json.loads(again.given)
+        assert again.number == number and given["from"] == start and bool(given["model"]) == (number < 4)
+        wait_for(cloud, upload.scene)
+    with pytest.raises(InputError, match="stage cook: choose sfm, train, compress, publish"):
+        retry(cloud, STACK, upload.scene, "cook")
+    client_of("s3").delete_object(Bucket=BUCKET, Key=f"work/{upload.scene}/compress/manifest.json")
+    with pytest.raises(InputError, match="nothing to begin at publish with; compress is not done"):
+        retry(cloud, STACK, upload.scene, "publish")
+
+
 def test_retry_does_not_rehearse_again(
     cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
 ) -> None:

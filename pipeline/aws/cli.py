@@ -578,7 +578,11 @@ def _fetch(cloud: Cloud, stack: Stack, scene: str, folder: Path, listen: Listene
 
 @app.command(name="retry")
 def retry_command(
-    job: Job, watch: Watch = False, output: Into = None, region: Region = "", profile: Profile = "", prefix: Prefix = PREFIX,
+    job: Job,
+    start: Annotated[
+        str, typer.Option("--from", metavar="STAGE", help="Begin at sfm, train, compress or publish again; default: after what is complete.", show_default=False),
+    ] = "",
+    watch: Watch = False, output: Into = None, region: Region = "", profile: Profile = "", prefix: Prefix = PREFIX,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Goes on with a scene that failed or was stopped, after the last stage that is complete."""
@@ -589,8 +593,9 @@ def retry_command(
     if job.startswith(BATCH):
         if watch:
             raise InputError("--watch follows one scene; watch those of a batch one by one")
-        scenes = [s for s in scenes if status(cloud, stack, s).run.status not in (SUCCEEDED, RUNNING)]
-    runs = [retry(cloud, stack, scene) for scene in scenes]
+        over = (RUNNING,) if start else (SUCCEEDED, RUNNING)
+        scenes = [s for s in scenes if status(cloud, stack, s).run.status not in over]
+    runs = [retry(cloud, stack, scene, start) for scene in scenes]
     if watch:
         _follow(cloud, stack, job, output, json)
         return

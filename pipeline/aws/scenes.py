@@ -19,7 +19,7 @@ from spaceport_gs.errors import InputError
 from spaceport_gs.files import replacing
 from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explained
 from spaceport_gs.pipeline.aws.drills import without
-from spaceport_gs.pipeline.aws.flow import BATCH_NAME, Scene, batch_input, batch_manifest, scene_input
+from spaceport_gs.pipeline.aws.flow import BATCH_NAME, STARTS, Scene, batch_input, batch_manifest, scene_input
 from spaceport_gs.pipeline.aws.jobs import SCENE_ID
 from spaceport_gs.pipeline.aws.stack import Stack, check_bucket
 from spaceport_gs.pipeline.aws.uploads import Upload, send, sizes
@@ -126,15 +126,17 @@ def send_photos(cloud: Cloud, stack: Stack, upload: Upload, listen: Listener) ->
 
 
 @explained()
-def retry(cloud: Cloud, stack: Stack, scene: str) -> Run:
-    """Goes on after the last stage that is complete, a training from its checkpoint; what was rehearsed is not done again."""
+def retry(cloud: Cloud, stack: Stack, scene: str, start: str = "") -> Run:
+    """Goes on after the last stage that is complete, a training from its checkpoint; what was rehearsed is not done again.
+    `start`: one of STARTS to begin at again, no later than that, also if all is done.
+    """
     last = _existing(cloud, stack, scene)
-    if last.status == UNSTARTED:
+    if last.status == UNSTARTED and start in ("", json.loads(last.given)["from"]):
         return _start(cloud, stack, last)
-    if last.status in (RUNNING, SUCCEEDED):
+    if last.status == RUNNING or (last.status == SUCCEEDED and not start):
         raise InputError(f"scene {scene}: {last.name} {'still runs' if last.status == RUNNING else 'is done'}")
-    start, model = _where(cloud, stack, last)
-    given = {**json.loads(last.given), "from": start, "model": model, "stages": without(last.stages)}
+    at, model = _where(cloud, stack, last, start)
+    given = {**json.loads(last.given), "from": at, "model": model, "stages": without(last.stages)}
     run = _record(cloud, stack, scene, last.number + 1, given)
     return _start(cloud, stack, run) if run else _start(cloud, stack, _existing(cloud, stack, scene))
 
@@ -452,9 +454,23 @@ def told_in(job: JobState) -> tuple[str, str]:
     return bucket, key
 
 
-def _where(cloud: Cloud, stack: Stack, last: Run) -> tuple[str, str]:
-    """(stage to go on at, address of the trained model) after what is complete. That its stages made the same of the photos
-    is what their manifests say.
+def _where(cloud: Cloud, stack: Stack, last: Run, start: str = "") -> tuple[str, str]:
+    """(stage to go on at, address of the trained model): `start`, or after what is complete. InputError if what is to be
+    begun at needs what is not there.
+    """
+    reached, model = _reached(cloud, stack, last)
+    if not start:
+        return ("compress" if reached == "publish" and last.error != "Spaceport.publish" else reached), model
+    if start not in STARTS:
+        raise InputError(f"stage {start}: choose {', '.join(STARTS)}")
+    if STARTS.index(start) > STARTS.index(reached):
+        raise InputError(f"scene {last.scene}: nothing to begin at {start} with; {reached} is not done")
+    return start, model if start in ("compress", "publish") else ""
+
+
+def _reached(cloud: Cloud, stack: Stack, last: Run) -> tuple[str, str]:
+    """(the first stage that is not complete, address of the trained model). That its stages made the same of the photos is
+    what their manifests say.
     """
     if not _is_complete(cloud, stack, last, "sfm"):
         return "sfm", ""
@@ -464,9 +480,7 @@ def _where(cloud: Cloud, stack: Stack, last: Run) -> tuple[str, str]:
             model = job.description["ModelArtifacts"]["S3ModelArtifacts"]
     if not model:
         return "train", ""
-    if _is_complete(cloud, stack, last, "compress") and last.error == "Spaceport.publish":
-        return "publish", model
-    return "compress", model
+    return ("publish" if _is_complete(cloud, stack, last, "compress") else "compress"), model
 
 
 def _is_complete(cloud: Cloud, stack: Stack, run: Run, stage: str) -> bool:
