@@ -108,8 +108,8 @@ def _begin(jobs: Path, source: Path, settings: RunSettings) -> None:
     """InputError if something else was begun here."""
     wanted, path = {"photos": stamp_of(source), **asdict(settings)}, jobs / "begun.json"
     try:
-        begun = json.loads(path.read_text())
-    except (OSError, ValueError):
+        begun = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         begun = wanted
     if changed := [name for name in wanted if begun.get(name) != wanted[name]]:
         raise InputError(

@@ -655,14 +655,16 @@ def _submit_batch(
 
     batch_input(name or "none", n_at_once)  # what is wrong with these is said before anything is uploaded
     tell, images, prices = _teller(as_json), images_of(cloud, stack), load_prices(cloud.region)
-    scenes, refused = dict[str, Scene](), dict[str, str]()
+    scenes, refused, allowed = dict[str, Scene](), dict[str, str](), set[frozenset[str]]()
     for capture, (path, given) in captures.items():
         try:
             one = replace(order, settings=changed(order.settings, given))
             with as_folder(path) as folder:
                 estimated = one.estimated(capture_in(folder), prices)
-                if not scenes:
+                instances = frozenset(machine.instance for machine in estimated.machines.values())
+                if instances not in allowed:
                     require_quotas(cloud, estimated.machines, n_at_once)
+                    allowed.add(instances)
                 tell(f"{capture}: {estimated.usd.likely:.2f} $ ({estimated.usd.low:.2f} to {estimated.usd.high:.2f})")
                 for line in estimated.shortages:
                     tell(f"{capture}: warning: {line}")
