@@ -33,7 +33,7 @@ def test_requests_are_what_the_service_takes(stage: str, account: Account) -> No
     if stage == "train":
         request = job.request(account, spot)
         assert not any(wrong(job.operation(), request))
-        assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 3600, "MaxWaitTimeInSeconds": 3600}
+        assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 3600, "MaxWaitTimeInSeconds": 3660}
     else:
         with pytest.raises(InputError, match="only the training"):
             job.request(account, spot)

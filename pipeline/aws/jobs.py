@@ -52,8 +52,8 @@ class Machine:
     max_seconds: int = 2 * 3600
     is_spot: bool = False
     """Training only: cheaper, and may be interrupted."""
-    max_wait_seconds: int = 6 * 3600
-    """Of a spot job, for hardware and work together."""
+    max_wait_seconds: int = 4 * 3600
+    """That a spot job may wait for hardware, at first and after interruptions, beside its work."""
     expected_seconds: int = 0
     """By the estimate, if there is one; a job that takes half as long again says so."""
 
@@ -164,7 +164,7 @@ class Job:
     def _training(self, account: Account, machine: Machine) -> dict[str, Any]:
         stopping = {"MaxRuntimeInSeconds": machine.max_seconds}
         if machine.is_spot:
-            stopping["MaxWaitTimeInSeconds"] = max(machine.max_wait_seconds, machine.max_seconds)
+            stopping["MaxWaitTimeInSeconds"] = machine.max_seconds + machine.max_wait_seconds
         return {
             "TrainingJobName": self.name,
             "HyperParameters": self._hyperparameters,
