@@ -31,7 +31,6 @@ METRICS: dict[str, tuple[float, list[str]]] = {  # a factor, and what is added u
     "megabytes": (1e-6, ["dram__bytes_read.sum", "dram__bytes_write.sum"]),
     "l2_megabytes": (1e-6, ["lts__t_bytes.sum"]),
     "million_instructions": (1e-6, ["smsp__inst_executed.sum"]),
-    "warps_active": (1e-2, ["sm__warps_active.avg.pct_of_peak_sustained_active"]),
     "threads": (1, ["launch__block_size"]),
     "dynamic_shared": (1, ["launch__shared_mem_per_block_dynamic"]),
 }
@@ -51,7 +50,6 @@ class Counted:
     l2_megabytes: float
     """To and from the second-level cache."""
     million_instructions: float
-    warps_active: float
     threads: int
     dynamic_shared: int
 
@@ -159,7 +157,6 @@ def summed(table: str) -> list[Counted]:
             total("megabytes", of),
             total("l2_megabytes", of),
             total("million_instructions", of),
-            total("warps_active", of) / len(of),
             int(of[0]["threads"]),
             int(of[0]["dynamic_shared"]),
         )
