@@ -21,7 +21,7 @@ from spaceport_gs.errors import InputError, Interrupted
 from spaceport_gs.files import remove, replacing, write_json
 from spaceport_gs.pipeline import run
 from spaceport_gs.pipeline.aws.contract import STAGES, Places
-from spaceport_gs.pipeline.aws.jobs import INPUTS, MOUNT, Job
+from spaceport_gs.pipeline.aws.jobs import GPU_STAGES, INPUTS, MOUNT, Job, image_stage
 from spaceport_gs.pipeline.capture import linked, list_files, stamp_of, unzipped
 from spaceport_gs.pipeline.events import progress_in
 from spaceport_gs.pipeline.images import LOCAL_PREFIX, find_tool, name_of
@@ -52,14 +52,20 @@ class Containers:
     images: Mapping[str, str]
     """By stage."""
 
+    def is_on_gpu(self, stage: str, device: str) -> bool:
+        return stage in GPU_STAGES and (device == "cuda" or (device == "auto" and GPU.exists()))
+
+    def image(self, stage: str, device: str) -> str:
+        return self.images[image_stage(stage, self.is_on_gpu(stage, device))]
+
     def options(self, stage: str, device: str) -> list[str]:
-        """Of the tool: a user of the container who may write where who calls may, and the GPU to train on."""
+        """Of the tool: a user of the container who may write where who calls may, and the GPU."""
         options = ["--security-opt=label=disable"]  # where SELinux is on, it would hide the folder
         if os.getuid() and self.tool == "podman":
             options.append(f"--userns=keep-id:uid={USER},gid={USER}")
         elif os.getuid():
             options.append(f"--user={os.getuid()}:{os.getgid()}")
-        if stage == "train" and (device == "cuda" or (device == "auto" and GPU.exists())):
+        if self.is_on_gpu(stage, device):
             options.append("--device=nvidia.com/gpu=all" if self.tool == "podman" else "--gpus=all")
         return options
 
@@ -174,7 +180,7 @@ def _job(places: Places, settings: RunSettings, containers: Containers) -> Job:
     usual = asdict(RunSettings())
     given = {name: value for name, value in asdict(settings).items() if value != usual[name]}
     scene = hashlib.sha256(str(places.base.resolve()).encode()).hexdigest()[:12]
-    return Job(places.stage, scene, containers.images[places.stage], given)
+    return Job(places.stage, scene, containers.image(places.stage, settings.device), given)
 
 
 def _inside(places: Places, name: str) -> str:

@@ -58,7 +58,7 @@ class RunSettings:
 
 
 def device_of(wanted: str) -> str:
-    """The device to train on; BackendError if it is not there."""
+    """The device to train and to compress on; BackendError if it is not there."""
     if wanted not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {wanted}: choose auto, cpu or cuda")
     missing = "" if wanted == "cpu" else cuda_missing()
@@ -268,6 +268,7 @@ def compress_stage(workspace: Workspace, settings: RunSettings, listen: Listener
     def work() -> dict[str, Any]:
         chosen = CompressSettings(seed=settings.seed, device=device_of(settings.device))
         figures: dict[str, Any] = compress(read_ply(workspace.folder / "scene.ply"), sog, chosen, listen)
+        figures["device"] = chosen.device
         if not scores:
             return figures
         from spaceport_gs.evaluate import evaluate

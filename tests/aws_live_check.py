@@ -2,7 +2,7 @@
 
     python tests/aws_live_check.py --spend-money --photos FOLDER [--region R] [--signed] [--report live-check.json]
 
-It makes a stack of its own, runs three small scenes, and removes everything. What a check saw is recorded, whether it is as
+It makes a stack of its own, runs four small scenes, and removes everything. What a check saw is recorded, whether it is as
 expected or not; a check that breaks off stops no other.
 """
 
@@ -193,6 +193,16 @@ def fetched(check: Check) -> Any:
     return {path.name: path.stat().st_size for path in (check.folder / "fetched").iterdir() if path.is_file()}
 
 
+def compressed(check: Check) -> Any:
+    """A scene that is compressed on a GPU: where its colours were clustered, and what that took."""
+    order = (*ORDER, "--seed", "2", "--instance", "compress=ml.g4dn.xlarge")
+    job = check.spaceport("submit", str(check.photos), *order)["job"]
+    state = check.spaceport("watch", job, codes=(0, 1, 2, 70))
+    check.spaceport("fetch", job, "-o", "compressed")
+    metrics = json.loads((check.folder / "compressed/manifest.json").read_text())["metrics"]
+    return {"state": state, "metrics": metrics, "cost": check.spaceport("cost", job)}
+
+
 def failed(check: Check) -> Any:
     """A job that fails: the error's name that a .sync task gives it, and what the state machine makes of it."""
     folder = check.folder / "broken"
@@ -316,7 +326,7 @@ def destroyed(check: Check) -> Any:
 
 
 CHECKS: tuple[Callable[[Check], Any], ...] = (
-    deployed, adopted, pushed, doctor, made, published, printed, cost, fetched, failed, stopped, missing, tried_again, heard,
+    deployed, adopted, pushed, doctor, made, published, printed, cost, fetched, compressed, failed, stopped, missing, tried_again, heard,
     signed, destroyed,
 )  # fmt: skip
 

@@ -158,13 +158,74 @@ def test_the_cheapest_that_fits_is_chosen(prices: Prices) -> None:
     estimated = estimate(DRONE, SETTINGS, chosen, prices)
     for stage, machine in chosen.items():
         for other in instances():
-            if bool(instances()[other].gpu) == (stage == "train"):
+            if stage == "compress" or bool(instances()[other].gpu) == (stage == "train"):
                 offer = estimate(DRONE, SETTINGS, {stage: replace(machine, instance=other)}, prices)
                 fits = (
                     cost.host_bytes(stage, DRONE, SETTINGS, instances()[other]) < 0.9e9 * instances()[other].memory_gb
                 )
                 assert not fits or offer.usd.likely >= estimated.stages[stage].usd.likely
     assert not instances()[chosen["sfm"].instance].gpu and instances()[chosen["train"].instance].gpu
+
+
+def is_fit(stage: str, settings: RunSettings, name: str) -> bool:
+    """Of an instance, for the memory of DRONE's photos; disks are large enough for them."""
+    instance = instances()[name]
+    if cost.host_bytes(stage, DRONE, settings, instance) > 0.9e9 * instance.memory_gb:
+        return False
+    return not instance.gpu or cost.gpu_bytes(stage, DRONE, settings) < 0.9e9 * gpus()[instance.gpu].memory_gb
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cpu"])
+@pytest.mark.parametrize("preset", ["standard", "baseline"])
+@pytest.mark.parametrize("deadline", [600.0, math.inf])
+@pytest.mark.parametrize("factor", [0.1, 0.7, 1.0, 3.0])
+def test_compression_is_on_a_gpu_exactly_when_that_is_cheaper(
+    factor: float, deadline: float, preset: str, device: str, prices: Prices
+) -> None:
+    """`factor`: of the price of instances with a GPU. `deadline`: in seconds; a smaller instance without one takes longer."""
+    hourly = {name: usd * (factor if instances()[name].gpu else 1) for name, usd in prices.usd_per_hour["processing"].items()}  # fmt: skip
+    prices = replace(prices, usd_per_hour={**prices.usd_per_hour, "processing": hourly})
+    settings = replace(SETTINGS, device=device, preset=preset)
+    offered = {name: estimate(DRONE, settings, {"compress": Machine(name)}, prices) for name in instances()}
+    offers = {
+        name: offer.usd.likely
+        for name, offer in offered.items()
+        if is_fit("compress", settings, name) and offer.seconds.high <= deadline
+    }
+    if not any(device != "cpu" or not instances()[name].gpu for name in offers):
+        with pytest.raises(InputError, match="no instances are sure to be done"):
+            cheapest(DRONE, settings, prices, deadline, {"compress": Machine("")})
+        return
+    chosen = cheapest(DRONE, settings, prices, deadline, {"compress": Machine("")})["compress"].instance
+    on_cpu = min((usd for name, usd in offers.items() if not instances()[name].gpu), default=math.inf)
+    on_gpu = min((usd for name, usd in offers.items() if instances()[name].gpu), default=math.inf)
+    assert bool(instances()[chosen].gpu) == (device != "cpu" and on_gpu < on_cpu)
+    assert offers[chosen] == (on_cpu if device == "cpu" else min(on_cpu, on_gpu))
+    if preset == "standard" and device != "cpu":
+        assert (on_gpu < on_cpu) == {0.1: True, 0.7: True, 1.0: deadline == 600, 3.0: False}[factor]
+
+
+def test_compression_is_on_a_cpu_unless_something_else_is_asked_for(prices: Prices) -> None:
+    assert not instances()[Order().estimated(DRONE, prices).machines["compress"].instance].gpu
+    named = Order(instances={"compress": "ml.g4dn.xlarge"}).estimated(DRONE, prices)
+    assert named.machines["compress"].instance == "ml.g4dn.xlarge" and not named.shortages
+
+
+def test_clustering_is_what_a_gpu_makes_faster(prices: Prices) -> None:
+    def seconds(name: str, device: str) -> float:
+        settings = replace(SETTINGS, device=device)
+        return estimate(DRONE, settings, {"compress": Machine(name)}, prices).stages["compress"].seconds.likely
+
+    assert seconds("ml.g4dn.2xlarge", "auto") < seconds("ml.g4dn.2xlarge", "cpu") == seconds("ml.c6i.2xlarge", "auto")
+    assert seconds("ml.g6e.xlarge", "auto") < seconds("ml.g4dn.xlarge", "auto")
+
+
+@pytest.mark.parametrize(("n", "clustering", "rest"), [(40_000, 19.5, 6.3), (100_000, 160.1, 22.7)])
+def test_the_model_of_the_compression_meets_what_was_measured(n: int, clustering: float, rest: float) -> None:
+    """Seconds of a core of a Xeon, beside other work; with the error that the estimate has anyway."""
+    error = cost.CPU_ERROR
+    assert error.low < cost._distances(n) / cost.DISTANCES_PER_CORE_SECOND / clustering < error.high
+    assert error.low < cost._encode_seconds(n) / rest < error.high
 
 
 def test_a_deadline_takes_faster_ones(prices: Prices) -> None:
@@ -177,7 +238,7 @@ def test_a_deadline_takes_faster_ones(prices: Prices) -> None:
 
 def test_memory_and_disks_decide_too(prices: Prices) -> None:
     large = Capture(n_photos=320, megapixels=20.0)
-    needed = cost.gpu_bytes(large, RunSettings()) / 1e9
+    needed = cost.gpu_bytes("train", large, RunSettings()) / 1e9
     machine = cheapest(large, RunSettings(), prices)["train"]
     gpu = gpus()[instances()[machine.instance].gpu]
     assert 0.9 * gpus()["A10G"].memory_gb < needed < 0.9 * gpu.memory_gb

@@ -138,6 +138,13 @@ def test_quotas_are_named_with_the_place_to_raise_them() -> None:
     ]
     many = of(examined(cloud_of_stubs(), {}, applied, n_at_once=5), "quotas")
     assert many[0] == (False, f"ml.c6i.2xlarge for processing job usage: 4, needed 5; ask for more at {address}/L-0")
+    on_gpu = {**DEFAULT_MACHINES, "compress": replace(DEFAULT_MACHINES["compress"], instance="ml.g4dn.xlarge")}
+    gpu = {"ml.g4dn.xlarge for processing job usage": 0.0}
+    found = of(examined(cloud_of_stubs(), {}, {**applied, **gpu}, machines=on_gpu), "quotas")
+    assert (
+        False,
+        f"ml.g4dn.xlarge for processing job usage: 0, needed 1; ask for more at {address}/L-1",
+    ) in found
     strange = {**DEFAULT_MACHINES, "train": replace(DEFAULT_MACHINES["train"], instance="ml.p9.xlarge")}
     found = of(examined(cloud_of_stubs(), {}, applied, machines=strange), "quotas")
     assert (

@@ -13,19 +13,24 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from spaceport_gs.errors import InputError
+from spaceport_gs.gaussians import Gaussians
+from spaceport_gs.pipeline import compress as compression
+from spaceport_gs.pipeline import doctor
 from spaceport_gs.pipeline import run as stages
 from spaceport_gs.pipeline.aws import entrypoint
 from spaceport_gs.pipeline.aws.contract import Places, Reporter, Watchdog, settings_of
 from spaceport_gs.pipeline.aws.drills import ALLOWED, VARIABLE, Rehearsal, ordered, parsed
 from spaceport_gs.pipeline.aws.template import template
+from spaceport_gs.pipeline.compress import CompressSettings
 from spaceport_gs.pipeline.manifest import read_manifest
 from spaceport_gs.pipeline.workspace import Existing, open_workspace
-from spaceport_gs.progress import Progress, ignore
+from spaceport_gs.progress import Listener, Progress, ignore
 
 SETTINGS = {"steps": "120", "device": '"cpu"', "seed": "3", "checkpoint_every": "20"}
 ARGUMENTS = tuple(f"{name}={value}" for name, value in SETTINGS.items())
@@ -319,6 +324,40 @@ def test_the_other_stages_do_without_the_gpu_of_the_training(trained: Path, tmp_
     base = tmp_path / "compress"
     assert run_job(base, *job(base, "compress", {"train": trained / "model"}, arguments)) == 0
     assert read_manifest(base / "processing/output", "compress").settings["device"] == "cuda"
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_compression_without_a_gpu_is_on_the_cpu_with_torch_as_well(
+    device: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the image of the training on a machine without one."""
+    doctor.check_stage("train")  # all that this image has is here
+    monkeypatch.setattr(stages, "cuda_missing", lambda: "no GPU")
+    scenes = []
+    for given in (device, "cpu"):
+        base = tmp_path / given
+        assert run_job(base, *job(base, "compress", {"train": trained / "model"}, (f"device={given}",))) == 0
+        assert read_manifest(base / "processing/output", "compress").metrics["device"] == "cpu"
+        scenes.append((base / "processing/output/scene.sog").read_bytes())
+    assert scenes[0] == scenes[1]
+
+
+@pytest.mark.parametrize(("device", "clustered"), [("auto", "cuda"), ("cuda", "cuda"), ("cpu", "cpu")])
+def test_compression_clusters_on_the_gpu_that_is_there(
+    device: str, clustered: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether there is one or not, it is asked for one; the work itself is done on the CPU here."""
+    asked = []
+
+    def compress(gaussians: Gaussians, path: Path, settings: CompressSettings, listen: Listener) -> dict[str, float]:
+        asked.append(settings.device)
+        return compression.compress(gaussians, path, replace(settings, device="cpu"), listen)
+
+    monkeypatch.setattr(stages, "cuda_missing", lambda: "")
+    monkeypatch.setattr(stages, "compress", compress)
+    assert run_job(tmp_path, *job(tmp_path, "compress", {"train": trained / "model"}, (f"device={device}",))) == 0
+    assert asked == [clustered]
+    assert read_manifest(tmp_path / "processing/output", "compress").metrics["device"] == clustered
 
 
 def test_damaged_results_of_the_stage_before(sfm: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from statelint.linter import Linter
 from statelint.problem import ProblemType
 
 from spaceport_gs.errors import InputError
+from spaceport_gs.pipeline.aws.cost import Capture
 from spaceport_gs.pipeline.aws.flow import (
     MACHINES,
     Scene,
@@ -32,6 +33,9 @@ from spaceport_gs.pipeline.aws.flow import (
     template,
 )
 from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machine
+from spaceport_gs.pipeline.aws.orders import Order
+from spaceport_gs.pipeline.aws.prices import load_prices
+from spaceport_gs.pipeline.run import RunSettings
 
 KEY = ARN.format("kms", "key/0a1b-2c")
 # What users write must not be taken for what SageMaker says.
@@ -194,6 +198,31 @@ def test_it_starts_at_each_stage(start: str, ran: list[str], flow: Interpreter) 
     if start == "compress":
         call, built = asked(flow, "Compress", SCENE, trained)
         assert call == built
+
+
+@pytest.mark.parametrize(
+    ("device", "instance", "image"),
+    [
+        ("auto", "ml.g4dn.xlarge", "train"),
+        ("cuda", "ml.g4dn.xlarge", "train"),
+        ("cpu", "ml.g4dn.xlarge", "compress"),
+        ("auto", "ml.c6i.4xlarge", "compress"),
+        ("auto", "", "compress"),
+    ],
+)
+def test_compression_on_an_instance_with_a_gpu(device: str, instance: str, image: str, flow: Interpreter) -> None:
+    """As it is ordered: in the image of the training, which has what a GPU takes."""
+    order = Order(RunSettings(device=device), {"compress": instance} if instance else {}, is_spot=True)
+    estimated = order.estimated(Capture(20, 12.0), load_prices("us-east-1"))
+    scene = replace(order.scene(estimated, IMAGES), scene="a1")
+    assert go(flow, scene_input(scene, ACCOUNT)).status == "SUCCEEDED"
+    ran = {stage: flow.calls[state][0] for state, stage in JOBS.items() if flow.calls[state]}
+    assert ran["compress"]["AppSpecification"]["ImageUri"] == IMAGES[image]
+    resources = ran["compress"]["ProcessingResources"]["ClusterConfig"]
+    assert resources["InstanceType"] == (instance or DEFAULT_MACHINES["compress"].instance)
+    assert ("VolumeKmsKeyId" in resources) == (instance != "ml.g4dn.xlarge")
+    assert ran["sfm"]["AppSpecification"]["ImageUri"] == IMAGES["sfm"]
+    assert ran["train"]["AlgorithmSpecification"]["TrainingImage"] == IMAGES["train"]
 
 
 def test_without_spot_it_trains_on_demand(flow: Interpreter) -> None:

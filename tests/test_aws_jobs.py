@@ -14,7 +14,8 @@ from service_model import wrong
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.contract import Places, settings_of
 from spaceport_gs.pipeline.aws.drills import parsed
-from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machine
+from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machine, image_stage, is_on_gpu
+from spaceport_gs.pipeline.aws.prices import instances
 from spaceport_gs.pipeline.run import RunSettings
 
 IMAGE = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/spaceport/3dgs@sha256:" + 64 * "a"
@@ -37,6 +38,26 @@ def test_requests_are_what_the_service_takes(stage: str, account: Account) -> No
     else:
         with pytest.raises(InputError, match="only the training"):
             job.request(account, spot)
+
+
+@pytest.mark.parametrize(
+    ("stage", "instance", "device", "image"),
+    [
+        ("compress", "ml.g4dn.xlarge", "auto", "train"),
+        ("compress", "ml.g4dn.xlarge", "cuda", "train"),
+        ("compress", "ml.g4dn.xlarge", "cpu", "compress"),
+        ("compress", "ml.c6i.2xlarge", "auto", "compress"),
+        ("compress", "ml.c6i.2xlarge", "cuda", "compress"),
+        ("compress", "ml.abacus.xlarge", "auto", "compress"),
+        ("train", "ml.g5.xlarge", "auto", "train"),
+        ("train", "ml.c6i.2xlarge", "cpu", "train"),
+        ("sfm", "ml.g5.xlarge", "auto", "sfm"),
+    ],
+)
+def test_compression_runs_in_the_image_of_the_training_where_a_gpu_works_for_it(
+    stage: str, instance: str, device: str, image: str
+) -> None:
+    assert image_stage(stage, is_on_gpu(stage, instances().get(instance), device)) == image
 
 
 def test_the_check_sees_what_is_wrong() -> None:

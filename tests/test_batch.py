@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from spaceport_gs.pipeline import cli, synthesize
+from spaceport_gs.pipeline import cli, contained, synthesize
+from spaceport_gs.pipeline.aws.contract import STAGES
 from spaceport_gs.pipeline.contained import Containers
 
 SPACEPORT = str(Path(sys.executable).parent / "spaceport")
@@ -173,8 +174,19 @@ def test_users_and_gpus_of_containers(
     monkeypatch.setattr(os, "getuid", lambda: user)
     monkeypatch.setattr(os, "getgid", lambda: user)
     containers = Containers(tool, {})
-    assert containers.options("train", device)[1:] == options
+    assert containers.options("train", device)[1:] == containers.options("compress", device)[1:] == options
     assert not any("gpu" in option for option in containers.options("sfm", device))
+
+
+@pytest.mark.parametrize(("device", "has_gpu", "image"), [
+    ("auto", False, "compressor"), ("auto", True, "3dgs"), ("cuda", False, "3dgs"), ("cpu", True, "compressor"),
+])  # fmt: skip
+def test_containers_compress_with_the_image_for_gpus_where_there_is_one(
+    device: str, has_gpu: bool, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contained, "GPU", tmp_path if has_gpu else tmp_path / "none")
+    containers = Containers("podman", {"sfm": "sfm", "train": "3dgs", "compress": "compressor"})
+    assert [containers.image(stage, device) for stage in STAGES] == ["sfm", "3dgs", image]
 
 
 def test_wrong_folders(captures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,10 @@ What the estimates are made from, and where that was measured:
 - SfM: `run.Cost`, on two cores of an AMD EPYC; from a third of that (small photos) to three times as much (many cores that wait).
 - training: steps on one H200, the fox capture and the random clouds of benchmarks/results. Of other GPUs their
   multiprocessors and bandwidth, by the data sheets, say how many times slower they are at least and at most.
-- compression: `compress` of 40,000 and 100,000 Gaussians (32 and 181 seconds of a core of an Intel Xeon).
+- compression: `compress` of 40,000 to 1,000,000 Gaussians on two busy cores of an Intel Xeon, clustering and the rest apart:
+  26 seconds of a core for 40,000, of which the rest were 6, and 183 and 23 for 100,000. Those of 160,000 and more went over
+  all Gaussians once, not nine times. On a GPU nobody has timed it, neither the whole nor its clustering: the rest is taken to
+  be the same, and clustering is worked out from its multiplications and the GPU's peak by the data sheet, with a wide range.
 - memory: `run.Cost`, whose bytes a pixel are those that views hold, and the peak memory of the clouds; that of SfM is worked
   out from the pyramids of SIFT, not measured.
 - what a job takes besides, for its image and its data: from experience with SageMaker, not measured.
@@ -17,17 +20,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.contract import STAGES
-from spaceport_gs.pipeline.aws.jobs import Machine
+from spaceport_gs.pipeline.aws.jobs import Machine, is_on_gpu
 from spaceport_gs.pipeline.aws.prices import Gpu, Instance, Prices, gpus, instances, usd_per_month
 from spaceport_gs.pipeline.aws.template import template
-from spaceport_gs.pipeline.compress import MAX_PALETTE
+from spaceport_gs.pipeline.compress import COEFFICIENTS, MAX_PALETTE, CompressSettings
 from spaceport_gs.pipeline.run import Cost, RunSettings
 from spaceport_gs.pipeline.sfm import SfmSettings
 from spaceport_gs.schedule import Recipe, preset
@@ -61,8 +64,14 @@ STEP_SECONDS = 0.00015  # of a step on it, beside its pixels
 STEP_SECONDS_PER_MEGAPIXEL = 0.0005
 STEP_GROWTH = Range(1.0, 1.5, 2.3)  # with 250,000, 1,000,000 and 3,000,000 Gaussians
 FREE_GROWTH = Range(200_000, 1_000_000, 4_000_000)  # Gaussians where nothing caps them
-COMPRESS_SECONDS = 5.1e-8  # of a core, for a Gaussian and an entry of the palette
-PALETTE_SHARE = 0.37  # entries for each Gaussian, of 40,000 and of 100,000
+ENTRIES_PER_GAUSSIAN = 0.8  # of the palettes that compression tries, all together, up to MAX_PALETTE
+DISTANCES_PER_CORE_SECOND = 4.5e8  # to palettes that no core's cache holds
+FLOPS_PER_DISTANCE = 2 * 3 * COEFFICIENTS[3]
+TIMES_PEAK = Range(1.25, 2.0, 8.0)  # that clustering takes on a GPU: not measured
+ENCODE_SECONDS = 3.0  # of compression beside clustering, on one core
+ENCODE_SECONDS_PER_ENTRY = 1.5e-4
+ENCODE_SECONDS_PER_GAUSSIAN = 5e-6
+TORCH_SECONDS = Range(30, 60, 120)  # more for the image with torch than for the compressor: not measured
 PHOTO_BYTES_PER_PIXEL = 3.0  # of every photo that is trained on: once in memory, once on the GPU
 GPU_BYTES_PER_GAUSSIAN = 950  # as trained, from peak memory of the clouds
 GPU_BYTES_FIXED = 2e9
@@ -70,6 +79,7 @@ SFM_BYTES_PER_PIXEL = 150.0  # of the photos looked at together, one a core
 SFM_BYTES_FIXED = 2e9
 COMPRESS_BYTES_PER_GAUSSIAN = 2_000
 COMPRESS_BYTES_FIXED = 1e9
+CLUSTER_BYTES_PER_GAUSSIAN = 300  # on a GPU: colours, and what they are sorted with
 MEMORY_SHARE = 0.9  # of an instance's that a job can have
 VOLUME_GB = 20  # beside photos and results
 MOST_VOLUME_GB = 16_384  # that SageMaker gives to a job
@@ -171,7 +181,7 @@ def _sfm_seconds(capture: Capture, settings: RunSettings, instance: Instance) ->
 def _train_seconds(capture: Capture, settings: RunSettings, instance: Instance) -> Range:
     recipe, megapixels = _recipe(capture, settings), _trained_megapixels(capture, settings)
     steps = settings.steps or recipe.steps
-    if instance.gpu and settings.device != "cpu":
+    if is_on_gpu("train", instance, settings.device):
         step = STEP_SECONDS + STEP_SECONDS_PER_MEGAPIXEL * megapixels
         seconds = STEP_GROWTH * slower(gpus()[instance.gpu], gpus()[MEASURED_GPU]) * (steps * step)
     else:
@@ -190,14 +200,32 @@ def slower(gpu: Gpu, measured: Gpu) -> Range:
     return Range(low, math.sqrt(low * high), high)
 
 
-def _core_seconds(n_gaussians: float) -> float:
-    """Of compression: every Gaussian's colours are compared with a palette that grows with their number, up to a limit."""
-    return COMPRESS_SECONDS * n_gaussians * min(PALETTE_SHARE * n_gaussians, MAX_PALETTE)
-
-
 def _compress_seconds(capture: Capture, settings: RunSettings, instance: Instance) -> Range:
     n = _gaussians(capture, settings)
-    return Range(*(_core_seconds(m) / instance.vcpus for m in (n.low, n.likely, n.high))) * CPU_ERROR
+    distances, rest = (_each(work, n) for work in (_distances, _encode_seconds))
+    if is_on_gpu("compress", instance, settings.device):
+        clustering = TIMES_PEAK * distances * (FLOPS_PER_DISTANCE / gpus()[instance.gpu].peak_flops)
+        return TORCH_SECONDS + clustering + CPU_ERROR * rest
+    clustering = distances * (1 / (DISTANCES_PER_CORE_SECOND * instance.vcpus))
+    return CPU_ERROR * (clustering + rest)
+
+
+def _each(work: Callable[[float], float], n_gaussians: Range) -> Range:
+    return Range(work(n_gaussians.low), work(n_gaussians.likely), work(n_gaussians.high))
+
+
+def _entries(n_gaussians: float) -> float:
+    return min(ENTRIES_PER_GAUSSIAN * n_gaussians, MAX_PALETTE)
+
+
+def _distances(n_gaussians: float) -> float:
+    """From every Gaussian's colours to every entry, once for each iteration and once for the labels."""
+    return (CompressSettings.iterations + 1) * n_gaussians * _entries(n_gaussians)
+
+
+def _encode_seconds(n_gaussians: float) -> float:
+    per_entry = ENCODE_SECONDS_PER_ENTRY * _entries(n_gaussians)
+    return ENCODE_SECONDS + per_entry + ENCODE_SECONDS_PER_GAUSSIAN * n_gaussians
 
 
 _WORK = {"sfm": _sfm_seconds, "train": _train_seconds, "compress": _compress_seconds}
@@ -280,11 +308,10 @@ def cheapest(
 
 
 def _fitting(stage: str, capture: Capture, settings: RunSettings, machine: Machine, prices: Prices) -> list[Machine]:
-    on_gpu = stage == "train" and settings.device != "cpu"
     found = [
         _with_volume(replace(machine, instance=name), capture)
         for name, instance in instances().items()
-        if bool(instance.gpu) == on_gpu
+        if _suits(stage, settings, instance)
         and name in prices.usd_per_hour[USES[stage]]
         and not _short_of(stage, capture, settings, instance)
     ]
@@ -296,6 +323,13 @@ def _fitting(stage: str, capture: Capture, settings: RunSettings, machine: Machi
     return found
 
 
+def _suits(stage: str, settings: RunSettings, instance: Instance) -> bool:
+    """A GPU is paid for only where it works, and no training goes without one that may have it."""
+    if is_on_gpu(stage, instance, settings.device):
+        return True
+    return not instance.gpu and (stage != "train" or settings.device == "cpu")
+
+
 def _short_of(
     stage: str, capture: Capture, settings: RunSettings, instance: Instance
 ) -> list[tuple[str, float, float]]:
@@ -304,9 +338,9 @@ def _short_of(
         ("disk", _disk_gb(capture), instance.disk_gb or MOST_VOLUME_GB),
         ("memory", host_bytes(stage, capture, settings, instance) / 1e9, MEMORY_SHARE * instance.memory_gb),
     ]
-    if stage == "train" and instance.gpu and settings.device != "cpu":
+    if is_on_gpu(stage, instance, settings.device):
         there = MEMORY_SHARE * gpus()[instance.gpu].memory_gb
-        needs.append(("memory of its GPU", gpu_bytes(capture, settings) / 1e9, there))
+        needs.append(("memory of its GPU", gpu_bytes(stage, capture, settings) / 1e9, there))
     return [(what, needed, there) for what, needed, there in needs if needed > there]
 
 
@@ -338,7 +372,7 @@ def _require_room(capture: Capture, settings: RunSettings, machine: Machine) -> 
         )
     photos_gib = PHOTO_BYTES_PER_PIXEL * _pixels(capture) / settings.downscale**2 / 2**30
     rooms: dict[str, float] = {"memory": instance.memory_gb}
-    if instance.gpu and settings.device != "cpu":
+    if is_on_gpu("train", instance, settings.device):
         rooms["memory of its GPU"] = gpus()[instance.gpu].memory_gb
     for what, there in rooms.items():
         if photos_gib > there:
@@ -366,8 +400,10 @@ def host_bytes(stage: str, capture: Capture, settings: RunSettings, instance: In
     return Cost().memory(capture.n_photos, capture.megapixels, settings.downscale)
 
 
-def gpu_bytes(capture: Capture, settings: RunSettings) -> float:
-    """Memory that the training takes on a GPU, likely."""
+def gpu_bytes(stage: str, capture: Capture, settings: RunSettings) -> float:
+    """Memory that a stage takes on a GPU, likely."""
+    if stage == "compress":
+        return GPU_BYTES_FIXED + CLUSTER_BYTES_PER_GAUSSIAN * _gaussians(capture, settings).likely
     photos = PHOTO_BYTES_PER_PIXEL * _pixels(capture) / settings.downscale**2
     return GPU_BYTES_FIXED + photos + GPU_BYTES_PER_GAUSSIAN * _gaussians(capture, settings).likely
 

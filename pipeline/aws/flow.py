@@ -16,7 +16,8 @@ from typing import Any
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.contract import STAGES
 from spaceport_gs.pipeline.aws.drills import Drill
-from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machine
+from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machine, image_stage, is_on_gpu
+from spaceport_gs.pipeline.aws.prices import instances
 
 MACHINES = ("scene", "batch")
 FORMAT = 1
@@ -60,7 +61,9 @@ class Scene:
     """By stage."""
 
     def job(self, stage: str, **fields: str) -> Job:
-        return Job(stage, self.scene, self.images[stage], self.settings, drill=self.drills.get(stage), **fields)
+        instance = instances().get(self.machine(stage).instance)
+        image = self.images[image_stage(stage, is_on_gpu(stage, instance, self.settings.get("device", "auto")))]
+        return Job(stage, self.scene, image, self.settings, drill=self.drills.get(stage), **fields)
 
     def machine(self, stage: str) -> Machine:
         return self.machines.get(stage, DEFAULT_MACHINES[stage])

@@ -19,13 +19,15 @@ from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws import PREFIX
 from spaceport_gs.pipeline.aws.contract import MODEL, STAGES
 from spaceport_gs.pipeline.aws.drills import Drill
-from spaceport_gs.pipeline.aws.prices import instances
+from spaceport_gs.pipeline.aws.prices import Instance, instances
 
 INPUTS: Mapping[str, tuple[str, ...]] = {"sfm": ("photos",), "train": ("sfm",), "compress": ("train", "sfm")}
 """Of each stage, by name; `train` is what a training job left."""
 SCENE_ID = re.compile(r"[a-z0-9]{1,24}")
 MOST_ARGUMENT = 256  # characters
 MOUNT = "/opt/ml"
+GPU_STAGES = ("train", "compress")
+"""Those that a GPU has work in."""
 METRICS = ("psnr", "loss", "gaussians", "step", "steps_per_second")
 
 
@@ -63,6 +65,16 @@ DEFAULT_MACHINES: Mapping[str, Machine] = {
     "train": Machine("ml.g5.xlarge"),
     "compress": Machine("ml.c6i.2xlarge", max_seconds=3600),
 }
+
+
+def is_on_gpu(stage: str, instance: Instance | None, device: str) -> bool:
+    """Whether a GPU of the instance works for the stage. `device`: of RunSettings."""
+    return stage in GPU_STAGES and device != "cpu" and bool(instance and instance.gpu)
+
+
+def image_stage(stage: str, on_gpu: bool) -> str:
+    """Whose image a job takes: on a GPU, compression needs the engine for it and torch, which that of the training has."""
+    return "train" if stage == "compress" and on_gpu else stage
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,15 @@ class Gpu:
 
     memory_gb: float
     multiprocessors: int
+    lanes: int
+    """Of a multiprocessor: multiplications with additions, in 32 bits, a clock."""
     ghz: float
     gb_per_second: float
+
+    @property
+    def peak_flops(self) -> float:
+        """In a second."""
+        return 2e9 * self.multiprocessors * self.lanes * self.ghz
 
 
 @dataclass(frozen=True)
