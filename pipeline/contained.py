@@ -53,6 +53,7 @@ class Containers:
     """By stage."""
 
     def is_on_gpu(self, stage: str, device: str) -> bool:
+        """Whether this machine's GPU works for a stage."""
         return stage in GPU_STAGES and (device == "cuda" or (device == "auto" and GPU.exists()))
 
     def image(self, stage: str, device: str) -> str:

@@ -243,6 +243,13 @@ def test_a_capture_goes_through_three_containers(
     read_manifest(published, "compress")
     assert (published / "index.html").is_file()
 
+    # As on an instance with a GPU, though there is none: in the image of the training, with any device.
+    beside, settings = tmp_path / "beside", {**SETTINGS, "device": "auto"}
+    shutil.copytree(compress / "processing/input", beside / "processing/input")
+    finish(start(engine, Job("compress", "a1", built["train"], settings, attempt="1"), beside))
+    assert read_manifest(beside / "processing/output", "compress").metrics["device"] == "cpu"
+    assert (beside / "processing/output/scene.sog").read_bytes() == (published / "scene.sog").read_bytes()
+
     local = local_run(placed, tmp_path / "local", SETTINGS)
     assert (local / "scene.ply").read_bytes() == (again / "model/scene.ply").read_bytes()
     assert (local / "scene.sog").read_bytes() == (published / "scene.sog").read_bytes()

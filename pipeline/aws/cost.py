@@ -324,7 +324,7 @@ def _fitting(stage: str, capture: Capture, settings: RunSettings, machine: Machi
 
 
 def _suits(stage: str, settings: RunSettings, instance: Instance) -> bool:
-    """A GPU is paid for only where it works, and no training goes without one that may have it."""
+    """A GPU is paid for only where it works, and a training that may have one gets one."""
     if is_on_gpu(stage, instance, settings.device):
         return True
     return not instance.gpu and (stage != "train" or settings.device == "cpu")

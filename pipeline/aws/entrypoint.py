@@ -71,7 +71,7 @@ def run_stage(arguments: Sequence[str]) -> int:
 
 
 def _here(places: Places, settings: RunSettings) -> RunSettings:
-    """Settings on the machine of this stage: `cuda` is what the training must have. Compression takes it where it is."""
+    """Settings on the machine of this stage: `cuda` is a demand on the training, the others take what is there."""
     return settings if places.is_training or settings.device != "cuda" else replace(settings, device="auto")
 
 
