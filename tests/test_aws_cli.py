@@ -316,6 +316,37 @@ def test_a_drill_fails_as_it_should_and_retry_goes_on(shell: Shell, stack: str, 
     assert f"{job}-2: succeeded" in shell("retry", job, "--watch", "-o", "drill", "--prefix", stack).stdout
 
 
+def test_a_batch_leaves_out_what_is_made_already(shell: Shell, stack: str, tmp_path: Path) -> None:
+    """And does not stop what others make."""
+    there, hold = ("--prefix", stack), shell.folder.parent / "jobs/hold-Processing"
+    manifest, order = tmp_path / "manifest.json", ("--device", "cpu", "--name", "first", *there, "--steps")
+    for folder in ("alone", "also", "new"):
+        (tmp_path / folder).mkdir()
+        for name in ("a.jpg", "b.jpg", "c.jpg"):
+            (tmp_path / folder / name).write_bytes(f"{folder} {name}".encode())
+    hold.parent.mkdir(exist_ok=True)
+    hold.touch()
+    try:
+        alone = shell.json("submit", str(tmp_path / "alone"), "--device", "cpu", *there, "--steps", "5")["job"]
+        manifest.write_text(json.dumps([{"name": name, "photos": name} for name in ("alone", "also")]))
+        printed = shell("batch", str(manifest), *order, "5").stdout
+        assert f"alone: is under way, {alone}-1; it is followed with this batch\n" in printed
+        assert f"job       batch/first\nfollow it spaceport aws watch batch/first --prefix {stack}\n" in printed
+        manifest.write_text(json.dumps([{"name": name, "photos": name} for name in ("alone", "also", "new")]))
+        second = shell.json("batch", str(manifest), *order, "5")
+        assert second["batch"] == "first-2" and second["under_way"] == ["alone", "also"] and not second["refused"]
+        assert f"the first: scene {alone}: {alone}-1 makes it with other settings" in shell.error(
+            "batch", str(manifest), *order, "6"
+        )
+        for batch in ("batch/first-2", "batch/first"):
+            shell("stop", batch, *there)
+        states = {one["job"]: one["status"] for one in shell.json("status", "batch/first-2", *there)["scenes"]}
+        assert states == {**dict.fromkeys(second["scenes"].values(), "ABORTED"), alone: "RUNNING"}
+        shell("stop", alone, *there)
+    finally:
+        hold.unlink()
+
+
 @pytest.mark.slow
 def test_a_batch_is_submitted_followed_and_fetched(shell: Shell, stack: str, capture: Path, tmp_path: Path) -> None:
     """What cannot be submitted, and what fails, stops no other."""
@@ -341,6 +372,14 @@ def test_a_batch_is_submitted_followed_and_fetched(shell: Shell, stack: str, cap
     assert (shell.folder / made / "index.html").is_file()
     assert shell.json("stop", name, *there)["stopped"] == []
 
+    for number in range(3):
+        (tmp_path / "few" / f"{number}.jpg").write_bytes(b"now there are some")
+    again = shell.json(*order)
+    assert set(again["scenes"]) == {"broken", "few", "harbour"} and again["done"] == ["harbour"]
+    followed = shell.json("watch", f"batch/{again['batch']}", *there, expect=1)
+    runs = {one["job"]: one["run"] for one in followed["scenes"]}
+    assert [runs[again["scenes"][capture]][-2:] for capture in ("broken", "few", "harbour")] == ["-2", "-1", "-1"]
+
 
 @pytest.mark.slow
 def test_captures_are_made_there_as_they_are_made_here(
@@ -363,7 +402,11 @@ def test_captures_are_made_there_as_they_are_made_here(
     )
     page = (out / "harbour/index.html").read_bytes()
     assert cli.run(order) == 2 and "go on with --resume" in capsys.readouterr().err
+    assert not outcomes["harbour"]["was_done"]
     assert cli.run([*order, "--resume"]) == 1 and (out / "harbour/index.html").read_bytes() == page
+    printed = capsys.readouterr()
+    assert [one["was_done"] for one in json.loads(printed.out)["captures"]] == [False, True]
+    assert "harbour: is done, " in printed.err
 
 
 # Bad input, in this process
@@ -446,9 +489,10 @@ def test_bad_input_is_one_line(
     assert len(lines) == 1
 
 
+@pytest.mark.parametrize("command", ["submit", "batch"])
 def test_nothing_is_started_where_there_is_no_quota(
-    here: Callable[..., int], shell: Shell, stack: str, capture: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: str, here: Callable[..., int], shell: Shell, stack: str, capture: Path, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     names = ("ml.c6i.2xlarge for processing job usage", "ml.g5.xlarge for training job usage")
     quotas = [{"QuotaName": name, "QuotaCode": f"L-{i}", "Value": 1.0 - i} for i, name in enumerate(names)]
@@ -464,7 +508,9 @@ def test_nothing_is_started_where_there_is_no_quota(
     connect = clouds.connect
     monkeypatch.setattr(clouds, "connect", answering)
     before = shell.client("s3").list_objects_v2(Bucket=f"{stack}-000000000000-{REGION}")["KeyCount"]
-    assert here("submit", str(capture)) == 2
+    manifest = tmp_path / "one.json"
+    manifest.write_text(json.dumps([{"name": "harbour", "photos": str(capture)}]))
+    assert here(command, str(capture if command == "submit" else manifest)) == 2
     line = capsys.readouterr().err
     assert (
         "quota ml.g5.xlarge for training job usage: 0, needed 1; ask for more at https://eu-central-1.console" in line

@@ -40,10 +40,12 @@ from spaceport_gs.pipeline.options import (
 
 if TYPE_CHECKING:
     from spaceport_gs.pipeline.aws.cloud import Cloud
+    from spaceport_gs.pipeline.aws.cost import Estimate
     from spaceport_gs.pipeline.aws.orders import Order
     from spaceport_gs.pipeline.aws.push import Image
-    from spaceport_gs.pipeline.aws.scenes import JobState, Status
+    from spaceport_gs.pipeline.aws.scenes import JobState, Run, Status
     from spaceport_gs.pipeline.aws.stack import Change, Stack
+    from spaceport_gs.pipeline.aws.uploads import Upload
     from spaceport_gs.pipeline.aws.watch import Line
     from spaceport_gs.pipeline.batch import Outcome
     from spaceport_gs.pipeline.run import RunSettings
@@ -506,14 +508,18 @@ def stop_command(
     job: Job, region: Region = "", profile: Profile = "", prefix: Prefix = PREFIX, json: Json = False
 ) -> None:
     """Stops a scene and its jobs; what is made so far stays, and retry goes on from there."""
-    from spaceport_gs.pipeline.aws.scenes import stop, stop_batch
+    from spaceport_gs.pipeline.aws.scenes import begun_scenes, stop, stop_batch
     from spaceport_gs.pipeline.aws.watch import wait_for_end
 
     cloud, stack = _stack(region, profile, prefix)
-    stopped = stop_batch(cloud, stack, job.removeprefix(BATCH)) if job.startswith(BATCH) else stop(cloud, stack, job)
+    if job.startswith(BATCH):
+        batch = job.removeprefix(BATCH)
+        stopped, scenes = stop_batch(cloud, stack, batch), begun_scenes(cloud, stack, batch)
+    else:
+        stopped, scenes = stop(cloud, stack, job), [job]
     _teller(json)(f"{job}: " + (f"stops {', '.join(stopped)}" if stopped else "no job ran"))
-    wait_for_end(cloud, stack, _scenes(cloud, stack, job))
-    result, lines = _bill(cloud, stack, _scenes(cloud, stack, job))
+    wait_for_end(cloud, stack, scenes)
+    result, lines = _bill(cloud, stack, scenes)
     finish({"job": job, "stopped": stopped, **result}, json, False, lambda: "\n".join(lines))
 
 
@@ -618,7 +624,10 @@ def batch_command(
     max_cost: MaxCost = 0, deadline: Deadline = 0, watch: Watch = False, region: Region = "", profile: Profile = "",
     prefix: Prefix = PREFIX, json: Json = False,
 ) -> None:  # fmt: skip
-    """Submits many scenes, some at a time. What fails in one stops no other; settings of a capture go over the options."""
+    """Submits many scenes, some at a time. What fails in one stops no other; settings of a capture go over the options.
+
+    What is done already, by the same photos and settings, is not made again; what failed goes on as by retry.
+    """
     from spaceport_gs.pipeline.aws.orders import captures_of
     from spaceport_gs.pipeline.run import RunSettings
 
@@ -630,8 +639,9 @@ def batch_command(
     if watch:
         _follow_batch(cloud, stack, BATCH + result["batch"], json)
     else:
-        job = BATCH + str(result["batch"])
-        finish(result, json, False, lambda: f"job       {job}\nfollow it {_command('watch', job, stack)}")
+        job, is_done = BATCH + str(result["batch"]), set(result["scenes"]) == set(result["done"])
+        what_now, verb = ("fetch it", "fetch") if is_done else ("follow it", "watch")
+        finish(result, json, False, lambda: f"job       {job}\n{what_now:9} {_command(verb, job, stack)}")
     if result["refused"]:
         raise typer.Exit(EXIT_SOME_FAILED)
 
@@ -640,58 +650,122 @@ def _submit_batch(
     cloud: Cloud, stack: Stack, captures: Mapping[str, tuple[Path, Mapping[str, Any]]], order: Order, n_at_once: int,
     name: str, as_json: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """The batch's name, the scenes' ids and what could not be submitted, by the captures' names."""
+    """The batch's name, the scenes' ids, which were done or under way, and what could not be submitted, by the captures' names.
+    Whatever is wrong is said before anything is uploaded.
+    """
     import hashlib
+
+    from spaceport_gs.pipeline.aws.cloud import explained
+    from spaceport_gs.pipeline.aws.flow import batch_input
+    from spaceport_gs.pipeline.aws.scenes import QUEUED, RUNNING, SUCCEEDED, UNSTARTED, submit_batch
+    from spaceport_gs.pipeline.aws.stack import check_bucket
+
+    batch_input(name or "none", n_at_once)
+    with explained():
+        check_bucket(cloud, stack)
+    tell, refused = _teller(as_json), dict[str, str]()
+    wanted = _wanted(cloud, stack, captures, order, n_at_once, refused, tell)
+    for capture, (upload, run) in wanted.items():
+        if run.status == UNSTARTED:
+            with _left_out(capture, refused, tell):
+                _send_capture(cloud, stack, captures[capture][0], upload, as_json)
+    runs = {capture: run for capture, (_, run) in wanted.items() if capture not in refused}
+    if not runs:
+        raise InputError(f"no capture can be submitted; the first: {next(iter(refused.values()))}")
+    usual = hashlib.sha256(" ".join(run.scene for run in runs.values()).encode()).hexdigest()[:12]
+    batch = submit_batch(cloud, stack, name or usual, list(runs.values()), n_at_once)
+    for capture, run in runs.items():
+        with _left_out(capture, refused, tell):
+            if run.scene in batch.lost:
+                raise InputError(f"somebody else has just submitted {run.scene}")
+    runs = {capture: run for capture, run in runs.items() if capture not in refused}
+    return {
+        "batch": batch.name,
+        "execution": batch.arn,
+        "scenes": {capture: run.scene for capture, run in runs.items()},
+        "done": [capture for capture, run in runs.items() if run.status == SUCCEEDED],
+        "under_way": [capture for capture, run in runs.items() if run.status in (RUNNING, QUEUED)],
+        "refused": refused,
+    }
+
+
+@contextmanager
+def _left_out(capture: str, refused: dict[str, str], tell: Callable[[str], None]) -> Iterator[None]:
+    """What is wrong with one capture stops no other."""
+    try:
+        yield
+    except InputError as error:
+        refused[capture] = str(error)
+        tell(f"{capture}: left out: {error}")
+
+
+def _wanted(
+    cloud: Cloud, stack: Stack, captures: Mapping[str, tuple[Path, Mapping[str, Any]]], order: Order, n_at_once: int,
+    refused: dict[str, str], tell: Callable[[str], None],
+) -> dict[str, tuple[Upload, Run]]:  # fmt: skip
+    """What is to be uploaded of each capture, and the run that makes its scene: see `run_for_batch`."""
     from dataclasses import replace
 
     from spaceport_gs.pipeline.aws.doctor import require_quotas
-    from spaceport_gs.pipeline.aws.flow import Scene, batch_input
     from spaceport_gs.pipeline.aws.orders import capture_in, changed
     from spaceport_gs.pipeline.aws.prices import load_prices
     from spaceport_gs.pipeline.aws.push import images_of
-    from spaceport_gs.pipeline.aws.scenes import send_photos, submit_batch
+    from spaceport_gs.pipeline.aws.scenes import UNSTARTED, queued_runs, run_for_batch
     from spaceport_gs.pipeline.aws.uploads import plan
     from spaceport_gs.pipeline.capture import as_folder
 
-    batch_input(name or "none", n_at_once)  # what is wrong with these is said before anything is uploaded
-    tell, images, prices = _teller(as_json), images_of(cloud, stack), load_prices(cloud.region)
-    scenes, refused, allowed = dict[str, Scene](), dict[str, str](), set[frozenset[str]]()
+    images, prices, queued = images_of(cloud, stack), load_prices(cloud.region), queued_runs(cloud, stack)
+    wanted: dict[str, tuple[Upload, Run]] = {}
+    allowed: set[frozenset[str]] = set()
     for capture, (path, given) in captures.items():
-        try:
+        with _left_out(capture, refused, tell):
             one = replace(order, settings=changed(order.settings, given))
             with as_folder(path) as folder:
                 estimated = one.estimated(capture_in(folder), prices)
-                instances = frozenset(machine.instance for machine in estimated.machines.values())
-                if instances not in allowed:
-                    require_quotas(cloud, estimated.machines, n_at_once)
-                    allowed.add(instances)
-                tell(f"{capture}: {estimated.usd.likely:.2f} $ ({estimated.usd.low:.2f} to {estimated.usd.high:.2f})")
-                for line in estimated.shortages:
-                    tell(f"{capture}: warning: {line}")
                 upload = plan(folder)
-                if twin := next((known for known, scene in scenes.items() if scene.scene == upload.scene), ""):
-                    raise InputError(f"{path}: has the same photos as {twin}")
-                with _bars(as_json) as listen:
-                    send_photos(cloud, stack, upload, listen)
-            scenes[capture] = replace(one.scene(estimated, images), scene=upload.scene)
-        except InputError as error:
-            refused[capture] = str(error)
-            tell(f"{capture}: left out: {error}")
-    if not scenes:
-        raise InputError(f"no capture can be submitted; the first: {next(iter(refused.values()))}")
-    text = json_format.dumps([asdict(scene) for scene in scenes.values()], sort_keys=True)
-    batch = name or hashlib.sha256(text.encode()).hexdigest()[:12]
-    arn = submit_batch(cloud, stack, batch, list(scenes.values()), n_at_once)
-    ids = {capture: scene.scene for capture, scene in scenes.items()}
-    return {"batch": batch, "execution": arn, "scenes": ids, "refused": refused}
+            if twin := next((name for name, (known, _) in wanted.items() if known.scene == upload.scene), ""):
+                raise InputError(f"{path}: has the same photos as {twin}")
+            scene = replace(one.scene(estimated, images), scene=upload.scene)
+            run = run_for_batch(cloud, stack, scene, queued)
+            instances = frozenset(machine.instance for machine in estimated.machines.values())
+            if run.status == UNSTARTED and instances not in allowed:
+                require_quotas(cloud, estimated.machines, n_at_once)
+                allowed.add(instances)
+            for line in _wanted_lines(run, estimated):
+                tell(f"{capture}: {line}")
+            wanted[capture] = upload, run
+    return wanted
+
+
+def _wanted_lines(run: Run, estimated: Estimate) -> Iterator[str]:
+    """What is to become of a capture in a batch."""
+    from spaceport_gs.pipeline.aws.scenes import SUCCEEDED, UNSTARTED
+
+    if run.status == SUCCEEDED:
+        yield f"is done, {run.name}"
+    elif run.status != UNSTARTED:
+        yield f"is under way, {run.name}; it is followed with this batch"
+    else:
+        start = json_format.loads(run.given)["from"]
+        again = "" if start == "sfm" else f", goes on at {start}"
+        yield f"{estimated.usd.likely:.2f} $ ({estimated.usd.low:.2f} to {estimated.usd.high:.2f}){again}"
+        yield from (f"warning: {line}" for line in estimated.shortages)
+
+
+def _send_capture(cloud: Cloud, stack: Stack, path: Path, upload: Upload, as_json: bool) -> None:
+    from spaceport_gs.pipeline.aws.scenes import send_photos
+    from spaceport_gs.pipeline.capture import as_folder
+
+    with as_folder(path) as folder, _bars(as_json) as listen:
+        send_photos(cloud, stack, upload.moved(folder), listen)
 
 
 def make_batch(
     captures: Mapping[str, Path], out: Path, settings: RunSettings, n_at_once: int, as_json: bool
 ) -> list[Outcome]:
-    """`spaceport batch` on the default stack: submits, follows and fetches; what failed before is tried again."""
+    """`spaceport batch` on the default stack: submits, follows and fetches."""
     from spaceport_gs.files import write_json
-    from spaceport_gs.pipeline.aws.scenes import RUNNING, SUCCEEDED, UNSTARTED, retry, status
+    from spaceport_gs.pipeline.aws.scenes import SUCCEEDED
     from spaceport_gs.pipeline.aws.watch import follow_batch
     from spaceport_gs.pipeline.batch import SUMMARY, Outcome
 
@@ -699,9 +773,6 @@ def make_batch(
     cloud, stack = _stack("", "", os.environ.get("SPACEPORT_STACK", PREFIX))
     given = {name: (path, dict[str, Any]()) for name, path in captures.items()}
     submitted = _submit_batch(cloud, stack, given, _order(settings, None, False, 0, 0), n_at_once, "", as_json)
-    for scene in submitted["scenes"].values():
-        if status(cloud, stack, scene).run.status not in (RUNNING, SUCCEEDED, UNSTARTED):
-            retry(cloud, stack, scene)
     found = {one.run.scene: one for one in follow_batch(cloud, stack, submitted["batch"], _teller(as_json))}
     outcomes = []
     for name in captures:
@@ -711,7 +782,7 @@ def make_batch(
         elif one is not None:
             with _bars(as_json) as listen:
                 _fetch(cloud, stack, one.run.scene, out / name, listen)
-        outcomes.append(Outcome(name, _seconds(one), error))
+        outcomes.append(Outcome(name, _seconds(one), error, was_done=name in submitted["done"]))
     write_json(out / SUMMARY, [asdict(outcome) for outcome in outcomes])
     return outcomes
 

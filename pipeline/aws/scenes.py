@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +31,7 @@ from spaceport_gs.progress import Listener, Progress
 
 RUNNING, SUCCEEDED = "RUNNING", "SUCCEEDED"
 UNSTARTED = "UNSTARTED"  # recorded, and then somebody was cut off
+QUEUED = "QUEUED"  # recorded, and a batch that is under way will start it
 STOPPED = "Spaceport.stopped"
 STOP_WAITS = (0.0, 1.0, 2.0, 4.0)  # seconds
 UNKNOWN_JOB = {"ValidationException", "ResourceNotFound"}
@@ -46,7 +48,7 @@ class Run:
     recorded: datetime
     arn: str
     status: str
-    """What Step Functions calls it, or UNSTARTED."""
+    """What Step Functions calls it, UNSTARTED, or QUEUED."""
     error: str = ""
     reason: str = ""
     """Why it failed, in one sentence."""
@@ -110,13 +112,21 @@ def submit(cloud: Cloud, stack: Stack, scene: Scene, upload: Upload, listen: Lis
     given = scene_input(scene, stack.account("sfm"))
     while True:
         last = _latest(cloud, stack, scene.scene)
-        if last and last.stages == given["stages"]:
-            return _start(cloud, stack, last)
-        if last and (last.status == RUNNING or _is_being_started(last)):
-            raise InputError(f"scene {scene.scene}: {last.name} makes it with other settings; stop that one first")
-        run = _record(cloud, stack, scene.scene, last.number + 1 if last else 1, given)
-        if run:
+        run = _same_or_next(stack, last, given)
+        if run is last or _record(cloud, stack, run):
             return _start(cloud, stack, run)
+
+
+def _same_or_next(stack: Stack, last: Run | None, given: Mapping[str, Any]) -> Run:
+    """The last run of a scene if it is asked for the same, else the one after it. InputError while the last is under way."""
+    scene = str(given["scene"])
+    if last is None:
+        return _new_run(stack, scene, 1, given)
+    if last.stages == given["stages"]:
+        return last
+    if last.status in (RUNNING, QUEUED) or _is_being_started(last):
+        raise InputError(f"scene {scene}: {last.name} makes it with other settings; stop that one first")
+    return _new_run(stack, scene, last.number + 1, given)
 
 
 def send_photos(cloud: Cloud, stack: Stack, upload: Upload, listen: Listener) -> None:
@@ -135,10 +145,15 @@ def retry(cloud: Cloud, stack: Stack, scene: str, start: str = "") -> Run:
         return _start(cloud, stack, last)
     if last.status == RUNNING or (last.status == SUCCEEDED and not start):
         raise InputError(f"scene {scene}: {last.name} {'still runs' if last.status == RUNNING else 'is done'}")
+    run = _run_after(cloud, stack, last, start)
+    return _start(cloud, stack, run if _record(cloud, stack, run) else _existing(cloud, stack, scene))
+
+
+def _run_after(cloud: Cloud, stack: Stack, last: Run, start: str = "") -> Run:
+    """The run that goes on with what the last one left; not recorded yet."""
     at, model = _where(cloud, stack, last, start)
     given = {**json.loads(last.given), "from": at, "model": model, "stages": without(last.stages)}
-    run = _record(cloud, stack, scene, last.number + 1, given)
-    return _start(cloud, stack, run) if run else _start(cloud, stack, _existing(cloud, stack, scene))
+    return _new_run(stack, last.scene, last.number + 1, given)
 
 
 @explained()
@@ -244,54 +259,133 @@ def pointer_of(cloud: Cloud, stack: Stack, scene: str) -> dict[str, str]:
 
 
 @explained()
-def submit_batch(cloud: Cloud, stack: Stack, batch: str, scenes: Sequence[Scene], concurrency: int) -> str:
-    """ARN of the execution that makes many scenes, whose photos are uploaded, some at a time. Each is followed and stopped
-    as one that was submitted alone. The same batch twice is one.
+def queued_runs(cloud: Cloud, stack: Stack) -> set[str]:
+    """Names of the runs that batches under way make, or will make."""
+    pages = cloud.client("stepfunctions").get_paginator("list_executions")
+    found = pages.paginate(stateMachineArn=stack.machines[1], statusFilter=RUNNING)
+    batches = [execution["name"] for page in found for execution in page["executions"]]
+    return {name for batch in batches for name in _begun_by(cloud, stack, batch)}
+
+
+@explained()
+def run_for_batch(cloud: Cloud, stack: Stack, scene: Scene, queued: Container[str]) -> Run:
+    """The run that a batch has of a scene: the one that is done or under way, if it is asked for the same; else UNSTARTED, one
+    that begins, or goes on as `retry` does where the last one failed. Nothing is recorded yet. `queued`: of `queued_runs`.
+    InputError if one with other settings is under way.
     """
-    given = json.dumps(batch_input(batch, concurrency))
-    key = f"batches/{batch}/manifest.json"
-    wanted = [scene_input(scene, stack.account("sfm")) for scene in scenes]
-    text = _text(cloud, stack.bucket, key)
-    if text is None:
-        text = batch_manifest([(_next_name(cloud, stack, one["scene"]), one) for one in wanted])
-        if not _put_once(cloud, stack.bucket, key, text):
-            raise InputError(f"batch {batch}: somebody has just submitted one of this name; take another name")
-    runs = json.loads(text)
-    if [run["input"] for run in runs] != wanted:
-        raise InputError(f"batch {batch}: there is one of this name with other scenes; take another name")
-    for run in runs:
-        scene, _, number = run["name"].rpartition("-")
-        _record(cloud, stack, scene, int(number), run["input"])
-    return _execute(cloud, stack.machines[1], batch, given)
+    last = _latest(cloud, stack, scene.scene)
+    if last and last.status == UNSTARTED and last.name in queued:
+        last = replace(last, status=QUEUED)
+    run = _same_or_next(stack, last, scene_input(scene, stack.account("sfm")))
+    return run if run.status in (SUCCEEDED, RUNNING, UNSTARTED, QUEUED) else _run_after(cloud, stack, run)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Many scenes, under one name."""
+
+    name: str
+    arn: str
+    """Of the execution that makes those which were neither done nor under way; empty if there was none to make."""
+    lost: tuple[str, ...]
+    """Ids of scenes that somebody else submitted at the same time."""
+
+
+@explained()
+def submit_batch(cloud: Cloud, stack: Stack, name: str, runs: Sequence[Run], concurrency: int) -> Batch:
+    """Starts what has not begun of the runs that `run_for_batch` found, some at a time, when all photos are uploaded. Each is
+    followed and stopped as one that was submitted alone. The same batch twice is one; another one of its name gets a number.
+    """
+    unstarted = [run for run in runs if run.status == UNSTARTED]
+    ours = [run for run in unstarted if _is_ours(cloud, stack, run)]
+    batch = _name_of_batch(cloud, stack, name, runs, bool(ours))
+    arn = ""
+    if ours:
+        manifest = batch_manifest([(run.name, json.loads(run.given)) for run in ours])
+        _put_once(cloud, stack.bucket, _begun_key(batch), manifest)
+        arn = _execute(cloud, stack.machines[1], batch, json.dumps(batch_input(batch, concurrency)))
+    return Batch(batch, arn, tuple(run.scene for run in unstarted if run not in ours))
+
+
+def _is_ours(cloud: Cloud, stack: Stack, run: Run) -> bool:
+    """Whether it is recorded as it is, by us or before us."""
+    if _record(cloud, stack, run):
+        return True
+    there = _existing(cloud, stack, run.scene)
+    return (there.name, there.given) == (run.name, run.given)
+
+
+def _name_of_batch(cloud: Cloud, stack: Stack, name: str, runs: Sequence[Run], begins: bool) -> str:
+    """`name`, with a number behind it where that is another batch, or one that is over while something is to begin."""
+    scenes = json.dumps([run.name for run in runs])
+    for number in count(1):
+        batch = name if number == 1 else f"{name}-{number}"
+        batch_input(batch, 1)  # it may have become too long
+        if _put_once(cloud, stack.bucket, _scenes_key(batch), scenes):
+            return batch
+        if _text(cloud, stack.bucket, _scenes_key(batch)) == scenes:
+            if not begins or batch_status(cloud, stack, batch) in (UNSTARTED, RUNNING):
+                return batch
+    raise AssertionError("there is always another number")
+
+
+def _scenes_key(batch: str) -> str:
+    """Of the names of all runs of a batch."""
+    return f"batches/{batch}/scenes.json"
+
+
+def _begun_key(batch: str) -> str:
+    """Of what the batch machine reads: those that it starts, and their inputs."""
+    return f"batches/{batch}/manifest.json"
 
 
 @explained()
 def batch_scenes(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
     """Ids of the scenes of a batch."""
-    return [run["input"]["scene"] for run in json.loads(_manifest_of(cloud, stack, batch))]
+    text = _text(cloud, stack.bucket, _scenes_key(batch)) if BATCH_NAME.fullmatch(batch) else None
+    if text is None:
+        raise InputError(f"batch {batch!r}: the stack {stack.prefix} knows of none")
+    return [_scene_of(name) for name in json.loads(text)]
+
+
+@explained()
+def begun_scenes(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
+    """Ids of those of its scenes that the batch itself makes."""
+    known = batch_scenes(cloud, stack, batch)
+    begun = {_scene_of(name) for name in _begun_by(cloud, stack, batch)}
+    return [scene for scene in known if scene in begun]
+
+
+def _begun_by(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
+    """Names of the runs that a batch starts."""
+    text = _text(cloud, stack.bucket, _begun_key(batch))
+    return [run["name"] for run in json.loads(text)] if text else []
+
+
+def _scene_of(name: str) -> str:
+    """That a run of this name makes."""
+    return name.rpartition("-")[0]
 
 
 @explained()
 def batch_status(cloud: Cloud, stack: Stack, batch: str) -> str:
-    """What Step Functions says of a batch's execution."""
-    _manifest_of(cloud, stack, batch)
+    """What Step Functions says of a batch's execution, or UNSTARTED."""
     arn = _arn_of(stack.machines[1], batch)
-    return str(cloud.client("stepfunctions").describe_execution(executionArn=arn)["status"])
+    try:
+        return str(cloud.client("stepfunctions").describe_execution(executionArn=arn)["status"])
+    except ClientError as error:
+        if code_of(error) != "ExecutionDoesNotExist":
+            raise
+        return UNSTARTED
 
 
 @explained()
 def stop_batch(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
-    """Begins no more scenes, and stops those under way; returns the jobs that ran."""
-    scenes = batch_scenes(cloud, stack, batch)
-    _stop_execution(cloud, _arn_of(stack.machines[1], batch))
+    """Begins no more scenes, and stops those of its own that are under way; returns the jobs that ran."""
+    scenes = begun_scenes(cloud, stack, batch)
+    if scenes:
+        _stop_execution(cloud, _arn_of(stack.machines[1], batch))
     return [job for scene in scenes for job in stop(cloud, stack, scene)]
-
-
-def _manifest_of(cloud: Cloud, stack: Stack, batch: str) -> str:
-    text = _text(cloud, stack.bucket, f"batches/{batch}/manifest.json") if BATCH_NAME.fullmatch(batch) else None
-    if text is None:
-        raise InputError(f"batch {batch!r}: the stack {stack.prefix} knows of none")
-    return text
 
 
 def _stop_execution(cloud: Cloud, arn: str) -> None:
@@ -300,21 +394,15 @@ def _stop_execution(cloud: Cloud, arn: str) -> None:
         states.stop_execution(executionArn=arn, error=STOPPED, cause=cause)
 
 
-def _next_name(cloud: Cloud, stack: Stack, scene: str) -> str:
-    """Of a run that nothing stands in the way of."""
-    last = _latest(cloud, stack, scene)
-    if last and (last.status == RUNNING or _is_being_started(last)):
-        raise InputError(f"scene {scene}: {last.name} makes it already; leave it out, or stop it")
-    return f"{scene}-{last.number + 1 if last else 1}"
-
-
-def _record(cloud: Cloud, stack: Stack, scene: str, number: int, given: Mapping[str, Any]) -> Run | None:
-    """Takes the number for a run; None if somebody else has it."""
-    text = json.dumps(given, sort_keys=True)
-    if not _put_once(cloud, stack.bucket, f"jobs/{scene}/{number:04}.json", text):
-        return None
-    now = datetime.now(timezone.utc)
+def _new_run(stack: Stack, scene: str, number: int, given: Mapping[str, Any]) -> Run:
+    """That is not recorded yet."""
+    text, now = json.dumps(given, sort_keys=True), datetime.now(timezone.utc)
     return Run(scene, number, text, now, _arn_of(stack.machines[0], f"{scene}-{number}"), UNSTARTED)
+
+
+def _record(cloud: Cloud, stack: Stack, run: Run) -> bool:
+    """Takes its number; False if somebody else has it."""
+    return _put_once(cloud, stack.bucket, f"jobs/{run.scene}/{run.number:04}.json", run.given)
 
 
 def _is_being_started(run: Run) -> bool:

@@ -11,7 +11,7 @@ import hashlib
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,10 @@ class Upload:
     @property
     def n_bytes(self) -> int:
         return sum(file.n_bytes for file in self.files)
+
+    def moved(self, folder: Path) -> Upload:
+        """The same files in another folder, as where a .zip is unpacked again."""
+        return replace(self, files=tuple(replace(file, path=folder / file.name) for file in self.files))
 
 
 def plan(folder: Path) -> Upload:
