@@ -10,21 +10,11 @@ from typing import Any
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.files import replacing
+from spaceport_gs.pipeline.aws.batches import batch_scenes, batch_status, queued_runs
 from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explained
-from spaceport_gs.pipeline.aws.scenes import (
-    RUNNING,
-    SUCCEEDED,
-    UNSTARTED,
-    JobState,
-    Run,
-    Status,
-    batch_scenes,
-    batch_status,
-    queued_runs,
-    status,
-    told_in,
-)
+from spaceport_gs.pipeline.aws.runs import RUNNING, SUCCEEDED, UNSTARTED, Run
 from spaceport_gs.pipeline.aws.stack import Stack
+from spaceport_gs.pipeline.aws.status import JobState, Status, status, told_in
 from spaceport_gs.pipeline.events import progress_in
 from spaceport_gs.progress import Listener, Progress
 
