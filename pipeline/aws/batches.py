@@ -115,7 +115,7 @@ def batch_status(cloud: Cloud, stack: Stack, batch: str) -> str:
 def stop_batch(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
     """Begins no more scenes, and stops those of its own that are under way; returns the jobs that ran."""
     scenes = begun_scenes(cloud, stack, batch)
-    if scenes:
+    if batch_status(cloud, stack, batch) == RUNNING:
         stop_execution(cloud, arn_of(stack.machines[1], batch))
     return [job for scene in scenes for job in stop(cloud, stack, scene)]
 
@@ -134,11 +134,10 @@ def _name_of_batch(cloud: Cloud, stack: Stack, name: str, runs: Sequence[Run], b
     for number in count(1):
         batch = name if number == 1 else f"{name}-{number}"
         batch_input(batch, 1)  # it may have become too long
-        if put_once(cloud, stack.bucket, _scenes_key(batch), scenes):
+        key = _scenes_key(batch)
+        is_this = put_once(cloud, stack.bucket, key, scenes) or text_of(cloud, stack.bucket, key) == scenes
+        if is_this and (not begins or batch_status(cloud, stack, batch) in (UNSTARTED, RUNNING)):
             return batch
-        if text_of(cloud, stack.bucket, _scenes_key(batch)) == scenes:
-            if not begins or batch_status(cloud, stack, batch) in (UNSTARTED, RUNNING):
-                return batch
     raise AssertionError("there is always another number")
 
 

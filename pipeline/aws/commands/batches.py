@@ -97,7 +97,7 @@ def _submit_batch(
     name: str, as_json: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The batch's name, the scenes' ids, which were done or under way, and what could not be submitted, by the captures' names.
-    Whatever is wrong is said before anything is uploaded.
+    What is wrong with a capture is said before anything is uploaded.
     """
     import hashlib
 
@@ -141,7 +141,7 @@ def _left_out(capture: str, refused: dict[str, str], tell: Callable[[str], None]
     """What is wrong with one capture stops no other."""
     try:
         yield
-    except InputError as error:
+    except (InputError, OSError) as error:
         refused[capture] = str(error)
         tell(f"{capture}: left out: {error}")
 
@@ -228,8 +228,11 @@ def make_batch(
         if one is not None and one.run.status != SUCCEEDED:
             error = one.run.reason or one.run.status.lower()
         elif one is not None:
-            with bars(as_json) as listen:
-                fetch_into(cloud, stack, one.run.scene, out / name, listen)
+            try:
+                with bars(as_json) as listen:
+                    fetch_into(cloud, stack, one.run.scene, out / name, listen)
+            except InputError as problem:
+                error = str(problem)
         outcomes.append(Outcome(name, _seconds(one), error, was_done=name in submitted["done"]))
     write_json(out / SUMMARY, [asdict(outcome) for outcome in outcomes])
     return outcomes
