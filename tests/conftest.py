@@ -66,7 +66,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     ops.use_cpu()
 
 
-# Scenes on AWS, for the files that import aws_scenes. What it needs is imported here, because others do not need it.
+# Scenes on AWS. What they need is imported in the fixtures, because other tests do not need it.
 
 
 @pytest.fixture(scope="module")
