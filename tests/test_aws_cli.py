@@ -258,7 +258,11 @@ def test_captures_are_made_there_as_they_are_made_here(
     assert cli.run([*order, "--resume"]) == 1 and (out / "harbour/index.html").read_bytes() == page
     printed = capsys.readouterr()
     assert [one["was_done"] for one in json.loads(printed.out)["captures"]] == [False, True]
-    assert "harbour: is done, " in printed.err
+    (scene,) = re.findall(r"harbour: is done, (\w+)-\d+\n", printed.err)
+    place = {"Bucket": f"{stack}-000000000000-{REGION}", "Key": f"work/{scene}/compress/manifest.json"}
+    shell.client("s3").delete_object(**place)  # as after some weeks
+    assert cli.run([*order, "--resume"]) == 1
+    assert "there is no finished result" in json.loads((out / "batch.json").read_text())[1]["error"]
 
 
 # Bad input, in this process
