@@ -28,7 +28,8 @@ lint: .venv/installed-tests
 	ln -sfn ../pipeline spaceport_gs/pipeline
 	$(BIN)/mypy spaceport_gs; status=$$?; rm spaceport_gs/pipeline; exit $$status
 
-# What the containers install, from PyPI: again after constraints.txt or pyproject.toml changed. torch is left to its image.
+# What the containers install, from PyPI: again after constraints.txt or pyproject.toml changed. torch is left to its image, whose
+# lists of it are written by hand.
 LOCK = $(BIN)/uv pip compile -q --python-version 3.11 --python-platform linux --generate-hashes --no-annotate \
 	--custom-compile-command "make lock" -c constraints.txt
 CONTAINERS := pipeline/containers

@@ -33,6 +33,8 @@ class Outcome:
     """One line; empty if all went well."""
     report: Mapping[str, Any] | None = None
     """What report.json holds."""
+    was_done: bool = False
+    """On AWS: by an earlier run with the same photos and settings."""
 
 
 def captures_in(folder: Path) -> dict[str, Path]:

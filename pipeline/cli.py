@@ -20,7 +20,7 @@ import typer
 from spaceport_gs import __version__
 from spaceport_gs.errors import BackendError, InputError, Interrupted
 from spaceport_gs.pipeline.aws.cli import app as aws
-from spaceport_gs.pipeline.aws.cli import make_batch
+from spaceport_gs.pipeline.aws.commands.batches import make_batch
 from spaceport_gs.pipeline.images import LOCAL_PREFIX
 from spaceport_gs.pipeline.options import (
     EXCLUSIVE,

@@ -33,6 +33,7 @@ SPATIAL_NEIGHBOURS = 40
 SIMILAR_PHOTOS = 40  # that a photo in no known order is matched with
 MAX_WORDS, FEATURES_PER_WORD = 8192, 40  # of the vocabulary that finds them
 DISK_RESERVE = 1 << 24  # bytes; with less than this free, a failure of COLMAP is one of the disk
+TELL_SECONDS = 1.0  # between two looks at what COLMAP has done
 BATCH = 8  # photos per call of the extraction: how often progress is told
 ENOUGH_REGISTERED = 0.9  # a smaller share is tried again with looser limits
 WELL_SEEN_LENS = 30  # photos of one camera from which its lens is modelled with four distortion terms
@@ -249,12 +250,15 @@ def _match(capture: Capture, database: Path, settings: SfmSettings, listen: List
         run, n_pairs = pycolmap.match_vocabtree, n * SIMILAR_PHOTOS // 2
         arguments["pairing_options"] = vocabulary
 
-    def tell() -> None:
-        with pycolmap.Database.open(database) as opened:
-            n_done = int(opened.num_verified_image_pairs())
-        listen(Progress(STAGE, min(n_done, n_pairs), n_pairs, "matching pairs"))
+    # Opened before the matching, for to open a database is to write to it: of two who do so at a time one is refused, and
+    # COLMAP aborts if that is its own thread.
+    with pycolmap.Database.open(database) as opened:
 
-    _call(run, tell, **arguments)
+        def tell() -> None:
+            n_done = min(int(opened.num_verified_image_pairs()), n_pairs)
+            listen(Progress(STAGE, n_done, n_pairs, "matching pairs"))
+
+        _call(run, tell, **arguments)
     listen(Progress(STAGE, n_pairs, n_pairs, "matching pairs"))
 
 
@@ -358,7 +362,7 @@ def _failure(capture: Capture, database: Path) -> str:
 
 
 def _call(function: Callable[..., Any], tell: Callable[[], None] | None = None, **arguments: Any) -> Any:
-    """Runs a COLMAP call in a thread, so that signals reach us, calling `tell` once a second meanwhile."""
+    """Runs a COLMAP call in a thread, so that signals reach us, calling `tell` every second meanwhile."""
     from spaceport_gs.colmap import pycolmap
 
     token = pycolmap.CancellationToken()
@@ -374,7 +378,7 @@ def _call(function: Callable[..., Any], tell: Callable[[], None] | None = None, 
     thread.start()
     try:
         while thread.is_alive():
-            thread.join(1.0)
+            thread.join(TELL_SECONDS)
             if tell is not None and thread.is_alive():
                 tell()
     except BaseException:

@@ -7,164 +7,22 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import boto3
 import botocore.session
 import pytest
 from botocore.stub import Stubber
-from emulator import emulated_aws, free_port, started, wait_for
-from typed import Typist, typist
+from shell import REGION, Shell, account, put_flow, read, until
 
 from spaceport_gs.pipeline import cli
-from spaceport_gs.pipeline import synthesize as synthesis
 from spaceport_gs.pipeline.aws import cloud as clouds
 from spaceport_gs.pipeline.aws import watch
 from spaceport_gs.pipeline.aws.cli import app as commands
 from spaceport_gs.pipeline.aws.cloud import Cloud
-from spaceport_gs.pipeline.aws.page import Page
-from spaceport_gs.pipeline.aws.scenes import JobState, Run, Status
-from spaceport_gs.pipeline.aws.watch import as_progress
-from spaceport_gs.progress import Progress
-
-REGION = "eu-central-1"
-PROGRAM = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
-from spaceport_gs.pipeline.aws import scenes, stack, watch
-stack.POLL_SECONDS = watch.POLL_SECONDS = 0.1
-scenes.STOP_WAITS = (0.0, 0.3, 1.0)
-from spaceport_gs.pipeline.cli import main
-main()
-"""
-"""The command from its start, which asks its servers more often than it would ask AWS."""
-PODMAN = """#!{python}
-import json, os, sys
-verb, rest = sys.argv[1], sys.argv[2:]
-with open({log!r}, "a") as file:
-    file.write(json.dumps([verb, *rest]) + "\\n")
-if verb == "image":
-    print(json.dumps([rest[-1].partition(":")[0] + "@sha256:" + 64 * "b"]))
-elif verb == "login":
-    assert sys.stdin.read() and "--password-stdin" in rest
-elif verb == "push":
-    from urllib.request import Request, urlopen
-    repository, _, tag = rest[-1].partition("/")[2].partition(":")
-    manifest = dict(schemaVersion=2, mediaType="application/vnd.docker.distribution.manifest.v2+json", name=rest[-1])
-    image = dict(repositoryName=repository, imageTag=tag, imageManifest=json.dumps(manifest))
-    headers = {{
-        "Content-Type": "application/x-amz-json-1.1",
-        "X-Amz-Target": "AmazonEC2ContainerRegistry_V20150921.PutImage",
-        "Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/eu-central-1/ecr/aws4_request, Signature=none",
-    }}
-    urlopen(Request(os.environ["AWS_ENDPOINT_URL"], json.dumps(image).encode(), headers)).close()
-    sys.exit(int(os.environ.get("PUSH_ENDS_WITH", 0)))
-"""
-"""Stands for podman: it writes down what it is asked for, and lets ECR have an image without layers."""
-
-
-@dataclass(frozen=True)
-class Shell:
-    """In which a user types."""
-
-    environment: Mapping[str, str]
-    folder: Path
-    typist: Typist
-
-    def __call__(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-        done = self.typist.run(["aws", *arguments], self.folder, {**os.environ, **self.environment})
-        assert done.returncode == expect, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
-
-    def json(self, *arguments: str, expect: int = 0) -> Any:
-        return json.loads(self(*arguments, "--json", expect=expect).stdout)
-
-    def error(self, *arguments: str) -> str:
-        """The one line of a user's mistake."""
-        done = self(*arguments, expect=2)
-        lines = done.stderr.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith("spaceport: error: "), done.stderr
-        return lines[0].removeprefix("spaceport: error: ")
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, "aws", *arguments], cwd=self.folder, env={**os.environ, **self.environment},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-
-    def client(self, service: str, endpoint: str = "AWS_ENDPOINT_URL") -> Any:
-        """`endpoint`: the variable that has it."""
-        return boto3.client(
-            service, REGION, endpoint_url=self.environment[endpoint], aws_access_key_id="test", aws_secret_access_key="test"
-        )  # fmt: skip
-
-
-@contextmanager
-def account(folder: Path) -> Iterator[Shell]:
-    """An account with nothing in it, and tools to build images with."""
-    log = folder / "log"
-    with emulated_aws(log, ["ministack"]) as environment:
-        flow, jobs = free_port(), free_port()
-        environment |= {
-            "AWS_ENDPOINT_URL_SFN": f"http://127.0.0.1:{flow}",
-            "AWS_ENDPOINT_URL_SAGEMAKER": f"http://127.0.0.1:{jobs}",
-            "AWS_ENDPOINT_URL_SERVICE_QUOTAS": f"http://127.0.0.1:{jobs}",
-            "MOTO_ACCOUNT_ID": "000000000000",  # that of ministack
-            "XDG_CACHE_HOME": str(folder / "cache"),
-        }
-        server = [str(Path(__file__).with_name("jobs_here.py")), str(flow), str(jobs), environment["AWS_ENDPOINT_URL"], str(folder / "jobs")]  # fmt: skip
-        with started(server, environment, log) as process:
-            wait_for(process, flow, log)
-            wait_for(process, jobs, log)
-            tools = folder / "bin"
-            tools.mkdir()
-            podman = tools / "podman"
-            podman.write_text(PODMAN.format(python=sys.executable, log=str(folder / "podman.jsonl")))
-            podman.chmod(0o755)
-            (folder / "home").mkdir()
-            with typist(folder / "printed") as commands:
-                yield Shell({**environment, "PATH": f"{tools}:/usr/bin:/bin"}, folder / "home", commands)
-
-
-def put_flow(shell: Shell, prefix: str = "spaceport") -> None:
-    """The state machines that the stack has, on the interpreter."""
-    there, flow = shell.client("stepfunctions"), shell.client("stepfunctions", "AWS_ENDPOINT_URL_SFN")
-    for machine in there.list_state_machines()["stateMachines"]:
-        if machine["name"].startswith(f"{prefix}-"):
-            found = there.describe_state_machine(stateMachineArn=machine["stateMachineArn"])
-            made = flow.create_state_machine(
-                name=found["name"], definition=found["definition"], roleArn=found["roleArn"]
-            )
-            assert made["stateMachineArn"] == machine["stateMachineArn"]
-
-
-def read(address: str, **headers: str) -> bytes:
-    """What an address answers; nothing if it refuses."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=30) as answer:
-            return bytes(answer.read())
-    except urllib.error.HTTPError:
-        return b""
-
-
-def until(look: Callable[[], Any], seconds: float = 120) -> Any:
-    """What it finds at last."""
-    end = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -184,16 +42,6 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
 
 
 @pytest.fixture(scope="module")
-def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small photos whose cameras are known, and few points, so that jobs take seconds."""
-    out = tmp_path_factory.mktemp("small")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthesis, "N_POINTS", 600)
-        synthesis.synthesize(out, synthesis.SynthesizeSettings(n_photos=12, width=96, height=64))
-    return out / "truth"
-
-
-@pytest.fixture(scope="module")
 def stack(shell: Shell) -> str:
     """Name of a stack that has images."""
     shell("deploy", "--yes", "--prefix", "shared")
@@ -202,8 +50,8 @@ def stack(shell: Shell) -> str:
     return "shared"
 
 
-def test_from_photos_to_a_scene_and_back_to_nothing(shell: Shell, capture: Path) -> None:
-    photos, hold = str(capture), shell.folder.parent / "jobs/hold-Training"
+def test_from_photos_to_a_scene_and_back_to_nothing(shell: Shell, small_capture: Path) -> None:
+    photos, hold = str(small_capture), shell.folder.parent / "jobs/hold-Training"
     ready = shell("deploy", "--yes", "--email", "a@example.org")
     assert "add SceneMachine" in ready.stdout and "bucket spaceport-000000000000-eu-central-1" in ready.stdout
     assert "idle, it costs about 3.70 $ a month" in ready.stdout
@@ -305,8 +153,8 @@ def test_a_capture_that_fails_says_why(shell: Shell, stack: str, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_drill_fails_as_it_should_and_retry_goes_on(shell: Shell, stack: str, capture: Path) -> None:
-    order = ("submit", str(capture), "--steps", "30", "--device", "cpu", "--prefix", stack, "--drill", "train:crash@20")
+def test_a_drill_fails_as_it_should_and_retry_goes_on(shell: Shell, stack: str, small_capture: Path) -> None:
+    order = ("submit", str(small_capture), "--steps", "30", "--device", "cpu", "--drill", "train:crash@20", "--prefix", stack)  # fmt: skip
     assert "set SPACEPORT_DRILLS=1" in shell.error(*order)
     allowed = replace(shell, environment={**shell.environment, "SPACEPORT_DRILLS": "1"})
     job = allowed.json(*order)["job"]
@@ -316,15 +164,48 @@ def test_a_drill_fails_as_it_should_and_retry_goes_on(shell: Shell, stack: str, 
     assert f"{job}-2: succeeded" in shell("retry", job, "--watch", "-o", "drill", "--prefix", stack).stdout
 
 
+def test_a_batch_leaves_out_what_is_made_already(shell: Shell, stack: str, tmp_path: Path) -> None:
+    """And does not stop what others make."""
+    there, hold = ("--prefix", stack), shell.folder.parent / "jobs/hold-Processing"
+    manifest, order = tmp_path / "manifest.json", ("--device", "cpu", "--name", "first", *there, "--steps")
+    for folder in ("alone", "also", "new"):
+        (tmp_path / folder).mkdir()
+        for name in ("a.jpg", "b.jpg", "c.jpg"):
+            (tmp_path / folder / name).write_bytes(f"{folder} {name}".encode())
+    hold.parent.mkdir(exist_ok=True)
+    hold.touch()
+    try:
+        alone = shell.json("submit", str(tmp_path / "alone"), "--device", "cpu", *there, "--steps", "5")["job"]
+        manifest.write_text(json.dumps([{"name": name, "photos": name} for name in ("alone", "also")]))
+        printed = shell("batch", str(manifest), *order, "5").stdout
+        assert f"alone: is under way, {alone}-1; it is followed with this batch\n" in printed
+        assert f"job       batch/first\nfollow it spaceport aws watch batch/first --prefix {stack}\n" in printed
+        manifest.write_text(json.dumps([{"name": name, "photos": name} for name in ("alone", "also", "new")]))
+        second = shell.json("batch", str(manifest), *order, "5")
+        assert second["batch"] == "first-2" and second["under_way"] == ["alone", "also"] and not second["refused"]
+        assert f"the first: scene {alone}: {alone}-1 makes it with other settings" in shell.error(
+            "batch", str(manifest), *order, "6"
+        )
+        for batch in ("batch/first-2", "batch/first"):
+            shell("stop", batch, *there)
+        states = {one["job"]: one["status"] for one in shell.json("status", "batch/first-2", *there)["scenes"]}
+        assert states == {**dict.fromkeys(second["scenes"].values(), "ABORTED"), alone: "RUNNING"}
+        shell("stop", alone, *there)
+    finally:
+        hold.unlink()
+
+
 @pytest.mark.slow
-def test_a_batch_is_submitted_followed_and_fetched(shell: Shell, stack: str, capture: Path, tmp_path: Path) -> None:
+def test_a_batch_is_submitted_followed_and_fetched(
+    shell: Shell, stack: str, small_capture: Path, tmp_path: Path
+) -> None:
     """What cannot be submitted, and what fails, stops no other."""
     there = ("--prefix", stack)
     for name in ("broken", "few"):
         (tmp_path / name).mkdir()
         for number in range(3 if name == "broken" else 2):
             (tmp_path / name / f"{number}.jpg").write_bytes(b"no photo")
-    (tmp_path / "harbour").symlink_to(capture, target_is_directory=True)
+    (tmp_path / "harbour").symlink_to(small_capture, target_is_directory=True)
     manifest = tmp_path / "manifest.json"
     entries = [{"name": name, "photos": name, "settings": {"steps": 6}} for name in ("broken", "few", "harbour")]
     manifest.write_text(json.dumps(entries))
@@ -341,10 +222,20 @@ def test_a_batch_is_submitted_followed_and_fetched(shell: Shell, stack: str, cap
     assert (shell.folder / made / "index.html").is_file()
     assert shell.json("stop", name, *there)["stopped"] == []
 
+    before = {one["job"]: one["run"] for one in followed["scenes"]}
+    for number in range(3):
+        (tmp_path / "few" / f"{number}.jpg").write_bytes(b"now there are some")
+    again = shell.json(*order)
+    assert set(again["scenes"]) == {"broken", "few", "harbour"} and again["done"] == ["harbour"]
+    followed = shell.json("watch", f"batch/{again['batch']}", *there, expect=1)
+    runs = {one["job"]: one["run"] for one in followed["scenes"]}
+    assert len(runs) == 3 and before[made] == runs[made] and before.keys() < runs.keys()
+    assert before[batch["scenes"]["broken"]] != runs[batch["scenes"]["broken"]]
+
 
 @pytest.mark.slow
 def test_captures_are_made_there_as_they_are_made_here(
-    shell: Shell, stack: str, capture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shell: Shell, stack: str, small_capture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     """`spaceport batch --backend aws`: folders by the captures' names, and batch.json."""
     for name, value in {**shell.environment, "SPACEPORT_STACK": stack}.items():
@@ -353,7 +244,7 @@ def test_captures_are_made_there_as_they_are_made_here(
     captures, out = tmp_path / "captures", tmp_path / "out"
     (captures / "few").mkdir(parents=True)
     (captures / "few/a.jpg").write_bytes(b"no photo")
-    (captures / "harbour").symlink_to(capture, target_is_directory=True)
+    (captures / "harbour").symlink_to(small_capture, target_is_directory=True)
     order = ["batch", str(captures), "-o", str(out), "--backend", "aws", "--steps", "7", "--device", "cpu", "--json"]
     assert cli.run(order) == 1
     outcomes = {one["name"]: one for one in json.loads(capsys.readouterr().out)["captures"]}
@@ -363,7 +254,15 @@ def test_captures_are_made_there_as_they_are_made_here(
     )
     page = (out / "harbour/index.html").read_bytes()
     assert cli.run(order) == 2 and "go on with --resume" in capsys.readouterr().err
+    assert not outcomes["harbour"]["was_done"]
     assert cli.run([*order, "--resume"]) == 1 and (out / "harbour/index.html").read_bytes() == page
+    printed = capsys.readouterr()
+    assert [one["was_done"] for one in json.loads(printed.out)["captures"]] == [False, True]
+    (scene,) = re.findall(r"harbour: is done, (\w+)-\d+\n", printed.err)
+    place = {"Bucket": f"{stack}-000000000000-{REGION}", "Key": f"work/{scene}/compress/manifest.json"}
+    shell.client("s3").delete_object(**place)  # as after some weeks
+    assert cli.run([*order, "--resume"]) == 1
+    assert "there is no finished result" in json.loads((out / "batch.json").read_text())[1]["error"]
 
 
 # Bad input, in this process
@@ -446,9 +345,10 @@ def test_bad_input_is_one_line(
     assert len(lines) == 1
 
 
+@pytest.mark.parametrize("command", ["submit", "batch"])
 def test_nothing_is_started_where_there_is_no_quota(
-    here: Callable[..., int], shell: Shell, stack: str, capture: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: str, here: Callable[..., int], shell: Shell, stack: str, small_capture: Path, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     names = ("ml.c6i.2xlarge for processing job usage", "ml.g5.xlarge for training job usage")
     quotas = [{"QuotaName": name, "QuotaCode": f"L-{i}", "Value": 1.0 - i} for i, name in enumerate(names)]
@@ -464,7 +364,9 @@ def test_nothing_is_started_where_there_is_no_quota(
     connect = clouds.connect
     monkeypatch.setattr(clouds, "connect", answering)
     before = shell.client("s3").list_objects_v2(Bucket=f"{stack}-000000000000-{REGION}")["KeyCount"]
-    assert here("submit", str(capture)) == 2
+    manifest = tmp_path / "one.json"
+    manifest.write_text(json.dumps([{"name": "harbour", "photos": str(small_capture)}]))
+    assert here(command, str(small_capture if command == "submit" else manifest)) == 2
     line = capsys.readouterr().err
     assert (
         "quota ml.g5.xlarge for training job usage: 0, needed 1; ask for more at https://eu-central-1.console" in line
@@ -513,7 +415,7 @@ def test_without_credentials(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_without_boto3_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("spaceport_gs.pipeline.aws.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("spaceport_gs.pipeline.aws.commands.common.find_spec", lambda name: None)
     for arguments in ([], ["doctor"], ["submit", "photos"]):
         assert cli.run(["aws", *arguments]) == 2
         assert "pip install 'spaceport-gs[aws]'" in capsys.readouterr().err
@@ -595,7 +497,9 @@ def test_tools_that_do_not_work(
     assert (words or "no docker, podman or buildah that works here: the images are built with one") in line
 
 
-def test_images_of_another_version_or_gone_are_not_used(here: Callable[..., int], shell: Shell, stack: str, capture: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_images_of_another_version_or_gone_are_not_used(
+    here: Callable[..., int], shell: Shell, stack: str, small_capture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     s3, place = shell.client("s3"), {"Bucket": f"{stack}-000000000000-{REGION}", "Key": "deploy/images.json"}
     text = s3.get_object(**place)["Body"].read().decode()
     record = json.loads(text)
@@ -605,66 +509,10 @@ def test_images_of_another_version_or_gone_are_not_used(here: Callable[..., int]
             ({"tag": "none"}, "is gone from its repository: run `spaceport aws push`"),
         ):
             s3.put_object(**place, Body=json.dumps({**record, "sfm": {**record["sfm"], **change}}).encode())
-            assert here("submit", str(capture)) == 2
+            assert here("submit", str(small_capture)) == 2
             assert words in capsys.readouterr().err
     finally:
         s3.put_object(**place, Body=text.encode())
-
-
-# What is told
-
-
-def seen(status: str, state: str, *jobs: JobState, progress: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
-    run = Run("a1", 1, "{}", datetime.now(timezone.utc), "arn", status)
-    return [(p.stage, p.message) for p in as_progress(Status(run, jobs, progress, state))]
-
-
-def job_state(stage: str, status: str, detail: str = "", **said: Any) -> JobState:
-    request = {"AppSpecification": {"ContainerArguments": [stage]}}
-    return JobState(f"spaceport-{stage}-a1-1", stage == "train", status, detail, said.pop("reason", ""), request, said)
-
-
-def test_every_state_has_words() -> None:
-    done = job_state("sfm", "Completed")
-    assert seen("RUNNING", "Sfm") == [("sfm", "asks for an instance")]
-    assert seen("RUNNING", "Sfm", job_state("sfm", "InProgress")) == [("sfm", "InProgress")]
-    starts = job_state("train", "InProgress", "Starting", SecondaryStatusTransitions=[{"StatusMessage": "Preparing the instances"}])  # fmt: skip
-    assert seen("RUNNING", "Train", done, starts) == [("sfm", "done"), ("train", "Starting: Preparing the instances")]
-    trains, event = job_state("train", "InProgress", "Training"), {"stage": "train", "step": 3, "n_steps": 9, "message": "step 3", "psnr": 20.5}  # fmt: skip
-    assert seen("RUNNING", "Train", done, trains, progress=event)[1] == ("train", "step 3")
-    failed = job_state("train", "Failed", "Failed", reason="CapacityError: none")
-    assert seen("RUNNING", "WaitForHardware", done, failed)[1] == ("train", "waits for hardware")
-    assert seen("FAILED", "Failed", done, failed)[1] == ("train", "Failed: CapacityError: none")
-    spot = job_state("train", "Stopped", "MaxWaitTimeExceeded")
-    assert seen("RUNNING", "Train", done, spot)[1] == ("train", "asks for an instance")
-    assert seen("RUNNING", "Sfm", done) == [("sfm", "done")]
-    assert seen("RUNNING", "Copy", done)[1] == ("publish", "copies the scene")
-    assert seen("SUCCEEDED", "Done", done)[1] == ("publish", "done")
-
-
-def test_progress_is_counted_as_on_this_machine() -> None:
-    trains = job_state("train", "InProgress", "Training")
-    event = {"time": 1.0, "stage": "train", "step": 3, "n_steps": 9, "fraction": 0.3, "seconds_left": 5, "message": "step 3", "psnr": 20.5}  # fmt: skip
-    run = Run("a1", 1, "{}", datetime.now(timezone.utc), "arn", "RUNNING")
-    (found,) = as_progress(Status(run, (trains,), event, "Train"))
-    assert found == Progress("train", 3, 9, "step 3", {"psnr": 20.5})
-    (found,) = as_progress(Status(run, (trains,), {"step": "?"}, "Train"))
-    assert (found.step, found.n_steps) == (0, 1)
-
-
-@pytest.mark.parametrize(
-    ("region", "host"), [("us-east-1", "b-1.s3.amazonaws.com"), (REGION, f"b-1.s3.{REGION}.amazonaws.com")]
-)
-def test_links_to_previews_hold_in_every_region(region: str, host: str) -> None:
-    """With the signature that opens what KMS has encrypted."""
-    page = Page(Cloud(boto3.Session("key", "secret", region_name=region)))
-    run = Run("a1", 1, "{}", datetime.now(timezone.utc), "arn", "RUNNING")
-    request = {"CheckpointConfig": {"S3Uri": "s3://b-1/checkpoints/a1/x/"}}
-    page.show(Status(run, (JobState("t", True, "InProgress", "Training", "", request, {}),), None, "Train"))
-    body, _ = page.answer("/state.json") or (b"", "")
-    link = json.loads(body)["links"]["preview"]
-    assert link.startswith(f"https://{host}/checkpoints/a1/x/preview.jpg?X-Amz-Algorithm=AWS4-HMAC-SHA256")
-    assert page.answer("/../secret") is None
 
 
 def test_policies_in_the_docs_are_policies() -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from deployed import ARN, BUCKET, IMAGES, JOBS, ROLES, USUAL, VALUES, deployed, described, ended
+from deployed import ARN, BUCKET, IMAGES, JOBS, ROLES, USUAL, VALUES, described, ended
 from interpreter import NO_UUID, PATCH_POINTS, Execution, Handler, Interpreter, TaskError, client_of, execute, found
 from moto.stepfunctions.parser.asl.component.intrinsic import jsonata as moto_functions
 from service_model import wrong
@@ -82,12 +82,6 @@ OPERATIONS = {
     "Scene": ("stepfunctions", "StartExecution"),
     "Notify": ("sns", "Publish"), "NotifyFailure": ("sns", "Publish"), "Count": ("stepfunctions", "DescribeMapRun"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def aws() -> Iterator[Interpreter]:
-    with deployed() as running:
-        yield running
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from spaceport_gs.pipeline import cli, contained, synthesize
+from spaceport_gs.pipeline import cli, contained
 from spaceport_gs.pipeline.aws.contract import STAGES
 from spaceport_gs.pipeline.contained import Containers
 
@@ -41,22 +41,12 @@ if verb == "run":
 """Stands for podman: it runs what is in the images as a process, on the folders that it is given."""
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small COLMAP project with few points, so that stages take seconds."""
-    out = tmp_path_factory.mktemp("small")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthesize, "N_POINTS", 600)
-        synthesize.synthesize(out, synthesize.SynthesizeSettings(n_photos=12, width=96, height=64))
-    return out / "truth"
-
-
 @pytest.fixture
-def captures(project: Path, tmp_path: Path) -> Path:
+def captures(small_capture: Path, tmp_path: Path) -> Path:
     """A COLMAP project, a .zip of another, and a folder with a photo that is none."""
     folder = tmp_path / "captures"
-    shutil.copytree(project, folder / "harbour")
-    shutil.make_archive(str(folder / "quarry"), "zip", project)
+    shutil.copytree(small_capture, folder / "harbour")
+    shutil.make_archive(str(folder / "quarry"), "zip", small_capture)
     (folder / "broken").mkdir()
     (folder / "broken" / "a.jpg").write_bytes(b"no photo")
     (folder / "empty").mkdir()

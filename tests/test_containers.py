@@ -136,8 +136,10 @@ def wheels(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheels")
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
     download += [f"--python-version={PYTHON}", f"--dest={folder}"]
+    torch = f"torch-{metadata.version('torch')}.lock"
     for path in images.CONTAINERS.rglob("*.lock"):
-        engine.output(*download, "--require-hashes", "-r", str(path))
+        if path.name == torch or not path.name.startswith("torch-"):
+            engine.output(*download, "--require-hashes", "-r", str(path))
     engine.output(*download, f"torch=={metadata.version('torch')}")
     return folder
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from spaceport_gs.pipeline import sfm
 from spaceport_gs.pipeline.capture import open_capture
 from spaceport_gs.pipeline.sfm import SfmReport, SfmSettings, reconstruct_cameras
 from spaceport_gs.pipeline.synthesize import orbit, pose_error
+from spaceport_gs.progress import Progress
 from spaceport_gs.scene import load_scene
 
 DEFAULTS = SfmSettings()
@@ -39,6 +42,34 @@ def test_poses_are_the_true_ones(orbit_capture: Path, tmp_path: Path) -> None:
     assert report.reprojection_error_px < 0.5 and report.points > 1000
     assert error_of(tmp_path) <= 0.005
     assert not (tmp_path / "work").exists()
+
+
+def test_matching_is_looked_at_without_getting_in_its_way(
+    orbit_capture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as can be: two who open the database at a time would meet, and COLMAP abort."""
+    monkeypatch.setattr(sfm, "TELL_SECONDS", 0.0)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for photo in sorted((orbit_capture / "photos").iterdir())[:8]:
+        shutil.copy(photo, photos)
+    events: list[Progress] = []
+    capture = open_capture(photos, tmp_path / "out")
+    assert reconstruct_cameras(capture, tmp_path / "out", DEFAULTS, events.append).registered == 8
+    n_matched = [event.step for event in events if event.message == "matching pairs"]
+    assert n_matched == sorted(n_matched) and n_matched[-1] == 8 * 7 // 2
+    assert len(n_matched) > 100
+
+
+def test_pngs_are_written_with_pycolmap_loaded_first(tmp_path: Path) -> None:
+    program = """
+import io
+import spaceport_gs.colmap
+from PIL import Image
+for width in range(1, 900, 30):
+    Image.effect_noise((width, 400), 64).save(io.BytesIO(), "PNG")
+"""
+    subprocess.run([sys.executable, "-P", "-c", program], check=True, timeout=120, cwd=tmp_path)
 
 
 def test_photos_in_no_known_order_find_their_neighbours(

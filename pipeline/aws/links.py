@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -10,7 +11,8 @@ from typing import Any
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.cloud import Cloud, explained
-from spaceport_gs.pipeline.aws.scenes import pointer_of
+from spaceport_gs.pipeline.aws.objects import text_of
+from spaceport_gs.pipeline.aws.runs import checked_id
 from spaceport_gs.pipeline.aws.stack import Stack
 
 MOST_HOURS = 7 * 24
@@ -61,6 +63,19 @@ def links_to(cloud: Cloud, stack: Stack, scene: str, hours: float, key: Path | N
         link(pointer["page"]), link(pointer["scene"]), None if is_public else expires,
         "CloudFront" if sign else "nobody" if is_public else "S3",
     )  # fmt: skip
+
+
+@explained()
+def pointer_of(cloud: Cloud, stack: Stack, scene: str) -> dict[str, str]:
+    """What is published of a scene: `page` and `scene`, keys below published/. InputError if nothing is."""
+    text = text_of(cloud, stack.bucket, f"published/{checked_id(scene)}/scene.json")
+    if text is None:
+        raise InputError(f"scene {scene}: is not published; see its status")
+    try:
+        pointer = json.loads(text)
+        return {name: str(pointer[name]) for name in ("page", "scene")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"scene {scene}: published/{scene}/scene.json is damaged; retry the scene") from error
 
 
 def _signer(path: Path, stack: Stack) -> Callable[[str, datetime], str]:

@@ -12,7 +12,7 @@ from importlib import resources
 from typing import Any
 
 from spaceport_gs.pipeline.aws.cloud import Cloud
-from spaceport_gs.pipeline.aws.scenes import Status, told_in
+from spaceport_gs.pipeline.aws.status import Status, told_in
 from spaceport_gs.pipeline.aws.watch import PREVIEW, as_progress
 
 HOST = "127.0.0.1"

@@ -20,6 +20,7 @@ from spaceport_gs import __version__
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explained
 from spaceport_gs.pipeline.aws.contract import STAGES
+from spaceport_gs.pipeline.aws.objects import text_of
 from spaceport_gs.pipeline.aws.stack import Stack
 from spaceport_gs.pipeline.images import IMAGES, build_command, commit, last_line, run_tool, write_context
 
@@ -114,14 +115,10 @@ def images_of(cloud: Cloud, stack: Stack) -> dict[str, str]:
 def read_record(cloud: Cloud, stack: Stack) -> dict[str, Image]:
     """What was pushed last, by stage."""
     try:
-        text = cloud.client("s3").get_object(Bucket=stack.bucket, Key=RECORD)["Body"].read()
-        return {str(stage): Image(**image) for stage, image in json.loads(text).items()}
-    except ClientError as error:
-        if code_of(error) != "NoSuchKey":
-            raise
+        record = json.loads(text_of(cloud, stack.bucket, RECORD) or "{}")
+        return {str(stage): Image(**image) for stage, image in record.items()}
     except (ValueError, TypeError, AttributeError):
-        pass  # of another version, or broken: as if nothing had been pushed
-    return {}
+        return {}  # of another version, or broken: as if nothing had been pushed
 
 
 def _write_record(cloud: Cloud, stack: Stack, pushed: Mapping[str, Image]) -> None:

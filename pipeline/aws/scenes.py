@@ -1,103 +1,38 @@
-"""Scenes on AWS: submitted, followed, stopped, gone on with and fetched.
-
-A scene's id stands for the content of its photos. Every run of its flow has a record in the bucket, jobs/SCENE/0001.json and
-so on, written before the execution starts and never again: so who submits twice, or at the same time as somebody else, gets
-the run that is there.
-"""
+"""Scenes on AWS: submitted, stopped, and gone on with. A scene's id stands for the content of its photos."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timedelta, timezone
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import asdict, replace
 
 from spaceport_gs.errors import InputError
-from spaceport_gs.files import replacing
 from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explained
 from spaceport_gs.pipeline.aws.drills import without
-from spaceport_gs.pipeline.aws.flow import BATCH_NAME, STARTS, Scene, batch_input, batch_manifest, scene_input
-from spaceport_gs.pipeline.aws.jobs import SCENE_ID
+from spaceport_gs.pipeline.aws.flow import STARTS, Scene, scene_input
+from spaceport_gs.pipeline.aws.objects import sizes, text_of
+from spaceport_gs.pipeline.aws.runs import (
+    RUNNING,
+    SUCCEEDED,
+    UNSTARTED,
+    Run,
+    existing_run,
+    latest_run,
+    new_run,
+    record_run,
+    same_or_next,
+    start_run,
+    stop_execution,
+)
 from spaceport_gs.pipeline.aws.stack import Stack, check_bucket
-from spaceport_gs.pipeline.aws.uploads import Upload, send, sizes
-from spaceport_gs.pipeline.manifest import FORMAT, read_manifest, sha256_of
+from spaceport_gs.pipeline.aws.status import UNKNOWN_JOB, JobState, events_of, job_of, jobs_of, requests_of
+from spaceport_gs.pipeline.aws.uploads import Upload, send
+from spaceport_gs.pipeline.manifest import FORMAT
 from spaceport_gs.pipeline.manifest import NAME as MANIFEST
 from spaceport_gs.pipeline.run import RunSettings
-from spaceport_gs.progress import Listener, Progress
+from spaceport_gs.progress import Listener
 
-RUNNING, SUCCEEDED = "RUNNING", "SUCCEEDED"
-UNSTARTED = "UNSTARTED"  # recorded, and then somebody was cut off
-STOPPED = "Spaceport.stopped"
 STOP_WAITS = (0.0, 1.0, 2.0, 4.0)  # seconds
-UNKNOWN_JOB = {"ValidationException", "ResourceNotFound"}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One execution of a scene's flow."""
-
-    scene: str
-    number: int
-    given: str
-    """Its input, JSON."""
-    recorded: datetime
-    arn: str
-    status: str
-    """What Step Functions calls it, or UNSTARTED."""
-    error: str = ""
-    reason: str = ""
-    """Why it failed, in one sentence."""
-    output: Mapping[str, Any] | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.scene}-{self.number}"
-
-    @property
-    def stages(self) -> Mapping[str, Any]:
-        """Requests of its jobs."""
-        return json.loads(self.given)["stages"]
-
-
-@dataclass(frozen=True)
-class JobState:
-    """Of one attempt at a stage."""
-
-    name: str
-    is_training: bool
-    status: str
-    """InProgress, Completed, Failed, Stopping or Stopped."""
-    detail: str
-    """What it is about, such as Downloading; of a training job only."""
-    reason: str
-    request: Mapping[str, Any]
-    description: Mapping[str, Any]
-    """All that SageMaker says of it."""
-
-    @property
-    def kind(self) -> str:
-        """As it stands in SageMaker's names."""
-        return "Training" if self.is_training else "Processing"
-
-    @property
-    def stage(self) -> str:
-        return "train" if self.is_training else str(self.request["AppSpecification"]["ContainerArguments"][0])
-
-
-@dataclass(frozen=True)
-class Status:
-    """Of a scene, by its latest run."""
-
-    run: Run
-    jobs: tuple[JobState, ...]
-    """In the order in which they were asked for."""
-    progress: Mapping[str, Any] | None
-    """What the latest job said last: an event as in progress.json."""
-    state: str
-    """Of the flow, such as WaitForHardware; empty before it has any."""
 
 
 @explained()
@@ -109,14 +44,10 @@ def submit(cloud: Cloud, stack: Stack, scene: Scene, upload: Upload, listen: Lis
     send_photos(cloud, stack, upload, listen)
     given = scene_input(scene, stack.account("sfm"))
     while True:
-        last = _latest(cloud, stack, scene.scene)
-        if last and last.stages == given["stages"]:
-            return _start(cloud, stack, last)
-        if last and (last.status == RUNNING or _is_being_started(last)):
-            raise InputError(f"scene {scene.scene}: {last.name} makes it with other settings; stop that one first")
-        run = _record(cloud, stack, scene.scene, last.number + 1 if last else 1, given)
-        if run:
-            return _start(cloud, stack, run)
+        last = latest_run(cloud, stack, scene.scene)
+        run = same_or_next(stack, last, given)
+        if run is last or record_run(cloud, stack, run):
+            return start_run(cloud, stack, run)
 
 
 def send_photos(cloud: Cloud, stack: Stack, upload: Upload, listen: Listener) -> None:
@@ -130,59 +61,32 @@ def retry(cloud: Cloud, stack: Stack, scene: str, start: str = "") -> Run:
     """Goes on after the last stage that is complete, a training from its checkpoint; what was rehearsed is not done again.
     `start`: one of STARTS to begin at again, no later than that, also if all is done.
     """
-    last = _existing(cloud, stack, scene)
+    last = existing_run(cloud, stack, scene)
     if last.status == UNSTARTED and start in ("", json.loads(last.given)["from"]):
-        return _start(cloud, stack, last)
+        return start_run(cloud, stack, last)
     if last.status == RUNNING or (last.status == SUCCEEDED and not start):
         raise InputError(f"scene {scene}: {last.name} {'still runs' if last.status == RUNNING else 'is done'}")
+    run = run_after(cloud, stack, last, start)
+    return start_run(cloud, stack, run if record_run(cloud, stack, run) else existing_run(cloud, stack, scene))
+
+
+def run_after(cloud: Cloud, stack: Stack, last: Run, start: str = "") -> Run:
+    """The run that goes on with what the last one left; not recorded yet."""
     at, model = _where(cloud, stack, last, start)
     given = {**json.loads(last.given), "from": at, "model": model, "stages": without(last.stages)}
-    run = _record(cloud, stack, scene, last.number + 1, given)
-    return _start(cloud, stack, run) if run else _start(cloud, stack, _existing(cloud, stack, scene))
-
-
-@explained()
-def status(cloud: Cloud, stack: Stack, scene: str) -> Status:
-    """Where the latest run of a scene stands."""
-    run = _existing(cloud, stack, scene)
-    events = _events(cloud, run)
-    jobs = tuple(_jobs(cloud, events))
-    entered = [event["stateEnteredEventDetails"]["name"] for event in events if "stateEnteredEventDetails" in event]
-    return Status(run, jobs, _progress(cloud, jobs[-1]) if jobs else None, entered[-1] if entered else "")
-
-
-@explained()
-def runs(cloud: Cloud, stack: Stack, scene: str) -> list[Run]:
-    """All runs of a scene, in their order."""
-    found = [_recorded(cloud, stack, scene, key, when) for key, when in sorted(_records(cloud, stack, scene).items())]
-    if not found:
-        raise _unknown(stack, scene)
-    return found
-
-
-@explained()
-def jobs_of(cloud: Cloud, run: Run) -> list[JobState]:
-    """Every attempt at every stage of a run, in the order in which they were asked for."""
-    return history_of(cloud, run)[1]
-
-
-@explained()
-def history_of(cloud: Cloud, run: Run) -> tuple[list[Mapping[str, Any]], list[JobState]]:
-    """(what Step Functions wrote down of a run, its jobs); nothing once that is ninety days old."""
-    events = _events(cloud, run)
-    return events, list(_jobs(cloud, events))
+    return new_run(stack, last.scene, last.number + 1, given)
 
 
 @explained()
 def stop(cloud: Cloud, stack: Stack, scene: str) -> list[str]:
     """Stops the latest run and its jobs, by the names in its history; returns those that ran. Twice is as good as once."""
-    run = _existing(cloud, stack, scene)
+    run = existing_run(cloud, stack, scene)
     if run.status == RUNNING:
-        _stop_execution(cloud, run.arn)
+        stop_execution(cloud, run.arn)
     ran: dict[str, None] = {}
     for wait in STOP_WAITS:  # the job that was asked for last may not be known to SageMaker yet
         time.sleep(wait)
-        jobs = [_job(cloud, request) for request in _requests(_events(cloud, run))]
+        jobs = [job_of(cloud, request) for request in requests_of(events_of(cloud, run))]
         for job in jobs:
             if job and job.status == "InProgress":
                 _stop(cloud, job)
@@ -202,256 +106,6 @@ def _stop(cloud: Cloud, job: JobState) -> None:
     except ClientError as error:  # it has just ended
         if code_of(error) not in UNKNOWN_JOB:
             raise
-
-
-@explained()
-def fetch(cloud: Cloud, stack: Stack, scene: str, out: Path, listen: Listener) -> None:
-    """The scene's file, its page and the manifest, checked, in `out`; what is there already is not fetched again."""
-    s3, folder = cloud.client("s3"), f"work/{_checked(scene)}/compress"
-    text = _text(cloud, stack.bucket, f"{folder}/{MANIFEST}")
-    if text is None:
-        raise InputError(f"scene {scene}: there is no finished result; see its status")
-    try:
-        files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in json.loads(text)["outputs"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"scene {scene}: {folder}/{MANIFEST} is not a manifest; retry it") from error
-    total, done = sum(n_bytes for n_bytes, _ in files.values()), 0
-    for name, (n_bytes, sha256) in files.items():
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise InputError(f"scene {scene}: its manifest names a file outside of its folder, {name}")
-        listen(Progress("fetch", done, total, name))
-        if not (out / name).is_file() or sha256_of(out / name) != sha256:
-            with replacing(out / name) as path:
-                s3.download_file(stack.bucket, f"{folder}/{name}", str(path))
-        done += n_bytes
-    with replacing(out / MANIFEST) as path:
-        path.write_text(text, encoding="utf-8")
-    read_manifest(out, "compress")
-    listen(Progress("fetch", total, total))
-
-
-@explained()
-def pointer_of(cloud: Cloud, stack: Stack, scene: str) -> dict[str, str]:
-    """What is published of a scene: `page` and `scene`, keys below published/. InputError if nothing is."""
-    text = _text(cloud, stack.bucket, f"published/{_checked(scene)}/scene.json")
-    if text is None:
-        raise InputError(f"scene {scene}: is not published; see its status")
-    try:
-        pointer = json.loads(text)
-        return {name: str(pointer[name]) for name in ("page", "scene")}
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"scene {scene}: published/{scene}/scene.json is damaged; retry the scene") from error
-
-
-@explained()
-def submit_batch(cloud: Cloud, stack: Stack, batch: str, scenes: Sequence[Scene], concurrency: int) -> str:
-    """ARN of the execution that makes many scenes, whose photos are uploaded, some at a time. Each is followed and stopped
-    as one that was submitted alone. The same batch twice is one.
-    """
-    given = json.dumps(batch_input(batch, concurrency))
-    key = f"batches/{batch}/manifest.json"
-    wanted = [scene_input(scene, stack.account("sfm")) for scene in scenes]
-    text = _text(cloud, stack.bucket, key)
-    if text is None:
-        text = batch_manifest([(_next_name(cloud, stack, one["scene"]), one) for one in wanted])
-        if not _put_once(cloud, stack.bucket, key, text):
-            raise InputError(f"batch {batch}: somebody has just submitted one of this name; take another name")
-    runs = json.loads(text)
-    if [run["input"] for run in runs] != wanted:
-        raise InputError(f"batch {batch}: there is one of this name with other scenes; take another name")
-    for run in runs:
-        scene, _, number = run["name"].rpartition("-")
-        _record(cloud, stack, scene, int(number), run["input"])
-    return _execute(cloud, stack.machines[1], batch, given)
-
-
-@explained()
-def batch_scenes(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
-    """Ids of the scenes of a batch."""
-    return [run["input"]["scene"] for run in json.loads(_manifest_of(cloud, stack, batch))]
-
-
-@explained()
-def batch_status(cloud: Cloud, stack: Stack, batch: str) -> str:
-    """What Step Functions says of a batch's execution."""
-    _manifest_of(cloud, stack, batch)
-    arn = _arn_of(stack.machines[1], batch)
-    return str(cloud.client("stepfunctions").describe_execution(executionArn=arn)["status"])
-
-
-@explained()
-def stop_batch(cloud: Cloud, stack: Stack, batch: str) -> list[str]:
-    """Begins no more scenes, and stops those under way; returns the jobs that ran."""
-    scenes = batch_scenes(cloud, stack, batch)
-    _stop_execution(cloud, _arn_of(stack.machines[1], batch))
-    return [job for scene in scenes for job in stop(cloud, stack, scene)]
-
-
-def _manifest_of(cloud: Cloud, stack: Stack, batch: str) -> str:
-    text = _text(cloud, stack.bucket, f"batches/{batch}/manifest.json") if BATCH_NAME.fullmatch(batch) else None
-    if text is None:
-        raise InputError(f"batch {batch!r}: the stack {stack.prefix} knows of none")
-    return text
-
-
-def _stop_execution(cloud: Cloud, arn: str) -> None:
-    states, cause = cloud.client("stepfunctions"), "stopped by its user; retry goes on from there"
-    if states.describe_execution(executionArn=arn)["status"] == RUNNING:
-        states.stop_execution(executionArn=arn, error=STOPPED, cause=cause)
-
-
-def _next_name(cloud: Cloud, stack: Stack, scene: str) -> str:
-    """Of a run that nothing stands in the way of."""
-    last = _latest(cloud, stack, scene)
-    if last and (last.status == RUNNING or _is_being_started(last)):
-        raise InputError(f"scene {scene}: {last.name} makes it already; leave it out, or stop it")
-    return f"{scene}-{last.number + 1 if last else 1}"
-
-
-def _record(cloud: Cloud, stack: Stack, scene: str, number: int, given: Mapping[str, Any]) -> Run | None:
-    """Takes the number for a run; None if somebody else has it."""
-    text = json.dumps(given, sort_keys=True)
-    if not _put_once(cloud, stack.bucket, f"jobs/{scene}/{number:04}.json", text):
-        return None
-    now = datetime.now(timezone.utc)
-    return Run(scene, number, text, now, _arn_of(stack.machines[0], f"{scene}-{number}"), UNSTARTED)
-
-
-def _is_being_started(run: Run) -> bool:
-    """By somebody, just now; who was cut off half an hour ago does not come back."""
-    return run.status == UNSTARTED and datetime.now(timezone.utc) - run.recorded < timedelta(minutes=30)
-
-
-def _start(cloud: Cloud, stack: Stack, run: Run) -> Run:
-    if run.status != UNSTARTED:
-        return run
-    return _described(cloud, replace(run, arn=_execute(cloud, stack.machines[0], run.name, run.given)))
-
-
-def _execute(cloud: Cloud, machine: str, name: str, given: str) -> str:
-    """ARN of the execution of this name, which is started unless it was."""
-    try:
-        answer = cloud.client("stepfunctions").start_execution(stateMachineArn=machine, name=name, input=given)
-        return str(answer["executionArn"])
-    except ClientError as error:
-        if code_of(error) != "ExecutionAlreadyExists":
-            raise
-        return _arn_of(machine, name)
-
-
-def _arn_of(machine: str, name: str) -> str:
-    return f"{machine.replace(':stateMachine:', ':execution:')}:{name}"
-
-
-def _existing(cloud: Cloud, stack: Stack, scene: str) -> Run:
-    run = _latest(cloud, stack, scene)
-    if run is None:
-        raise _unknown(stack, scene)
-    return run
-
-
-def _unknown(stack: Stack, scene: str) -> InputError:
-    return InputError(f"scene {scene}: the stack {stack.prefix} knows of none; submit its photos")
-
-
-def _checked(scene: str) -> str:
-    if not SCENE_ID.fullmatch(scene):
-        raise InputError(f"scene {scene!r}: an id has 1 to 24 lower-case letters and digits")
-    return scene
-
-
-def _latest(cloud: Cloud, stack: Stack, scene: str) -> Run | None:
-    records = _records(cloud, stack, scene)
-    return _recorded(cloud, stack, scene, max(records), records[max(records)]) if records else None
-
-
-def _records(cloud: Cloud, stack: Stack, scene: str) -> dict[str, datetime]:
-    """Of a scene's runs: when they were made, by their keys."""
-    prefix = f"jobs/{_checked(scene)}/"
-    pages = cloud.client("s3").get_paginator("list_objects_v2").paginate(Bucket=stack.bucket, Prefix=prefix)
-    return {entry["Key"]: entry["LastModified"] for page in pages for entry in page.get("Contents", [])}
-
-
-def _recorded(cloud: Cloud, stack: Stack, scene: str, key: str, when: datetime) -> Run:
-    number, given = int(PurePosixPath(key).stem), _text(cloud, stack.bucket, key) or ""
-    arn = _arn_of(stack.machines[0], f"{scene}-{number}")
-    return _described(cloud, Run(scene, number, given, when, arn, UNSTARTED))
-
-
-def _described(cloud: Cloud, run: Run) -> Run:
-    try:
-        found = cloud.client("stepfunctions").describe_execution(executionArn=run.arn)
-    except ClientError as error:
-        if code_of(error) != "ExecutionDoesNotExist":
-            raise
-        return run
-    output = json.loads(found["output"]) if found.get("output") else None
-    return replace(
-        run, status=found["status"], error=found.get("error", ""), reason=found.get("cause", ""), output=output
-    )
-
-
-def _events(cloud: Cloud, run: Run) -> list[Mapping[str, Any]]:
-    """The history of a run."""
-    if run.status == UNSTARTED:
-        return []
-    pages = cloud.client("stepfunctions").get_paginator("get_execution_history").paginate(executionArn=run.arn)
-    return [event for page in pages for event in page["events"]]
-
-
-def _jobs(cloud: Cloud, events: Sequence[Mapping[str, Any]]) -> Iterator[JobState]:
-    """Those that were asked for and SageMaker knows."""
-    return filter(None, (_job(cloud, request) for request in _requests(events)))
-
-
-def _requests(events: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """For jobs, from a history: with the names that no one can guess."""
-    for event in events:
-        task = event.get("taskScheduledEventDetails", {})
-        if task.get("resourceType") == "sagemaker":
-            yield json.loads(task["parameters"])
-
-
-def _job(cloud: Cloud, request: Mapping[str, Any]) -> JobState | None:
-    """None if there is no such job: it was refused."""
-    sagemaker, is_training = cloud.client("sagemaker"), "TrainingJobName" in request
-    kind = "Training" if is_training else "Processing"
-    name = str(request[f"{kind}JobName"])
-    try:
-        if is_training:
-            found = sagemaker.describe_training_job(TrainingJobName=name)
-        else:
-            found = sagemaker.describe_processing_job(ProcessingJobName=name)
-    except ClientError as error:
-        if code_of(error) not in UNKNOWN_JOB:
-            raise
-        return None
-    reason = found.get("ExitMessage") or found.get("FailureReason") or ""
-    detail = found.get("SecondaryStatus", "") if is_training else ""
-    return JobState(name, is_training, found[f"{kind}JobStatus"], detail, reason, request, found)
-
-
-def _progress(cloud: Cloud, job: JobState) -> Mapping[str, Any] | None:
-    """What a job writes every few seconds; nothing of what one before it wrote to the same place."""
-    bucket, folder = told_in(job)
-    text = _text(cloud, bucket, f"{folder}progress.json")
-    try:
-        event = json.loads(text or "null")
-        began = job.description["CreationTime"].timestamp()
-        return event if isinstance(event, dict) and float(event["time"]) >= began else None
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
-def told_in(job: JobState) -> tuple[str, str]:
-    """(bucket, key of the folder) that a job's progress comes to while it runs: its checkpoints, or an output of its own."""
-    if "CheckpointConfig" in job.request:
-        folder = job.request["CheckpointConfig"]["S3Uri"]
-    else:
-        outputs = job.request["ProcessingOutputConfig"]["Outputs"]
-        folder = next(output["S3Output"]["S3Uri"] for output in outputs if output["OutputName"] == "progress")
-    bucket, _, key = folder.removeprefix("s3://").partition("/")
-    return bucket, key
 
 
 def _where(cloud: Cloud, stack: Stack, last: Run, start: str = "") -> tuple[str, str]:
@@ -475,7 +129,7 @@ def _reached(cloud: Cloud, stack: Stack, last: Run) -> tuple[str, str]:
     if not _is_complete(cloud, stack, last, "sfm"):
         return "sfm", ""
     model = json.loads(last.given)["model"]
-    for job in _jobs(cloud, _events(cloud, last)):
+    for job in jobs_of(cloud, last):
         if job.is_training and job.status == "Completed":
             model = job.description["ModelArtifacts"]["S3ModelArtifacts"]
     if not model:
@@ -487,7 +141,7 @@ def _is_complete(cloud: Cloud, stack: Stack, run: Run, stage: str) -> bool:
     """Whether a manifest says so, and what it names is there, made with the settings of this run."""
     folder = f"work/{run.scene}/{stage}"
     try:
-        manifest = json.loads(_text(cloud, stack.bucket, f"{folder}/{MANIFEST}") or "null")
+        manifest = json.loads(text_of(cloud, stack.bucket, f"{folder}/{MANIFEST}") or "null")
         wanted = {f"{folder}/{name}": file["bytes"] for name, file in manifest["outputs"].items()}
         is_ours = manifest["format"] == FORMAT and manifest["stage"] == stage
         settings = manifest["settings"]
@@ -501,24 +155,3 @@ def _is_complete(cloud: Cloud, stack: Stack, run: Run, stage: str) -> bool:
         and settings == asdict(RunSettings(**given))
         and all(there.get(key) == n_bytes for key, n_bytes in wanted.items())
     )
-
-
-def _text(cloud: Cloud, bucket: str, key: str) -> str | None:
-    """Of an object; None if it is not there."""
-    try:
-        return str(cloud.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read().decode())
-    except ClientError as error:
-        if code_of(error) != "NoSuchKey":
-            raise
-        return None
-
-
-def _put_once(cloud: Cloud, bucket: str, key: str, text: str) -> bool:
-    """False if something is there already."""
-    try:
-        cloud.client("s3").put_object(Bucket=bucket, Key=key, Body=text.encode(), IfNoneMatch="*")
-        return True
-    except ClientError as error:
-        if code_of(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
-            raise
-        return False

@@ -13,8 +13,9 @@ from typing import Any
 from spaceport_gs.pipeline.aws.cloud import Cloud
 from spaceport_gs.pipeline.aws.cost import Bill, bill_of
 from spaceport_gs.pipeline.aws.prices import Prices, load_prices
-from spaceport_gs.pipeline.aws.scenes import JobState, Run, history_of, runs
+from spaceport_gs.pipeline.aws.runs import Run, runs_of
 from spaceport_gs.pipeline.aws.stack import Stack
+from spaceport_gs.pipeline.aws.status import JobState, history_of
 from spaceport_gs.pipeline.aws.watch import ASKING, PUBLISHING
 from spaceport_gs.pipeline.manifest import record_change
 from spaceport_gs.pipeline.report import put_section
@@ -51,7 +52,7 @@ def add_to_report(cloud: Cloud, stack: Stack, scene: str, folder: Path) -> None:
     """
     if not (folder / REPORT).is_file():
         return
-    histories = [(run, *history_of(cloud, run)) for run in runs(cloud, stack, scene)]
+    histories = [(run, *history_of(cloud, run)) for run in runs_of(cloud, stack, scene)]
     now, prices = datetime.now(timezone.utc), load_prices(cloud.region)
     charts = [_chart(run, bars_of(events, jobs, now)) for run, events, jobs in histories if events]
     bills = [(job.stage, bill_of(job.description, prices, now)) for _, _, jobs in histories for job in jobs]

@@ -11,12 +11,13 @@ import hashlib
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explained
+from spaceport_gs.pipeline.aws.objects import sizes
 from spaceport_gs.pipeline.capture import MIN_PHOTOS, list_files, list_photos
 from spaceport_gs.progress import Listener, Progress
 
@@ -49,6 +50,10 @@ class Upload:
     @property
     def n_bytes(self) -> int:
         return sum(file.n_bytes for file in self.files)
+
+    def moved(self, folder: Path) -> Upload:
+        """The same files in another folder, as where a .zip is unpacked again."""
+        return replace(self, files=tuple(replace(file, path=folder / file.name) for file in self.files))
 
 
 def plan(folder: Path) -> Upload:
@@ -95,12 +100,6 @@ def send(cloud: Cloud, bucket: str, folder: str, upload: Upload, listen: Listene
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return sending.sent
-
-
-def sizes(s3: Any, bucket: str, prefix: str) -> dict[str, int]:
-    """Bytes of all objects whose keys begin so, by key."""
-    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return {entry["Key"]: entry["Size"] for page in pages for entry in page.get("Contents", [])}
 
 
 class _Sending:

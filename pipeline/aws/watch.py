@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.files import replacing
+from spaceport_gs.pipeline.aws.batches import batch_scenes, batch_status, queued_runs
 from spaceport_gs.pipeline.aws.cloud import ClientError, Cloud, code_of, explained
-from spaceport_gs.pipeline.aws.scenes import (
-    RUNNING,
-    SUCCEEDED,
-    UNSTARTED,
-    JobState,
-    Status,
-    batch_scenes,
-    batch_status,
-    status,
-    told_in,
-)
+from spaceport_gs.pipeline.aws.runs import RUNNING, SUCCEEDED, UNSTARTED, Run
 from spaceport_gs.pipeline.aws.stack import Stack
+from spaceport_gs.pipeline.aws.status import JobState, Status, status, told_in
 from spaceport_gs.pipeline.events import progress_in
 from spaceport_gs.progress import Listener, Progress
 
@@ -182,14 +174,19 @@ def follow_batch(cloud: Cloud, stack: Stack, batch: str, tell: Callable[[str], N
     scenes, told = batch_scenes(cloud, stack, batch), dict[str, str]()
     while True:
         is_over = batch_status(cloud, stack, batch) != RUNNING
+        queued = queued_runs(cloud, stack) if is_over else set()  # by other batches
         found = [status(cloud, stack, scene) for scene in scenes]
         for one in found:
             if told.get(one.run.scene) != (line := one_line(one)):
                 told[one.run.scene] = line
                 tell(line)
-        if is_over and not any(one.run.status == RUNNING for one in found):
+        if is_over and not any(one.run.status == RUNNING or _waits(one.run, queued) for one in found):
             return found
         time.sleep(max(POLL_SECONDS, 0.5 * len(scenes)))  # AWS answers only so many questions a second
+
+
+def _waits(run: Run, queued: Container[str]) -> bool:
+    return run.status == UNSTARTED and run.name in queued
 
 
 def wait_for_end(cloud: Cloud, stack: Stack, scenes: Sequence[str]) -> None:
