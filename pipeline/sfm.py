@@ -362,7 +362,7 @@ def _failure(capture: Capture, database: Path) -> str:
 
 
 def _call(function: Callable[..., Any], tell: Callable[[], None] | None = None, **arguments: Any) -> Any:
-    """Runs a COLMAP call in a thread, so that signals reach us, calling `tell` every second meanwhile."""
+    """Runs a COLMAP call in a thread, so that signals reach us, calling `tell` every TELL_SECONDS meanwhile."""
     from spaceport_gs.colmap import pycolmap
 
     token = pycolmap.CancellationToken()
