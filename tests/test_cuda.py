@@ -150,12 +150,12 @@ def test_projection_is_stable_and_repeats() -> None:
         assert torch.equal(ops.tile(again, view).splat_from_instance, tiles.splat_from_instance)
 
 
-def steps_by_verbs(gaussians: Gaussians, views: list[Camera], photo: torch.Tensor) -> tuple[Gaussians, Statistics]:
+def steps_by_verbs(gaussians: Gaussians, views: list[Camera]) -> tuple[Gaussians, Statistics]:
     values = gaussians.map(lambda a: a.clone())
     moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
     statistics = Statistics.empty(len(values), "cuda")
     for i, view in enumerate(views):
-        projected, _, _, d_splats = to_splats(values, view, photo)
+        projected, _, _, d_splats = to_splats(values, view, photo_for(view).cuda())
         ops.density(projected, d_splats, view, statistics)
         ops.project_vjp_update(values, view, SETTINGS, projected, d_splats, moments, rates(i + 1))
     return values, statistics
@@ -164,7 +164,6 @@ def steps_by_verbs(gaussians: Gaussians, views: list[Camera], photo: torch.Tenso
 def recorded_steps(
     gaussians: Gaussians,
     views: list[Camera],
-    photo: torch.Tensor,
     rule: UpdateRule,
     n_instances: int = 0,
     settings: RasterSettings = SETTINGS,
@@ -174,7 +173,8 @@ def recorded_steps(
     statistics = Statistics.empty(len(values), "cuda")
     step = TrainingStep(values, moments, statistics, rule, n_instances)
     for i, view in enumerate(views):
-        step.run(StepView(view, photo, settings, ops.LossSettings()), rates(i + 1), gathers_statistics=True)
+        seen = StepView(view, photo_for(view).cuda(), settings, ops.LossSettings())
+        step.run(seen, rates(i + 1), gathers_statistics=True)
     step.settle()
     return values, statistics, step
 
@@ -201,9 +201,8 @@ def assert_same_steps(a: tuple[Gaussians, Statistics], b: tuple[Gaussians, Stati
 @pytest.mark.parametrize("rule", [UpdateRule.ALL, UpdateRule.CONTRIBUTING])
 def test_recorded_steps_are_the_verbs(rule: UpdateRule) -> None:
     gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(6)
-    photo = photo_for(views[0]).cuda()
-    values, statistics, step = recorded_steps(gaussians, views, photo, rule)
-    assert_same_steps((values, statistics), steps_by_verbs(gaussians, views, photo))
+    values, statistics, step = recorded_steps(gaussians, views, rule)
+    assert_same_steps((values, statistics), steps_by_verbs(gaussians, views))
     total, last = step.settle()
     assert 0 < last < total
 
@@ -212,24 +211,23 @@ def test_recorded_steps_are_the_verbs(rule: UpdateRule) -> None:
 def test_deterministic_steps_repeat(rule: UpdateRule) -> None:
     """Also when the memory for the tiles' lists has to grow on the way."""
     gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(20)
-    photo, settings = photo_for(views[0]).cuda(), replace(SETTINGS, deterministic=True)
-    values, statistics, _ = recorded_steps(gaussians, views, photo, rule, settings=settings)
+    settings = replace(SETTINGS, deterministic=True)
+    values, statistics, _ = recorded_steps(gaussians, views, rule, settings=settings)
     for n_instances in (0, 1):
-        again = recorded_steps(gaussians, views, photo, rule, n_instances, settings)
+        again = recorded_steps(gaussians, views, rule, n_instances, settings)
         assert all(torch.equal(a, b) for a, b in zip(values.arrays(), again[0].arrays(), strict=True))
         assert torch.equal(statistics.gradient_sums, again[1].gradient_sums)
         assert torch.equal(statistics.n_visible, again[1].n_visible)
-    usual = recorded_steps(gaussians, views, photo, rule)[0]
+    usual = recorded_steps(gaussians, views, rule)[0]
     for start, a, b in zip(*(g.arrays() for g in (gaussians, values, usual)), strict=True):
         assert float((a - b).abs().mean()) < 0.02 * float((a - start).abs().mean())
 
 
 def test_steps_that_do_not_fit_are_repeated() -> None:
     gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(6)
-    photo = photo_for(views[0]).cuda()
-    values, statistics, step = recorded_steps(gaussians, views, photo, UpdateRule.CONTRIBUTING, n_instances=1)
+    values, statistics, step = recorded_steps(gaussians, views, UpdateRule.CONTRIBUTING, n_instances=1)
     assert step.n_instances > 20_000
-    assert_same_steps((values, statistics), steps_by_verbs(gaussians, views, photo))
+    assert_same_steps((values, statistics), steps_by_verbs(gaussians, views))
 
 
 @pytest.mark.parametrize("padding", list(ops.SsimPadding))
@@ -324,10 +322,9 @@ def test_rows_that_miss_steps_make_up_for_them() -> None:
     gaussians = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda())
     view = camera(160, 240, 260.0)
     left, right = replace(view, cx=240.0), replace(view, cx=-80.0)
-    photo = photo_for(view).cuda()
     for views, share in (([left] * 8 + [right] * 24, 0.01), (([left] * 8 + [right] * 8) * 2, 0.15)):
-        dense = recorded_steps(gaussians, views, photo, UpdateRule.ALL)[0]
-        lazy = recorded_steps(gaussians, views, photo, UpdateRule.CONTRIBUTING)[0]
+        dense = recorded_steps(gaussians, views, UpdateRule.ALL)[0]
+        lazy = recorded_steps(gaussians, views, UpdateRule.CONTRIBUTING)[0]
         for start, a, b in zip(*(g.arrays() for g in (gaussians, dense, lazy)), strict=True):
             moved, apart = float((a - start).abs().mean()), float((a - b).abs().mean())
             assert apart < share * moved
@@ -350,19 +347,15 @@ def test_steps_without_memory_for_them_are_made_once_there_is() -> None:
     for i, view in enumerate(views):
         step.run(StepView(view, photo, SETTINGS, ops.LossSettings()), rates(i + 1), gathers_statistics=True)
     step.settle()
-    assert_same_steps((values, statistics), steps_by_verbs(gaussians, views, photo))
+    assert_same_steps((values, statistics), steps_by_verbs(gaussians, views))
 
 
 def test_recorded_steps_of_views_of_several_sizes() -> None:
+    sizes = [(64, 48), (640, 427), (64, 48), (1, 1), (640, 427)]
     gaussians = random_gaussians(3_000, scale=0.05).map(lambda a: a.cuda())
-    values = gaussians.map(lambda a: a.clone())
-    moments = ops.AdamMoments(ops.zeros_like(values), ops.zeros_like(values))
-    step = TrainingStep(values, moments, Statistics.empty(len(values), "cuda"))
-    for i, size in enumerate([(64, 48), (640, 427), (64, 48), (1, 1), (640, 427)]):
-        view = camera(*size, focal=0.8 * size[0])
-        step.run(StepView(view, photo_for(view).cuda(), SETTINGS, ops.LossSettings()), rates(i + 1))
-        step.settle()
-    assert all(bool(a.isfinite().all()) for a in values.arrays())
+    views = [camera(*size, focal=0.8 * size[0]) for size in sizes]
+    values, statistics, _ = recorded_steps(gaussians, views, UpdateRule.CONTRIBUTING)
+    assert_same_steps((values, statistics), steps_by_verbs(gaussians, views))
     assert not torch.equal(values.means, gaussians.means)
 
 
