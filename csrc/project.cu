@@ -37,7 +37,7 @@ struct Touched {
 __device__ Touched tiles_of(const Splat& splat, const Grid& grid, const NearSide& near_side) {
   const TileRows tiles(splat, grid.tiles_x, grid.tiles_y);
   const TileSpan box = tile_span(splat.x - splat.extent_x, splat.x + splat.extent_x, grid.tiles_x);
-  Touched touched = {{uint16_t(box.begin), uint16_t(tiles.rows.begin), 0, 0}, false, false};
+  Touched touched = {{uint32_t(tiles.rows.begin) << 16 | uint32_t(box.begin), 0, 0}, false, false};
   touched.is_far = box.end - box.begin > kTileBoxSide || tiles.rows.end - tiles.rows.begin > kTileBoxSide;
   if (touched.is_far) return touched;
   for (int row = tiles.rows.begin; row < tiles.rows.end; ++row) {

@@ -271,7 +271,8 @@ __global__ __launch_bounds__(kSortThreads, at_least(4, kSortThreads)) void sort_
     ranks.add(i, places[warp][digit_of(Key(keys[i]), shift_of_all, kBits)]);
     if (is_wanted(i)) staged.keys[ranks[i]] = Key(keys[i]);
   }
-  const int32_t* from_values = pass.from.values + first + of_lane;
+  const int64_t first_again = int64_t(block_number) * kSortTile;  // read again, not kept
+  const int32_t* from_values = pass.from.values + first_again + of_lane;
   int32_t values[kSortItems];
   if (pass.from.values != nullptr) {
 #pragma unroll
@@ -280,7 +281,7 @@ __global__ __launch_bounds__(kSortThreads, at_least(4, kSortThreads)) void sort_
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kSortItems; ++i) values[i] = int32_t(first) + of_lane + i * 32;
+    for (int i = 0; i < kSortItems; ++i) values[i] = int32_t(first_again) + of_lane + i * 32;
   }
   if (is_digit) target_of[thread] = first_of_all + count_before<kBits>(pass.counts, block, count) - first_in_block;
   __syncthreads();

@@ -183,7 +183,8 @@ __global__ __launch_bounds__(kListThreads) void list_kernel(Projected projected,
     unsigned at = first;
     for (uint64_t left_over = set.bits; left_over != 0 && at < end; left_over &= left_over - 1, ++at) {
       const int bit = __ffsll(int64_t(left_over)) - 1;
-      const int row = set.row + bit / kTileBoxSide, column = set.column + bit % kTileBoxSide;
+      const int row = int(set.corner >> 16) + bit / kTileBoxSide;
+      const int column = int(set.corner & 0xffffu) + bit % kTileBoxSide;
       const bool is_inside = row < grid.tiles_y && column < grid.tiles_x;
       put(at, is_inside ? row * grid.tiles_x + column : int(grid.n_tiles()), splats[i]);
     }

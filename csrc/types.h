@@ -109,7 +109,7 @@ constexpr int kTileBoxSide = 8;
 // The tiles that a splat touches. Those of a box of 8x8 tiles are bits, row by row; a splat that reaches further has
 // none set, and is asked again.
 struct TileSet {
-  uint16_t column, row;  // first of the box
+  uint32_t corner;  // of the box: its first row << 16 | its first column
   uint32_t n;
   uint64_t bits;
 };
