@@ -306,7 +306,6 @@ StepSize checked_size(int64_t n_gaussians, int64_t n_instances, int width, int h
 
 void bind_step(py::module_& m) {
   m.attr("STEP_PROGRESS_SIZE") = sizeof(StepProgress);
-  m.attr("MOST_INSTANCES") = kMostInstances;
   m.def(
       "step_scratch",
       [](const Cuda& cuda, int64_t n, int64_t n_instances, int width, int height, py::object settings) {
@@ -544,6 +543,7 @@ PYBIND11_MODULE(_engine, m) {
   using namespace spaceport;
   m.doc() = "The engine's verbs on raw buffers; spaceport_gs.ops is the interface for users.";
   m.attr("TILE_SIZE") = kTileSize;
+  m.attr("MOST_INSTANCES") = kMostInstances;
   m.attr("ALPHA_CUTOFF") = kAlphaCutoff;
   m.attr("SPLAT_STRIDE") = kSplatStride;
   m.attr("GROWTH_LISTS") = kGrowthLists;

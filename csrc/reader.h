@@ -305,6 +305,8 @@ Camera camera_of(py::handle object) {
   camera.cy = object.attr("cy").cast<float>();
   camera.width = object.attr("width").cast<int>();
   camera.height = object.attr("height").cast<int>();
+  camera.above = object.attr("above").cast<float>();
+  camera.below = object.attr("below").cast<float>();
   if (!(camera.width > 0 && camera.height > 0))
     refuse("camera", "a positive size", shape_text({camera.width, camera.height}));
   if (!(camera.fx > 0.0f && camera.fy > 0.0f))

@@ -129,15 +129,16 @@ struct Lens {
 template <class T>
 HOST_DEVICE Lens<T> lens_of(const Camera& camera) {
   const float margin_x = kJacobianMargin * 0.5f * float(camera.width) / camera.fx;
-  const float margin_y = kJacobianMargin * 0.5f * float(camera.height) / camera.fy;
+  const float top = -camera.above, bottom = float(camera.height) + camera.below;  // of the whole image
+  const float margin_y = kJacobianMargin * 0.5f * (bottom - top) / camera.fy;
   return {T(camera.fx),
           T(camera.fy),
           T(camera.cx),
           T(camera.cy),
           T(-camera.cx / camera.fx - margin_x),
           T((float(camera.width) - camera.cx) / camera.fx + margin_x),
-          T(-camera.cy / camera.fy - margin_y),
-          T((float(camera.height) - camera.cy) / camera.fy + margin_y)};
+          T((top - camera.cy) / camera.fy - margin_y),
+          T((bottom - camera.cy) / camera.fy + margin_y)};
 }
 
 template <class T>

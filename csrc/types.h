@@ -21,7 +21,7 @@ constexpr int kMaxShCoefficients = 16;              // degree 3
 constexpr int kSsimWindow = 11;                     // pixels along each side of the window
 constexpr int kSplatStride = 12;                    // floats of a row of Projected::splats
 constexpr int kSplatGradientStride = 9;             // of these, the first nine carry gradients
-constexpr int64_t kMostInstances = (int64_t(1) << 30) - 1;  // of one image, on a GPU
+constexpr int64_t kMostInstances = (int64_t(1) << 30) - 1;  // of one list
 constexpr int kSplatDepthGradientStride = 10;               // and the tenth, where the loss sees the depth
 constexpr int kAbsoluteColumns = 2;                         // behind those, where they are asked for
 constexpr int kDepthKeyBits = 24;                           // of what a GPU sorts the splats by
@@ -29,10 +29,11 @@ constexpr int kPoseSize = 12;                               // numbers of a came
 constexpr float kMedianTransmittance = 0.5f;  // the median depth is that of the splat that takes it below this
 
 struct Camera {
-  float cam_from_world[kPoseSize];  // 3 rows of rotation | translation
-  float center[3];                  // in the world
-  float fx, fy, cx, cy;             // pixels
-  int width, height;                // pixels; pixel (i, j) has its centre at (i + 0.5, j + 0.5)
+  float cam_from_world[kPoseSize];   // 3 rows of rotation | translation
+  float center[3];                   // in the world
+  float fx, fy, cx, cy;              // pixels
+  int width, height;                 // pixels; pixel (i, j) has its centre at (i + 0.5, j + 0.5)
+  float above = 0.0f, below = 0.0f;  // rows of the whole image, where this is a band of it
 
   int tiles_x() const { return (width + kTileSize - 1) / kTileSize; }
   int tiles_y() const { return (height + kTileSize - 1) / kTileSize; }

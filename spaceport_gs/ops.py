@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -28,6 +28,8 @@ from spaceport_gs.types import (
     Statistics,
     Tiles,
 )
+
+MOST_INSTANCES = _engine.MOST_INSTANCES  # of one list
 
 _cpu = _engine.Cpu()
 _kept = threading.local()
@@ -133,17 +135,20 @@ def n_tiles(camera: Camera) -> int:
     return -(-camera.width // size) * -(-camera.height // size)
 
 
+class TooManyInstances(MemoryError):
+    """Of one image, for one list of them."""
+
+
 def check_instances(n: int) -> None:
-    """MemoryError if a GPU cannot list so many instances for one image."""
-    if n > _engine.MOST_INSTANCES:
-        raise MemoryError(f"{n} pairs of splats and tiles in one image; at most {_engine.MOST_INSTANCES} are possible")
+    """TooManyInstances if there are too many for one list."""
+    if n > MOST_INSTANCES:
+        raise TooManyInstances(f"{n} pairs of splats and tiles in one image; at most {MOST_INSTANCES} are possible")
 
 
 def tile(projected: Projected, camera: Camera) -> Tiles:
-    """For every tile its instances, front to back; MemoryError if there are too many for a GPU."""
+    """For every tile its instances, front to back; TooManyInstances if they are more than MOST_INSTANCES."""
     like, n = projected.splats, projected.n_instances
-    if like.is_cuda:
-        check_instances(n)
+    check_instances(n)
     out = Tiles(
         offsets=_empty(like, n_tiles(camera) + 1, dtype=torch.int64),
         splat_from_instance=_empty(like, n, dtype=torch.int32),
@@ -451,9 +456,31 @@ def cluster_update(
 
 def render(gaussians: Gaussians, camera: Camera, settings: RasterSettings) -> Image:
     """The image of a camera, without what a gradient needs."""
-    with torch.no_grad():
+
+    def whole(camera: Camera) -> Image:
         projected = project(gaussians, camera, settings)
         return blend(projected, tile(projected, camera), camera, settings)
+
+    with torch.no_grad():
+        return _in_bands(whole, camera)
+
+
+def _in_bands(image_of: Callable[[Camera], Image], camera: Camera) -> Image:
+    """The image of a camera; where it has more instances than one list takes, band by band of its rows of tiles."""
+    try:
+        return image_of(camera)
+    except TooManyInstances:
+        n_rows = -(-camera.height // _engine.TILE_SIZE)
+        if n_rows == 1:
+            raise
+    middle = n_rows // 2 * _engine.TILE_SIZE
+    bands = [_in_bands(image_of, camera.band(*rows)) for rows in ((0, middle), (middle, camera.height))]
+
+    def together(name: str) -> Any:
+        parts = [getattr(band, name) for band in bands]
+        return None if parts[0] is None else torch.cat(parts)
+
+    return Image(together("color"), together("transmittance"), None, together("depth"), together("median_depth"))
 
 
 def rasterize(
@@ -475,8 +502,12 @@ def rasterize(
             raise ValueError(f"cam_from_world: expected shape [3, 4], got {list(cam_from_world.shape)}")
         cam_from_world = cam_from_world.to(gaussians.means.device, torch.float64)
         camera = replace(camera, cam_from_world=cam_from_world.detach().cpu().numpy())
-    color, transmittance, depth, median_depth = _Rasterize.apply(camera, settings, cam_from_world, *gaussians.arrays())
-    return Image(color, transmittance, None, depth, median_depth)
+
+    def whole(camera: Camera) -> Image:
+        color, transmittance, *depths = _Rasterize.apply(camera, settings, cam_from_world, *gaussians.arrays())
+        return Image(color, transmittance, None, *depths)
+
+    return _in_bands(whole, camera)
 
 
 class _Rasterize(torch.autograd.Function):

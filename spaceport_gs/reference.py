@@ -100,9 +100,10 @@ def project(
 
     axes = pose[:, :3] @ rotation(seen.quaternions) * seen.log_scales.exp()[:, None, :]  # [M, 3, 3]
     margin_x = JACOBIAN_MARGIN * 0.5 * camera.width / camera.fx
-    margin_y = JACOBIAN_MARGIN * 0.5 * camera.height / camera.fy
+    top, bottom = -camera.above, camera.height + camera.below
+    margin_y = JACOBIAN_MARGIN * 0.5 * (bottom - top) / camera.fy
     low_x, high_x = -camera.cx / camera.fx, (camera.width - camera.cx) / camera.fx
-    low_y, high_y = -camera.cy / camera.fy, (camera.height - camera.cy) / camera.fy
+    low_y, high_y = (top - camera.cy) / camera.fy, (bottom - camera.cy) / camera.fy
     slope_x = (x / z).clamp(low_x - margin_x, high_x + margin_x)[:, None]
     slope_y = (y / z).clamp(low_y - margin_y, high_y + margin_y)[:, None]
     u = camera.fx / z[:, None] * (axes[:, 0] - slope_x * axes[:, 2])

@@ -80,12 +80,16 @@ class _Recorded:
     def render(self, cameras: Sequence[Camera]) -> list[Image]:
         import torch
 
+        from spaceport_gs import ops
+
         while True:
             images = [self._queue(camera) for camera in cameras]
             torch.cuda.current_stream().synchronize()
             needed = int(self._most_on_host)
             if needed <= self._n_instances:
                 return images
+            if needed > ops.MOST_INSTANCES:
+                return [ops.render(self._gaussians, camera, self._settings) for camera in cameras]
             self._make_room(needed)
 
     def _queue(self, camera: Camera) -> Image:
@@ -103,10 +107,9 @@ class _Recorded:
         return out
 
     def _make_room(self, needed: int) -> None:
-        from spaceport_gs import _engine, ops
+        from spaceport_gs import ops
 
-        ops.check_instances(needed)
-        self._n_instances = min(needed + needed // 10, _engine.MOST_INSTANCES)
+        self._n_instances = min(needed + needed // 10, ops.MOST_INSTANCES)
         self._graphs.clear()
 
     def _record(self, width: int, height: int) -> Any:

@@ -180,7 +180,7 @@ class TrainingStep:
         if is_halted:
             needed = int(self._seen["n_instances"][0])
             ops.check_instances(needed)
-            self.n_instances = min(int(HEADROOM * needed) + 1, _engine.MOST_INSTANCES)
+            self.n_instances = min(int(HEADROOM * needed) + 1, ops.MOST_INSTANCES)
             self._forget()
             for view, *_ in self._unconfirmed:  # where there is no memory for it, the next call tries again
                 self._prepare(view)

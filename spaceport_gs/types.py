@@ -28,6 +28,10 @@ class Camera:
     cy: float
     width: int
     height: int
+    above: float = 0.0
+    """Rows of pixels of the whole image above this band of it; they count where projection becomes a linear one."""
+    below: float = 0.0
+    """And below it."""
 
     @property
     def center(self) -> np.ndarray:
@@ -45,6 +49,18 @@ class Camera:
             cy=self.cy * y_ratio,
             width=width,
             height=height,
+            above=self.above * y_ratio,
+            below=self.below * y_ratio,
+        )
+
+    def band(self, begin: int, end: int) -> Camera:
+        """The rows begin … end - 1 of this image, which show what they show in it."""
+        return replace(
+            self,
+            cy=self.cy - begin,
+            height=end - begin,
+            above=self.above + begin,
+            below=self.below + self.height - end,
         )
 
 

@@ -528,6 +528,16 @@ def test_a_renderer_makes_the_same_images(sizes: list[tuple[int, int]]) -> None:
     assert renderer.render([]) == []
 
 
+def test_a_renderer_makes_what_one_list_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    gaussians, view = random_gaussians(20_000, scale=0.3).map(lambda array: array.cuda()), camera(200, 130, 150.0)
+    whole, n_instances = ops.render(gaussians, view, SETTINGS), ops.project(gaussians, view, SETTINGS).n_instances
+    assert n_instances > 6 * len(gaussians), "more than a renderer has room for at first"
+    monkeypatch.setattr(ops, "MOST_INSTANCES", n_instances // 3)
+    for image in Renderer(gaussians, SETTINGS).render([view, view]):
+        assert_close(image.color, whole.color)
+        assert_close(image.transmittance, whole.transmittance)
+
+
 def test_two_streams_at_once() -> None:
     view, scenes = camera(320, 240, 260.0), [random_gaussians(50_000, seed=s).map(lambda a: a.cuda()) for s in (1, 2)]
     photo = photo_for(view).cuda()

@@ -126,6 +126,39 @@ def test_the_pose_of_nothing_has_no_gradient(device: str) -> None:
         ops.rasterize(on(device, random_gaussians(1)), camera(), SETTINGS, torch.eye(4))
 
 
+def test_what_one_list_does_not_hold_is_made_in_bands(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of Gaussians so far aside that their projection is held back, which depends on the whole image."""
+    settings, view = replace(SETTINGS, depth=Depth.BOTH), replace(camera(70, 75, 40), cy=20.0)
+    gaussians = random_gaussians(300, scale=0.3)
+    gaussians.means[:, 1] *= 3
+    images, gradients = [], []
+    for most in (ops.MOST_INSTANCES, ops.project(on(device, gaussians), view, settings).n_instances // 3):
+        monkeypatch.setattr(ops, "MOST_INSTANCES", most)
+        ours = leaves(gaussians, torch.float32, device)
+        pose = torch.tensor(view.cam_from_world, dtype=torch.float32, device=device, requires_grad=True)
+        image = ops.rasterize(ours, view, settings, pose)
+        weighted_sum(image, weights_like(image)).backward()
+        images += [image, ops.render(on(device, gaussians), view, settings)]
+        gradients.append([array.grad for array in (*ours.arrays(), pose)])
+    for image in images[1:]:
+        for name in ("color", "transmittance", "depth"):
+            assert_close(getattr(image, name), getattr(images[0], name))
+        assert_close(image.median_depth, images[0].median_depth, flips=0.003, size_of_flips=1.0)
+    for of_bands, of_all in zip(*reversed(gradients), strict=True):
+        assert_close(of_bands, of_all)
+    monkeypatch.setattr(ops, "MOST_INSTANCES", 5)
+    with pytest.raises(MemoryError, match="at most 5 are possible"):
+        ops.render(on(device, gaussians), view, settings)
+
+
+def test_a_band_is_the_same_in_the_reference() -> None:
+    gaussians, view = random_gaussians(300, scale=0.3).map(lambda array: array.double()), camera(40, 40, 20)
+    gaussians.means[:, 1] *= 3
+    whole = reference.render(gaussians, view, SETTINGS).color
+    bands = [reference.render(gaussians, view.band(*rows), SETTINGS).color for rows in ((0, 16), (16, 40))]
+    torch.testing.assert_close(torch.cat(bands), whole)
+
+
 @pytest.mark.parametrize("depth", [Depth.NONE, Depth.BOTH])
 def test_deterministic_gradients(device: str, depth: Depth) -> None:
     settings = replace(SETTINGS, deterministic=True, depth=depth)
