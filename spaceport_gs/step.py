@@ -43,8 +43,8 @@ class UpdateRule(Enum):
     each row."""
     CONTRIBUTING = "contributing"
     """Rows whose gradient is not zero. The others make up for it when theirs is not, or when the values are asked for:
-    decay and drift of the steps that they missed, at the learning rates of now. What is rendered in between is the same
-    but for rows that would have drifted into the image."""
+    decay and drift of the steps that they missed, at the learning rates of now. So a row is rendered where it was left,
+    not where it would have drifted to, until it contributes again."""
 
 
 @dataclass(frozen=True, eq=False)
