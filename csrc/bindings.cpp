@@ -407,14 +407,13 @@ void bind_render(py::module_& m) {
       "Bytes of scratch that a renderer needs.");
   py::class_<RenderGraph>(m, "RenderGraph", "Images of one size, recorded.")
       .def(py::init([](const Cuda& cuda, py::object gaussians, py::object scratch, int64_t n_instances, int width,
-                       int height, py::object settings, py::object most, py::object most_on_host) {
+                       int height, py::object settings, py::object most) {
         const Reader read = reader_of(cuda);
         const Gaussians g = read.gaussians(gaussians);
         const StepSize size = checked_size(g.n, n_instances, width, height);
-        const RenderBook book = {read.array<int64_t>(most, "most", {1}).data,
-                                 Reader("cpu").array<int64_t>(most_on_host, "most_on_host", {1}).data};
         return new RenderGraph(g, size, raster_settings_of(settings, g.n_coefficients),
-                               read.scratch(scratch, render_scratch(cuda, size)), book);
+                               read.scratch(scratch, render_scratch(cuda, size)),
+                               read.array<int64_t>(most, "most", {1}).data);
       }))
       .def("launch", [](const RenderGraph& graph, const Cuda& cuda, py::object camera, py::object out) {
         const Camera c = camera_of(camera);

@@ -20,9 +20,8 @@ __global__ void set_frame_kernel(DeviceFrame frame, DeviceFrame* place) {
   *place = frame;
 }
 
-__global__ void note_kernel(const ProjectedCounts* counts, RenderBook book) {
-  if (counts->n_instances > *book.device) *book.device = counts->n_instances;
-  *book.host = *book.device;
+__global__ void note_kernel(const ProjectedCounts* counts, int64_t* most) {
+  if (counts->n_instances > *most) *most = counts->n_instances;
 }
 
 struct RenderScratch {
@@ -50,14 +49,14 @@ struct RenderGraph::Recorded {
 };
 
 RenderGraph::RenderGraph(const Gaussians& gaussians, const StepSize& size, const RasterSettings& settings, void* memory,
-                         const RenderBook& book) {
+                         int64_t* most) {
   const Camera camera = cuda::camera_of(size);
   Arena arena(memory);
   const auto s = cuda::RenderScratch::of(arena, size);
   const cudaGraphExec_t graph = cuda::recorded([&](cudaStream_t stream) {
     cuda::queue_image(stream, gaussians, cuda::Late<cuda::View<float>>::at(&s.frame->view),
                       cuda::Late<uint32_t*>(nullptr), camera, settings, s.image, cuda::Late<Image>::at(&s.frame->out));
-    cuda::note_kernel<<<1, 1, 0, stream>>>(s.image.counts, book);
+    cuda::note_kernel<<<1, 1, 0, stream>>>(s.image.counts, most);
     check_launch("render");
   });
   recorded_ = new Recorded{graph, s.frame, size.width, size.height};

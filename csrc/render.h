@@ -7,18 +7,13 @@
 
 namespace spaceport {
 
-// The most instances that an image so far had: if they are more than the capacity, some images lack what is far away.
-struct RenderBook {
-  int64_t* device;
-  int64_t* host;  // pinned; a copy of the other
-};
-
 size_t render_scratch(const Cuda&, const StepSize&);
 
 class RenderGraph {
  public:
-  // Records the sequence for images of one size; the Gaussians stay where they are.
-  RenderGraph(const Gaussians&, const StepSize&, const RasterSettings&, void* scratch, const RenderBook&);
+  // Records the sequence for images of one size; the Gaussians stay where they are. `most`, on the GPU, becomes the
+  // most instances that an image had: where they are more than the capacity, some images lack what is far away.
+  RenderGraph(const Gaussians&, const StepSize&, const RasterSettings&, void* scratch, int64_t* most);
   ~RenderGraph();
   RenderGraph(const RenderGraph&) = delete;
   RenderGraph& operator=(const RenderGraph&) = delete;

@@ -97,7 +97,6 @@ class RenderGraph:
         height: int,
         settings: RasterSettings,
         most: Array,
-        most_on_host: Array,
     ) -> None: ...
     def launch(self, backend: Cuda, camera: Camera, out: Image) -> None: ...
 

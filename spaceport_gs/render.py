@@ -74,18 +74,14 @@ class _Recorded:
         self._n_instances = max(6 * len(gaussians), 1 << 16)
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._most = torch.zeros(1, dtype=torch.int64, device=device)
-        self._most_on_host = torch.zeros(1, dtype=torch.int64).pin_memory()
         self._graphs: dict[tuple[int, int], Any] = {}
 
     def render(self, cameras: Sequence[Camera]) -> list[Image]:
-        import torch
-
         from spaceport_gs import ops
 
         while True:
             images = [self._queue(camera) for camera in cameras]
-            torch.cuda.current_stream().synchronize()
-            needed = int(self._most_on_host)
+            needed = int(self._most)  # waits for them
             if needed <= self._n_instances:
                 return images
             if needed > ops.MOST_INSTANCES:
@@ -133,7 +129,6 @@ class _Recorded:
             height,
             self._settings,
             self._most,
-            self._most_on_host,
         )
         return graph
 
