@@ -27,12 +27,18 @@ from spaceport_gs.pipeline.run import RunSettings
 
 DRONE = Capture(n_photos=150, megapixels=12.0)
 SETTINGS = RunSettings(downscale=4)
+REPOSITORY = Path(__file__).parent.parent
 NOW = datetime(2026, 1, 2, 12, tzinfo=timezone.utc)
 
 
 @pytest.fixture(autouse=True)
 def no_refreshed_prices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def benchmark_results(name: str) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((REPOSITORY / "benchmarks/results" / f"{name}.json").read_text())
+    return results
 
 
 @pytest.fixture
@@ -91,9 +97,8 @@ def test_more_work_takes_longer(capture: Capture, settings: RunSettings, stage: 
 
 
 def test_the_model_of_the_training_meets_what_was_measured() -> None:
-    """benchmarks/results: the fox capture, 43 views of 1061×1894 trained on, and the random clouds."""
-    results = Path(__file__).parent.parent / "benchmarks/results"
-    scenes, kernels = (json.loads((results / f"{name}.json").read_text()) for name in ("scenes", "kernels"))
+    """The fox capture, 43 views of 1061×1894 trained on, and the random clouds."""
+    scenes, kernels = benchmark_results("scenes"), benchmark_results("kernels")
     measured = gpus()[cost.MEASURED_GPU]
     assert cost.slower(measured, measured) == Range(1, 1, 1)
     newest = [row for row in scenes["rows"] if row["commit"] == scenes["rows"][-1]["commit"]]
@@ -106,6 +111,14 @@ def test_the_model_of_the_training_meets_what_was_measured() -> None:
     growth = cost.STEP_GROWTH
     for row, factor in zip(kernels["rows"], (growth.low, growth.likely, growth.high), strict=True):
         assert row["step_ms"] == pytest.approx(step * factor, rel=0.15)
+
+
+def test_the_model_of_clustering_on_a_gpu_meets_what_was_measured() -> None:
+    """The random clouds. That one assignment is nearer to the peak than a whole clustering, with all that is between."""
+    flops = gpus()[cost.MEASURED_GPU].peak_flops
+    for row in benchmark_results("kernels")["besides"]["rows"]:
+        at_peak = row["n"] * cost.MAX_PALETTE * cost.FLOPS_PER_DISTANCE / flops
+        assert cost.TIMES_PEAK.low < row["cluster_assignment_ms"] / 1000 / at_peak < cost.TIMES_PEAK.likely
 
 
 def test_slower_gpus_take_longer() -> None:
