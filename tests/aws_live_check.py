@@ -226,11 +226,10 @@ def redriven(check: Check) -> Any:
     after = events[len(before) :]
     names = [[task["request"]["ProcessingJobName"] for task in tasks(part)] for part in (before, after)]
     return {
-        "how it had ended": [event["type"] for event in before[-6:]],
         "went on": bool(names[1]) and not set(names[0]) & set(names[1]),
         "names": names,
-        "types": [event["type"] for event in after],
-        "states": [e["stateEnteredEventDetails"]["name"] for e in after if "stateEnteredEventDetails" in e],
+        "states": [e["stateEnteredEventDetails"]["name"] for e in events if "stateEnteredEventDetails" in e],
+        "events since": [event["type"] for event in after],
         "end": {name: said.get(name) for name in ("status", "error", "cause", "redriveCount")},
         "failures": failures(events),
     }

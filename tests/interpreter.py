@@ -104,7 +104,7 @@ def execute(machine: str, given: Any, name: str = "") -> Execution:
 
 
 def wait_for_end(arn: str) -> Execution:
-    """Of an execution, which is then as this."""
+    """An execution, when it is over."""
     client, end = client_of("stepfunctions"), time.monotonic() + SECONDS
     while (execution := client.describe_execution(executionArn=arn))["status"] == "RUNNING":
         assert time.monotonic() < end, "the execution does not end"

@@ -70,6 +70,7 @@ def bars_of(events: Sequence[Mapping[str, Any]], jobs: Sequence[JobState], now: 
             bars.append(Bar("wait", event["timestamp"], _end(events, place, now), reason="no hardware"))
         elif event.get("taskScheduledEventDetails", {}).get("resourceType") == "sagemaker":
             bars.append(_try_of(events, place, known, ASKING.get(state, state), now))
+    # A run that is redriven may come to publish twice.
     states = (event for event in events if _state_of(event) or event["type"] == "ExecutionRedriven")
     for is_publishing, stretch in groupby(states, lambda event: _state_of(event) in PUBLISHING):
         times = [event["timestamp"] for event in stretch]
