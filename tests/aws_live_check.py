@@ -43,7 +43,8 @@ class Check:
     def __init__(self, region: str, profile: str, photos: Path, folder: Path) -> None:
         self.cloud: Cloud = connect(region, profile)
         self.options = [f"--{name}={value}" for name, value in (("region", region), ("profile", profile)) if value]
-        self.photos, self.folder, self.job = photos, folder, ""
+        self.photos, self.folder = photos, folder
+        self.job, self.failed = "", ""
         self.seen: dict[str, Any] = {}
 
     def spaceport(self, *arguments: str, codes: tuple[int, ...] = (0,)) -> Any:
@@ -211,7 +212,27 @@ def failed(check: Check) -> Any:
         (folder / f"{number}.jpg").write_bytes(f"no photo {time.time_ns()}".encode())
     job = check.spaceport("submit", str(folder), *ORDER)["job"]
     state = check.spaceport("watch", job, codes=(2, 70))
-    return {"state": state, "failures": failures(check.events(_execution(check, state["run"])))}
+    check.failed = _execution(check, state["run"])
+    return {"state": state, "failures": failures(check.events(check.failed))}
+
+
+def redriven(check: Check) -> Any:
+    """The same run, redriven: whether its last task failed itself, and it goes on at the stage, with a job of another name."""
+    states, before = check.cloud.client("stepfunctions"), check.events(check.failed)
+    states.redrive_execution(executionArn=check.failed)
+    until(lambda: len(check.events(check.failed)) > len(before))  # what Step Functions says of it may come late
+    until(lambda: states.describe_execution(executionArn=check.failed)["status"] != "RUNNING")
+    said, events = states.describe_execution(executionArn=check.failed), check.events(check.failed)
+    after = events[len(before) :]
+    names = [[task["request"]["ProcessingJobName"] for task in tasks(part)] for part in (before, after)]
+    return {
+        "went on": bool(names[1]) and not set(names[0]) & set(names[1]),
+        "names": names,
+        "states": [e["stateEnteredEventDetails"]["name"] for e in events if "stateEnteredEventDetails" in e],
+        "events since": [event["type"] for event in after],
+        "end": {name: said.get(name) for name in ("status", "error", "cause", "redriveCount")},
+        "failures": failures(events),
+    }
 
 
 def stopped(check: Check) -> Any:
@@ -326,8 +347,8 @@ def destroyed(check: Check) -> Any:
 
 
 CHECKS: tuple[Callable[[Check], Any], ...] = (
-    deployed, adopted, pushed, doctor, made, published, printed, cost, fetched, compressed, failed, stopped, missing, tried_again, heard,
-    signed, destroyed,
+    deployed, adopted, pushed, doctor, made, published, printed, cost, fetched, compressed, failed, redriven, stopped, missing, tried_again,
+    heard, signed, destroyed,
 )  # fmt: skip
 
 

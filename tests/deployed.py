@@ -75,6 +75,12 @@ def scene_execution(request: dict[str, Any], attempt: int) -> Any:
     return {"Name": request["Name"], "Status": child.status, "Output": child.output}
 
 
+def fail_itself(request: dict[str, Any], attempt: int) -> Any:
+    """A task that sends a failure to its own token."""
+    assert request["TaskToken"]
+    raise TaskError(request["Error"], request["Cause"])
+
+
 USUAL: Mapping[str, Handler] = {
     **dict.fromkeys(JOBS, ended()),
     "ReadManifest": s3("get_object"),
@@ -82,6 +88,7 @@ USUAL: Mapping[str, Handler] = {
     "Point": s3("put_object"),
     "Notify": lambda request, attempt: {"MessageId": "1"},
     "NotifyFailure": lambda request, attempt: {"MessageId": "2"},
+    "Failed": fail_itself,
     "Scene": scene_execution,
     "Count": lambda request, attempt: {"ItemCounts": {"Total": 3, "Succeeded": 2, "Failed": 1}},
 }

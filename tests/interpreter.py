@@ -1,13 +1,14 @@
 """A state machine run here: its definition on moto's interpreter, with handlers for the services that are not there.
 
-moto has no job of SageMaker that Step Functions waits for, waits in real time and leaves JSONata out. What is put in their
-place is inside of moto, so its version is pinned; test_aws_flow.py says if it has moved.
+moto has no job of SageMaker that Step Functions waits for, no redrive, waits in real time and leaves JSONata out. What is put in
+their place is inside of moto, so its version is pinned; test_aws_flow.py says if it has moved.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 import uuid
 from collections import defaultdict
@@ -23,9 +24,13 @@ from unittest.mock import patch
 import boto3
 from jsonata import Jsonata
 from moto import mock_aws
+from moto.stepfunctions.parser.api import ExecutionStatus, HistoryEventType
+from moto.stepfunctions.parser.asl.eval.event.event_detail import EventDetails
+from moto.stepfunctions.parser.asl.parse.asl_parser import AmazonStateLanguageParser
+from moto.stepfunctions.parser.models import stepfunctions_parser_backends
 
-REGION = "eu-central-1"
-ROLE = "arn:aws:iam::123456789012:role/flow"
+REGION, ACCOUNT = "eu-central-1", "123456789012"
+ROLE = f"arn:aws:iam::{ACCOUNT}:role/flow"
 SECONDS = 30
 NO_UUID = '"Function $uuid is currently not supported"'  # moto's function
 
@@ -66,6 +71,7 @@ class Execution:
     cause: str
     states: list[str]
     """In the order in which they were entered."""
+    arn: str
 
 
 @dataclass
@@ -94,7 +100,12 @@ def execute(machine: str, given: Any, name: str = "") -> Execution:
     """An execution of the state machine with this ARN, when it has ended."""
     client = client_of("stepfunctions")
     started = client.start_execution(stateMachineArn=machine, input=json.dumps(given), name=name or str(uuid.uuid4()))
-    arn, end = started["executionArn"], time.monotonic() + SECONDS
+    return wait_for_end(started["executionArn"])
+
+
+def wait_for_end(arn: str) -> Execution:
+    """An execution, when it is over."""
+    client, end = client_of("stepfunctions"), time.monotonic() + SECONDS
     while (execution := client.describe_execution(executionArn=arn))["status"] == "RUNNING":
         assert time.monotonic() < end, "the execution does not end"
         time.sleep(0.005)
@@ -105,7 +116,35 @@ def execute(machine: str, given: Any, name: str = "") -> Execution:
         execution.get("error", ""),
         execution.get("cause", ""),
         [event["stateEnteredEventDetails"]["name"] for event in history if "stateEnteredEventDetails" in event],
+        arn,
     )
+
+
+def redrive(arn: str) -> None:
+    """Has an execution that did not succeed go on, in the state in which it ended, with the variables that it had."""
+    execution = stepfunctions_parser_backends[ACCOUNT][REGION].describe_execution(arn)
+    worker, machine = execution.exec_worker, json.loads(execution.state_machine.definition)
+    environment = worker.env
+    context = environment.states.context_object.context_object_data["Execution"]
+    context["RedriveCount"] = context.get("RedriveCount", 0) + 1
+    environment.event_manager.add_event(
+        context=environment.event_history_context,
+        event_type=HistoryEventType.ExecutionRedriven,
+        event_details=EventDetails(executionRedrivenEventDetails={"redriveCount": context["RedriveCount"]}),
+    )
+    history = environment.event_manager.get_event_history()
+    entered = [event["stateEnteredEventDetails"]["name"] for event in history if "stateEnteredEventDetails" in event]
+    last = [state for state in entered if state in machine["States"]][-1]  # and none of those in a Map
+    program, _ = AmazonStateLanguageParser.parse(json.dumps({**machine, "StartAt": last}))
+    environment._program_state, environment.stack, environment.heap = None, [], {}
+    execution.exec_status, execution.stop_date = ExecutionStatus.RUNNING, None
+    execution.error = execution.cause = None
+
+    def run() -> None:
+        program.eval(environment)
+        worker._execution_communication.terminated()
+
+    threading.Thread(target=run, daemon=True).start()
 
 
 @contextmanager

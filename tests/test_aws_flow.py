@@ -12,7 +12,19 @@ from typing import Any
 
 import pytest
 from deployed import ARN, BUCKET, IMAGES, JOBS, ROLES, USUAL, VALUES, described, ended
-from interpreter import NO_UUID, PATCH_POINTS, Execution, Handler, Interpreter, TaskError, client_of, execute, found
+from interpreter import (
+    NO_UUID,
+    PATCH_POINTS,
+    Execution,
+    Handler,
+    Interpreter,
+    TaskError,
+    client_of,
+    execute,
+    found,
+    redrive,
+    wait_for_end,
+)
 from moto.stepfunctions.parser.asl.component.intrinsic import jsonata as moto_functions
 from service_model import wrong
 from statelint.config import Config
@@ -79,7 +91,7 @@ def in_turn(*handlers: Handler) -> Handler:
 
 OPERATIONS = {
     "ReadManifest": ("s3", "GetObject"), "Copy": ("s3", "CopyObject"), "Point": ("s3", "PutObject"),
-    "Scene": ("stepfunctions", "StartExecution"),
+    "Scene": ("stepfunctions", "StartExecution"), "Failed": ("stepfunctions", "SendTaskFailure"),
     "Notify": ("sns", "Publish"), "NotifyFailure": ("sns", "Publish"), "Count": ("stepfunctions", "DescribeMapRun"),
 }  # fmt: skip
 
@@ -98,9 +110,24 @@ def flow(aws: Interpreter) -> Interpreter:
 
 
 def go(flow: Interpreter, given: Any = None, machine: str = "scene", **handlers: Handler) -> Execution:
-    """An execution; whatever it asked for is what the services take, and no job has another one's name."""
+    """An execution, checked."""
     flow.handlers = {**USUAL, **handlers}
     execution = execute(ARN.format("states", f"stateMachine:spaceport-{machine}"), given or scene_input(SCENE, ACCOUNT))
+    check_calls(flow)
+    return execution
+
+
+def go_on(flow: Interpreter, execution: Execution, **handlers: Handler) -> Execution:
+    """The same, redriven and checked."""
+    flow.handlers = {**USUAL, **handlers}
+    redrive(execution.arn)
+    again = wait_for_end(execution.arn)
+    check_calls(flow)
+    return again
+
+
+def check_calls(flow: Interpreter) -> None:
+    """Whatever was asked for is what the services take, and no job has another one's name."""
     names = [call[name] for state in JOBS for call in flow.calls[state] for name in call if name.endswith("JobName")]
     assert len(set(names)) == len(names)
     for state, calls in flow.calls.items():
@@ -114,7 +141,6 @@ def go(flow: Interpreter, given: Any = None, machine: str = "scene", **handlers:
                 whole = {name[0].lower() + name[1:]: value for name, value in whole.items()}
             assert not wrong(operation, whole, service)
             assert len(call.get("Subject", "")) <= 100 and call.get("Subject", "").isascii()
-    return execution
 
 
 def given_for(state: str) -> dict[str, Any]:
@@ -444,6 +470,106 @@ def test_a_stage_without_a_request_for_spot_is_a_failure_that_is_told(flow: Inte
     assert len(flow.calls["NotifyFailure"]) == 1
 
 
+# Redriven
+
+
+def failing(state: str, reason: str = "memory: too little") -> dict[str, Handler]:
+    """The handler with which this state fails."""
+    return {state: job_failed(ExitMessage=reason) if state in JOBS else refused("S3.S3Exception", reason)}
+
+
+@pytest.mark.parametrize("state", [*JOBS, "ReadManifest", "Copy", "Point"])
+def test_a_redrive_goes_on_at_the_stage_that_failed(state: str, flow: Interpreter) -> None:
+    """With the same request, for a job of another name: a training finds its checkpoint."""
+    failed = go(flow, given_for(state), **failing(state))
+    assert is_failed(flow, failed, JOBS.get(state, "publish"), failed.cause)
+    done = go_on(flow, failed)
+    assert done.status == "SUCCEEDED" and done.output["scene"] == "a1"
+    happy = [name.replace("TrainSpot", state if state == "Train" else "TrainSpot") for name in HAPPY]
+    rest = happy[happy.index(state if state in JOBS else "ReadManifest") :]
+    assert done.states == [*failed.states, "Failed", "From", *rest]
+    if state in JOBS:
+        first, second = flow.calls[state]
+        assert {name for name in first if first[name] != second[name]} <= {"ProcessingJobName", "TrainingJobName"}
+    if JOBS.get(state) == "train":
+        call, built = asked(flow, "Compress", SCENE, flow.calls[state][1]["TrainingJobName"])
+        assert call == built
+
+
+def test_a_redrive_does_not_go_back_to_spot(flow: Interpreter) -> None:
+    failed = go(flow, TrainSpot=refused(CAPACITY), **failing("Train"))
+    flow.calls.clear()
+    assert go_on(flow, failed).status == "SUCCEEDED"
+    assert (len(flow.calls["Sfm"]), len(flow.calls["TrainSpot"]), len(flow.calls["Train"])) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("state", ["Sfm", "TrainSpot", "Train", "Compress", "ReadManifest"])
+def test_what_is_redriven_may_fail_again_and_be_redriven_again(state: str, flow: Interpreter) -> None:
+    """Each failure is told, in its own words."""
+    execution = go(flow, given_for(state), **failing(state, "disk: full"))
+    execution = go_on(flow, execution, **failing(state, "gpu: gone"))
+    stage = JOBS.get(state, "publish")
+    assert (execution.status, execution.error) == ("FAILED", f"Spaceport.{stage}") and "gpu: gone" in execution.cause
+    reasons = [call["Message"]["reason"] for call in flow.calls["NotifyFailure"]]
+    assert len(reasons) == 2 and "disk: full" in reasons[0] and reasons[1] == execution.cause
+    failed = len(flow.calls[state])
+    assert go_on(flow, execution).status == "SUCCEEDED" and len(flow.calls[state]) == failed + 1
+
+
+def test_after_a_failure_later_on_a_redrive_goes_on_there(flow: Interpreter) -> None:
+    execution = go_on(flow, go(flow, **failing("Sfm")), **failing("Compress"))
+    assert execution.error == "Spaceport.compress"
+    assert go_on(flow, execution).status == "SUCCEEDED"
+    assert [len(flow.calls[state]) for state in ("Sfm", "TrainSpot", "Compress")] == [2, 1, 2]
+
+
+def test_a_redrive_has_the_patience_of_a_first_try(flow: Interpreter) -> None:
+    failed = go(flow, Sfm=job_failed(FailureReason=NO_CAPACITY))
+    go_on(flow, failed, Sfm=job_failed(FailureReason=NO_CAPACITY))
+    assert flow.slept == 10 * [300]
+
+
+def test_what_nobody_heard_of_is_redriven_all_the_same(flow: Interpreter) -> None:
+    failed = go(flow, NotifyFailure=refused("SNS.AmazonSNSException", "The topic is gone"), **failing("Compress"))
+    assert go_on(flow, failed).status == "SUCCEEDED"
+
+
+def test_a_wrong_input_stays_wrong(flow: Interpreter) -> None:
+    failed = go(flow, {**scene_input(SCENE, ACCOUNT), "from": "bake"})
+    again = go_on(flow, failed)
+    assert is_failed(flow, failed, "input", "input: from: choose sfm, train, compress or publish")
+    assert again == replace(failed, states=[*failed.states, "Failed"]) and not any(flow.calls[state] for state in JOBS)
+
+
+def own_failure() -> dict[str, Any]:
+    return definition("scene", VALUES)["States"]["Failed"]
+
+
+@pytest.mark.parametrize("error", own_failure()["Catch"][1]["ErrorEquals"])
+def test_a_failure_that_cannot_be_sent_is_the_same_one(error: str, flow: Interpreter) -> None:
+    """But for redrives."""
+    reason, unsent = "memory: too little", refused(error, "no")
+    execution = go(flow, Failed=unsent, **failing("Sfm"))
+    for ends in (["Failed", "FailedForGood"], ["FailedForGood", "FailedForGood"]):
+        assert (execution.status, execution.error, execution.cause) == ("FAILED", "Spaceport.sfm", reason)
+        assert execution.states[-2:] == ends and len(flow.calls["NotifyFailure"]) == 1
+        execution = go_on(flow, execution)
+
+
+def test_a_redrive_that_cannot_be_sent_fails_in_the_same_words(flow: Interpreter) -> None:
+    failed = go(flow, **failing("Sfm"))
+    again = go_on(flow, failed, Failed=refused("Sfn.SfnException", "Rate exceeded"))
+    assert again == replace(failed, states=[*failed.states, "Failed", "FailedForGood"])
+
+
+def test_no_error_of_ours_is_caught_but_that_of_a_redrive() -> None:
+    """Else a run that failed would go on, or lose what it failed with."""
+    caught = {error: catch["Next"] for catch in own_failure()["Catch"] for error in catch["ErrorEquals"]}
+    assert caught.pop("Spaceport.redriven") == "From" and set(caught.values()) == {"FailedForGood"}
+    assert not {"States.ALL", "States.TaskFailed"} & set(caught) and not any(e.startswith("Spaceport") for e in caught)
+    assert "Retry" not in own_failure()
+
+
 # Many scenes
 
 
@@ -612,14 +738,14 @@ def test_everything_has_a_time_limit(machine: dict[str, Any]) -> None:
 def test_every_failure_is_told_and_ends_as_one(machine: dict[str, Any]) -> None:
     """From every Catch, but for those of what a scene does not depend on; to try again is no end."""
     states = states_of(machine)
-    again = frozenset({"Train", "WaitForHardware"})
-    unimportant = {"Notify", "NotifyFailure", "Count"}
+    again = frozenset({"Train", "WaitForHardware", "From"})
+    unimportant = {"Notify", "NotifyFailure", "Count", "Failed"}
     for name, state in states.items():
         if state["Type"] in ("Task", "Map") and name not in unimportant | {"Copy", "Scene"}:  # these fail their Map
             (catch,) = state["Catch"]
             assert catch["ErrorEquals"] == ["States.ALL"]
             ends = {end for end in reached(states, catch["Next"], again) if states[end]["Type"] in ("Succeed", "Fail")}
-            assert ends == {"Failed"}
+            assert ends == {"FailedForGood" if "FailedForGood" in states else "Failed"}
             assert "Failed" not in reached(states, catch["Next"], again | {"NotifyFailure"})
     assert states["Notify"]["Catch"][0]["Next"] == "Done" and states["NotifyFailure"]["Catch"][0]["Next"] == "Failed"
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from aws_scenes import SCENE, SECONDS, SETTINGS, STACK, SageMaker, make, put_results, wait_for
 from deployed import BUCKET, described
-from interpreter import Interpreter, TaskError, client_of
+from interpreter import Interpreter, TaskError, client_of, redrive
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.cloud import Cloud
+from spaceport_gs.pipeline.aws.commands.costs import bill_for
 from spaceport_gs.pipeline.aws.drills import parsed
 from spaceport_gs.pipeline.aws.flow import scene_input
 from spaceport_gs.pipeline.aws.results import fetch
@@ -23,6 +24,7 @@ from spaceport_gs.pipeline.aws.runs import UNSTARTED, Run, is_being_started, new
 from spaceport_gs.pipeline.aws.scenes import retry, stop, submit
 from spaceport_gs.pipeline.aws.status import status
 from spaceport_gs.pipeline.aws.uploads import plan
+from spaceport_gs.pipeline.aws.watch import as_progress
 from spaceport_gs.progress import ignore
 
 
@@ -251,6 +253,43 @@ def test_retry_publishes_what_could_not_be(
     assert json.loads(retry(cloud, STACK, upload.scene).given)["from"] == "publish"
     wait_for(cloud, upload.scene)
     assert len(sagemaker.jobs) == n_jobs
+
+
+def test_a_run_that_was_redriven_runs_again(
+    cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
+) -> None:
+    """To whoever looks at it, stops it, or goes on with it."""
+    asked, over = threading.Event(), threading.Event()
+
+    def never(request: dict[str, Any], attempt: int) -> Any:
+        sagemaker.put(request, "InProgress")
+        asked.set()
+        assert over.wait(SECONDS)
+        return described(request, "Stopped", {})
+
+    usual = aws.handlers
+    aws.handlers = {**usual, "TrainSpot": sagemaker.fail(FailureReason="AlgorithmError: gpu: gone")}
+    upload, run = make(cloud, photos, tmp_path)
+    wait_for(cloud, upload.scene, "FAILED")
+    aws.handlers = {**usual, "TrainSpot": never}
+    redrive(run.arn)
+    assert asked.wait(SECONDS)
+    found = status(cloud, STACK, upload.scene)
+    assert (found.run.name, found.run.status, found.run.reason, found.state) == (run.name, "RUNNING", "", "TrainSpot")
+    assert [job.status for job in found.jobs] == ["Completed", "Failed", "InProgress"]
+    assert [(one.stage, one.message) for one in as_progress(found)] == [("sfm", "done"), ("train", "InProgress")]
+    assert submit(cloud, STACK, SCENE, upload, ignore).status == "RUNNING"
+    with pytest.raises(InputError, match="still runs"):
+        retry(cloud, STACK, upload.scene)
+    assert stop(cloud, STACK, upload.scene) == [found.jobs[-1].name] == sagemaker.stopped
+    over.set()  # moto lets a task end before it stops
+    stopped = wait_for(cloud, upload.scene, "ABORTED")
+    assert [job.status for job in stopped.jobs] == ["Completed", "Failed", "Stopped"]
+
+    aws.handlers = usual
+    assert json.loads(retry(cloud, STACK, upload.scene).given)["from"] == "train"
+    assert wait_for(cloud, upload.scene).run.number == 2
+    assert len(bill_for(cloud, STACK, [upload.scene])[0]["jobs"]) == 5
 
 
 @pytest.mark.parametrize("damage", ["settings", "missing", "short", "no manifest", "another stage"])

@@ -182,6 +182,7 @@ CALLS = {
     "s3:putObject": ("s3:PutObject", "s3:AbortMultipartUpload"),
     "sns:publish": ("sns:Publish",),
     "aws-sdk:sfn:describeMapRun": ("states:DescribeMapRun",),
+    "aws-sdk:sfn:sendTaskFailure.waitForTaskToken": ("states:SendTaskFailure",),
     "states:startExecution.sync:2": (
         "states:StartExecution", "states:DescribeExecution", "states:StopExecution", "events:PutRule", "events:PutTargets",
         "events:DescribeRule",
@@ -196,6 +197,16 @@ def test_a_flow_may_do_what_its_definition_calls(machine: str, role: str) -> Non
     called = set(re.findall(r'"arn:aws:states:::([^"]+)"', definition))
     allowed = {action for name, s in ALLOWED if name == role for action in listed(s["Action"])}
     assert called and {action for call in called for action in CALLS[call]} <= allowed
+
+
+def test_a_flow_fails_no_task_but_its_own() -> None:
+    machines = {
+        name: s["Resource"]["Fn::Sub"].rpartition(":")[2]
+        for name, s in ALLOWED
+        if "states:SendTaskFailure" in listed(s["Action"])
+    }
+    assert machines == {"SceneRole": "${Prefix}-scene"}
+    assert RESOURCES["SceneMachine"]["Properties"]["StateMachineName"] == {"Fn::Sub": machines["SceneRole"]}
 
 
 def test_data_is_encrypted_and_closed() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from aws_scenes import STACK, SageMaker, make, wait_for
 from deployed import VALUES
-from interpreter import REGION, Interpreter, TaskError
+from interpreter import REGION, Interpreter, TaskError, redrive
 
 from spaceport_gs.pipeline.aws.cloud import Cloud
 from spaceport_gs.pipeline.aws.prices import load_prices
@@ -30,6 +30,11 @@ def times(kind: str, minutes: int, **more: Any) -> dict[str, Any]:
     """Of a job that begins two minutes from now."""
     begin = datetime.now(timezone.utc) + timedelta(minutes=2)
     return {f"{kind}StartTime": begin, f"{kind}EndTime": begin + timedelta(minutes=minutes), **more}
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Of all tables of a report: the text of their cells."""
+    return [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
 
 
 def test_a_report_shows_every_try_and_what_it_cost(
@@ -75,8 +80,8 @@ def test_a_report_shows_every_try_and_what_it_cost(
     add_to_report(cloud, STACK, upload.scene, out)
 
     text = (out / "report.html").read_text()
-    rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
-    tries = [(row[0], row[1], row[4]) for row in rows if len(row) >= 5 and row[0] in ("sfm", "train", "wait", "compress", "publish") and "<svg" in row[-1]]  # fmt: skip
+    rows = rows_of(text)
+    tries = [(row[0], row[1], row[4]) for row in rows if "<svg" in row[-1]]
     refused = "SageMaker.ResourceLimitExceededException: " + html.escape(HOSTILE)
     assert tries == [
         ("sfm", "ml.c6i.2xlarge", "Completed"),
@@ -106,6 +111,49 @@ def test_a_report_shows_every_try_and_what_it_cost(
     add_to_report(cloud, STACK, upload.scene, out)
     assert (out / "report.html").read_text() == text
     assert read_manifest(out, "compress").outputs["report.html"]["bytes"] == len(text.encode())
+
+
+def test_a_report_of_a_run_that_was_redriven(
+    cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path
+) -> None:
+    """Twice: what came before counts, and publishing is two bars, without the time between them."""
+    usual = aws.handlers
+
+    def train(request: dict[str, Any], attempt: int) -> Any:
+        answer = sagemaker.run(request, attempt)
+        sagemaker.jobs[request["TrainingJobName"]] |= times("Training", 60)
+        return answer
+
+    def fail(request: dict[str, Any], attempt: int) -> Any:
+        train(request, attempt)
+        sagemaker.jobs[request["TrainingJobName"]] |= {"TrainingJobStatus": "Failed", "FailureReason": "gpu: gone"}
+        raise TaskError("SageMaker.JobFailed", "{}")
+
+    def deny(request: dict[str, Any], attempt: int) -> Any:
+        raise TaskError("S3.S3Exception", "Access Denied")
+
+    aws.handlers = {**usual, "TrainSpot": fail}
+    upload, run = make(cloud, photos, tmp_path)
+    for handlers in ({"TrainSpot": train, "Copy": deny}, {}):
+        wait_for(cloud, upload.scene, "FAILED")
+        aws.handlers = {**usual, **handlers}
+        redrive(run.arn)
+    wait_for(cloud, upload.scene)
+    fetch(cloud, STACK, upload.scene, tmp_path / "out", ignore)
+    add_to_report(cloud, STACK, upload.scene, tmp_path / "out")
+    text = (tmp_path / "out/report.html").read_text()
+    rows = rows_of(text)
+    assert [(row[0], row[4]) for row in rows if "<svg" in row[-1]] == [
+        ("sfm", "Completed"),
+        ("train", "Failed: gpu: gone"),
+        ("train", "Completed"),
+        ("compress", "Completed"),
+        ("publish", ""),
+        ("publish", ""),
+    ]
+    (total,) = (row for row in rows if row[0] == "together")
+    assert total[-2] == f"{2 * load_prices(REGION).of('ml.g5.xlarge', 'training'):.3f} $"
+    assert f"{run.name}: succeeded" in text
 
 
 def test_a_run_whose_history_is_gone_leaves_a_report(cloud: Cloud, photos: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,12 @@ def bars_of(events: Sequence[Mapping[str, Any]], jobs: Sequence[JobState], now: 
             bars.append(Bar("wait", event["timestamp"], _end(events, place, now), reason="no hardware"))
         elif event.get("taskScheduledEventDetails", {}).get("resourceType") == "sagemaker":
             bars.append(_try_of(events, place, known, ASKING.get(state, state), now))
-    published = [event["timestamp"] for event in events if _state_of(event) in PUBLISHING]
-    if published:
-        bars.append(Bar("publish", published[0], published[-1], published[0]))
+    # A run that is redriven may come to publish twice.
+    states = (event for event in events if _state_of(event) or event["type"] == "ExecutionRedriven")
+    for is_publishing, stretch in groupby(states, lambda event: _state_of(event) in PUBLISHING):
+        times = [event["timestamp"] for event in stretch]
+        if is_publishing:
+            bars.append(Bar("publish", times[0], times[-1], times[0]))
     return bars
 
 
