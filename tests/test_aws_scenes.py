@@ -9,10 +9,11 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from aws_scenes import SCENE, SECONDS, SETTINGS, STACK, SageMaker, make, put_results, wait_for
 from deployed import BUCKET, described
-from interpreter import Interpreter, TaskError, client_of, redrive
+from interpreter import REGION, Interpreter, TaskError, client_of, redrive
 
 from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.cloud import Cloud
@@ -57,6 +58,22 @@ def test_twice_is_once(cloud: Cloud, photos: Path, tmp_path: Path) -> None:
     runs.append(submit(cloud, STACK, SCENE, upload, ignore))
     assert {run.name for run in runs} == {f"{upload.scene}-1"} and len(runs) == 5
     assert runs[-1].status == "SUCCEEDED"
+
+
+def test_threads_share_their_clients() -> None:
+    cloud = Cloud(boto3.Session("key", "secret", region_name=REGION))
+    together, found = threading.Barrier(8), list[Any]()
+
+    def user() -> None:
+        together.wait(SECONDS)
+        found.append(cloud.client("stepfunctions"))
+
+    users = [threading.Thread(target=user) for _ in range(8)]
+    for one in users:
+        one.start()
+    for one in users:
+        one.join()
+    assert len(found) == 8 and len({id(client) for client in found}) == 1
 
 
 def test_two_users_with_other_settings_at_once_make_one_run(cloud: Cloud, aws: Interpreter, sagemaker: SageMaker, photos: Path, tmp_path: Path) -> None:  # fmt: skip

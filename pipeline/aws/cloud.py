@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -31,18 +32,21 @@ class Cloud:
 
     def __init__(self, session: Any) -> None:
         self._session, self._clients = session, dict[str, Any]()
+        self._making = threading.Lock()  # several threads may use boto3's clients, but not make them at once
         self.region: str = session.region_name
 
     def client(self, service: str, region: str = "") -> Any:
         """`region`: of a service that is not everywhere; empty: this one."""
-        if service not in self._clients:
-            config = Config(
-                retries={"mode": "standard", "max_attempts": 5}, user_agent_extra=f"spaceport/{__version__}"
-            )
-            if service == "s3":  # links of the older signature open nothing that KMS encrypts, and only in one region
-                config = config.merge(Config(signature_version="s3v4", s3={"addressing_style": "virtual"}))
-            self._clients[service] = self._session.client(service, region_name=region or self.region, config=config)
-        return self._clients[service]
+        with self._making:
+            if service not in self._clients:
+                self._clients[service] = self._made(service, region or self.region)
+            return self._clients[service]
+
+    def _made(self, service: str, region: str) -> Any:
+        config = Config(retries={"mode": "standard", "max_attempts": 5}, user_agent_extra=f"spaceport/{__version__}")
+        if service == "s3":  # links of the older signature open nothing that KMS encrypts, and only in one region
+            config = config.merge(Config(signature_version="s3v4", s3={"addressing_style": "virtual"}))
+        return self._session.client(service, region_name=region, config=config)
 
     @cached_property
     def account_id(self) -> str:
