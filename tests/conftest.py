@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,23 @@ def aws() -> Iterator[Interpreter]:
 
     with deployed() as running:
         yield running
+
+
+@pytest.fixture
+def flow(aws: Interpreter) -> Interpreter:
+    """Where the results of the compression of a scene lie."""
+    from deployed import BUCKET
+    from executions import DIGEST
+    from interpreter import client_of
+
+    client = client_of("s3")
+    for key in ("scene.sog", "index.html"):
+        client.put_object(Bucket=BUCKET, Key=f"work/a1/compress/{key}", Body=key.encode())
+    manifest = {"outputs": {"index.html": {"sha256": DIGEST + 48 * "0"}}, "metrics": {}}
+    client.put_object(Bucket=BUCKET, Key="work/a1/compress/manifest.json", Body=json.dumps(manifest).encode())
+    aws.calls.clear()
+    aws.slept.clear()
+    return aws
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A state machine run here: its definition on moto's interpreter, with handlers for the services that are not there.
 
 moto has no job of SageMaker that Step Functions waits for, no redrive, waits in real time and leaves JSONata out. What is put in
-their place is inside of moto, so its version is pinned; test_aws_flow.py says if it has moved.
+their place is inside of moto, so its version is pinned; test_aws_definitions.py says if it has moved.
 """
 
 from __future__ import annotations

@@ -2,176 +2,38 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from deployed import ARN, BUCKET, IMAGES, JOBS, ROLES, USUAL, VALUES, described, ended
-from interpreter import (
-    NO_UUID,
-    PATCH_POINTS,
-    Execution,
-    Handler,
-    Interpreter,
-    TaskError,
-    client_of,
-    execute,
-    found,
-    redrive,
-    wait_for_end,
+from deployed import BUCKET, IMAGES, JOBS, USUAL, VALUES, ended
+from executions import (
+    ACCOUNT,
+    CAPACITY,
+    DIGEST,
+    HAPPY,
+    NO_CAPACITY,
+    ON_DEMAND,
+    SCENE,
+    THROTTLED,
+    asked,
+    given_for,
+    go,
+    in_turn,
+    is_failed,
+    job_failed,
+    refused,
 )
-from moto.stepfunctions.parser.asl.component.intrinsic import jsonata as moto_functions
-from service_model import wrong
-from statelint.config import Config
-from statelint.linter import Linter
-from statelint.problem import ProblemType
+from interpreter import Handler, Interpreter, client_of
 
-from spaceport_gs.errors import InputError
 from spaceport_gs.pipeline.aws.cost import Capture
-from spaceport_gs.pipeline.aws.flow import (
-    MACHINES,
-    Scene,
-    batch_input,
-    batch_manifest,
-    definition,
-    placeholders,
-    scene_input,
-    spot_of,
-    template,
-)
-from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES, Account, Job, Machine
+from spaceport_gs.pipeline.aws.flow import batch_input, batch_manifest, scene_input
+from spaceport_gs.pipeline.aws.jobs import DEFAULT_MACHINES
 from spaceport_gs.pipeline.aws.orders import Order
 from spaceport_gs.pipeline.aws.prices import load_prices
 from spaceport_gs.pipeline.run import RunSettings
-
-KEY = ARN.format("kms", "key/0a1b-2c")
-# What users write must not be taken for what SageMaker says.
-SETTINGS = {"steps": 7000, "title": 'é "3" \\ {"FailureReason":"CapacityError: "}'}
-ON_DEMAND = Scene("a1", IMAGES, SETTINGS, {"train": Machine("ml.g6.xlarge", max_seconds=5000)})
-SCENE = replace(ON_DEMAND, spot=spot_of(DEFAULT_MACHINES["train"]))
-ACCOUNT = Account(BUCKET, "", KEY)
-DIGEST = "0123456789abcdef"
-
-CAPACITY, THROTTLED = "SageMaker.ResourceLimitExceededException", "SageMaker.AmazonSageMakerException"
-NO_CAPACITY = "CapacityError: Unable to provision requested ML compute capacity."
-HAPPY = [
-    "Validate", "From", "Sfm", "SfmDone", "SpotOrNot", "TrainSpot", "TrainDone", "Compress", "CompressDone",
-    "ReadManifest", "Publish", "Copy", "Copy", "Point", "Notify", "Done",
-]  # fmt: skip
-
-
-def job_failed(error: str = "SageMaker.JobFailed", status: str = "Failed", **said: str) -> Handler:
-    """The error that says how a job ended."""
-
-    def handler(request: dict[str, Any], attempt: int) -> Any:
-        raise TaskError(error, json.dumps(described(request, status, said), separators=(",", ":")))
-
-    return handler
-
-
-def refused(error: str, cause: str = "") -> Handler:
-    """A task that does not come to anything."""
-
-    def handler(request: dict[str, Any], attempt: int) -> Any:
-        raise TaskError(error, cause)
-
-    return handler
-
-
-def in_turn(*handlers: Handler) -> Handler:
-    """Of a first call, a second one, …; the last one stays."""
-    left = list(handlers)
-    return lambda request, attempt: (left.pop(0) if len(left) > 1 else left[0])(request, attempt)
-
-
-OPERATIONS = {
-    "ReadManifest": ("s3", "GetObject"), "Copy": ("s3", "CopyObject"), "Point": ("s3", "PutObject"),
-    "Scene": ("stepfunctions", "StartExecution"), "Failed": ("stepfunctions", "SendTaskFailure"),
-    "Notify": ("sns", "Publish"), "NotifyFailure": ("sns", "Publish"), "Count": ("stepfunctions", "DescribeMapRun"),
-}  # fmt: skip
-
-
-@pytest.fixture
-def flow(aws: Interpreter) -> Interpreter:
-    """Where the results of the compression of a scene lie."""
-    client = client_of("s3")
-    for key in ("scene.sog", "index.html"):
-        client.put_object(Bucket=BUCKET, Key=f"work/a1/compress/{key}", Body=key.encode())
-    manifest = {"outputs": {"index.html": {"sha256": DIGEST + 48 * "0"}}, "metrics": {}}
-    client.put_object(Bucket=BUCKET, Key="work/a1/compress/manifest.json", Body=json.dumps(manifest).encode())
-    aws.calls.clear()
-    aws.slept.clear()
-    return aws
-
-
-def go(flow: Interpreter, given: Any = None, machine: str = "scene", **handlers: Handler) -> Execution:
-    """An execution, checked."""
-    flow.handlers = {**USUAL, **handlers}
-    execution = execute(ARN.format("states", f"stateMachine:spaceport-{machine}"), given or scene_input(SCENE, ACCOUNT))
-    check_calls(flow)
-    return execution
-
-
-def go_on(flow: Interpreter, execution: Execution, **handlers: Handler) -> Execution:
-    """The same, redriven and checked."""
-    flow.handlers = {**USUAL, **handlers}
-    redrive(execution.arn)
-    again = wait_for_end(execution.arn)
-    check_calls(flow)
-    return again
-
-
-def check_calls(flow: Interpreter) -> None:
-    """Whatever was asked for is what the services take, and no job has another one's name."""
-    names = [call[name] for state in JOBS for call in flow.calls[state] for name in call if name.endswith("JobName")]
-    assert len(set(names)) == len(names)
-    for state, calls in flow.calls.items():
-        service, operation = OPERATIONS.get(
-            state, ("sagemaker", "CreateTrainingJob" if state.startswith("Train") else "CreateProcessingJob")
-        )
-        for call in calls:
-            bodies = {name: json.dumps(call[name]) for name in ("Message", "Body", "Input") if name in call}
-            whole = {**call, **bodies}
-            if service == "stepfunctions":  # whose own API has names in lower case
-                whole = {name[0].lower() + name[1:]: value for name, value in whole.items()}
-            assert not wrong(operation, whole, service)
-            assert len(call.get("Subject", "")) <= 100 and call.get("Subject", "").isascii()
-
-
-def given_for(state: str) -> dict[str, Any]:
-    """An input with which this state is reached."""
-    return scene_input(ON_DEMAND if state == "Train" else SCENE, ACCOUNT)
-
-
-def is_failed(flow: Interpreter, execution: Execution, stage: str, reason: str) -> bool:
-    """At this stage and in these words, which were also sent; nothing came after it."""
-    (message,) = (call["Message"] for call in flow.calls["NotifyFailure"])
-    return (
-        (execution.status, execution.error, execution.cause) == ("FAILED", f"Spaceport.{stage}", reason)
-        and (message["status"], message["stage"], message["reason"]) == ("FAILED", stage, reason)
-        and execution.states[-2:] == ["NotifyFailure", "Failed"]
-        and not flow.calls["Notify"]
-    )
-
-
-def requested(job: Job, machine: Machine) -> dict[str, Any]:
-    """What the builder of requests makes of a job."""
-    return job.request(replace(ACCOUNT, role=ROLES[job.stage]), machine)
-
-
-def asked(flow: Interpreter, state: str, scene: Scene, trained: str = "") -> tuple[Any, Any]:
-    """(request of the only job of this state, what the builder makes for its name)."""
-    (call,) = flow.calls[state]
-    stage = JOBS[state]
-    name = call.get("TrainingJobName") or call["ProcessingJobName"]
-    job = scene.job(stage, attempt=name.rsplit("-", 1)[1], trained=trained)
-    machine = scene.spot if state == "TrainSpot" and scene.spot else scene.machine(stage)
-    return call, requested(job, machine)
 
 
 def test_a_scene_goes_from_photos_to_a_page(flow: Interpreter) -> None:
@@ -470,106 +332,6 @@ def test_a_stage_without_a_request_for_spot_is_a_failure_that_is_told(flow: Inte
     assert len(flow.calls["NotifyFailure"]) == 1
 
 
-# Redriven
-
-
-def failing(state: str, reason: str = "memory: too little") -> dict[str, Handler]:
-    """The handler with which this state fails."""
-    return {state: job_failed(ExitMessage=reason) if state in JOBS else refused("S3.S3Exception", reason)}
-
-
-@pytest.mark.parametrize("state", [*JOBS, "ReadManifest", "Copy", "Point"])
-def test_a_redrive_goes_on_at_the_stage_that_failed(state: str, flow: Interpreter) -> None:
-    """With the same request, for a job of another name: a training finds its checkpoint."""
-    failed = go(flow, given_for(state), **failing(state))
-    assert is_failed(flow, failed, JOBS.get(state, "publish"), failed.cause)
-    done = go_on(flow, failed)
-    assert done.status == "SUCCEEDED" and done.output["scene"] == "a1"
-    happy = [name.replace("TrainSpot", state if state == "Train" else "TrainSpot") for name in HAPPY]
-    rest = happy[happy.index(state if state in JOBS else "ReadManifest") :]
-    assert done.states == [*failed.states, "Failed", "From", *rest]
-    if state in JOBS:
-        first, second = flow.calls[state]
-        assert {name for name in first if first[name] != second[name]} <= {"ProcessingJobName", "TrainingJobName"}
-    if JOBS.get(state) == "train":
-        call, built = asked(flow, "Compress", SCENE, flow.calls[state][1]["TrainingJobName"])
-        assert call == built
-
-
-def test_a_redrive_does_not_go_back_to_spot(flow: Interpreter) -> None:
-    failed = go(flow, TrainSpot=refused(CAPACITY), **failing("Train"))
-    flow.calls.clear()
-    assert go_on(flow, failed).status == "SUCCEEDED"
-    assert (len(flow.calls["Sfm"]), len(flow.calls["TrainSpot"]), len(flow.calls["Train"])) == (0, 0, 1)
-
-
-@pytest.mark.parametrize("state", ["Sfm", "TrainSpot", "Train", "Compress", "ReadManifest"])
-def test_what_is_redriven_may_fail_again_and_be_redriven_again(state: str, flow: Interpreter) -> None:
-    """Each failure is told, in its own words."""
-    execution = go(flow, given_for(state), **failing(state, "disk: full"))
-    execution = go_on(flow, execution, **failing(state, "gpu: gone"))
-    stage = JOBS.get(state, "publish")
-    assert (execution.status, execution.error) == ("FAILED", f"Spaceport.{stage}") and "gpu: gone" in execution.cause
-    reasons = [call["Message"]["reason"] for call in flow.calls["NotifyFailure"]]
-    assert len(reasons) == 2 and "disk: full" in reasons[0] and reasons[1] == execution.cause
-    failed = len(flow.calls[state])
-    assert go_on(flow, execution).status == "SUCCEEDED" and len(flow.calls[state]) == failed + 1
-
-
-def test_after_a_failure_later_on_a_redrive_goes_on_there(flow: Interpreter) -> None:
-    execution = go_on(flow, go(flow, **failing("Sfm")), **failing("Compress"))
-    assert execution.error == "Spaceport.compress"
-    assert go_on(flow, execution).status == "SUCCEEDED"
-    assert [len(flow.calls[state]) for state in ("Sfm", "TrainSpot", "Compress")] == [2, 1, 2]
-
-
-def test_a_redrive_has_the_patience_of_a_first_try(flow: Interpreter) -> None:
-    failed = go(flow, Sfm=job_failed(FailureReason=NO_CAPACITY))
-    go_on(flow, failed, Sfm=job_failed(FailureReason=NO_CAPACITY))
-    assert flow.slept == 10 * [300]
-
-
-def test_what_nobody_heard_of_is_redriven_all_the_same(flow: Interpreter) -> None:
-    failed = go(flow, NotifyFailure=refused("SNS.AmazonSNSException", "The topic is gone"), **failing("Compress"))
-    assert go_on(flow, failed).status == "SUCCEEDED"
-
-
-def test_a_wrong_input_stays_wrong(flow: Interpreter) -> None:
-    failed = go(flow, {**scene_input(SCENE, ACCOUNT), "from": "bake"})
-    again = go_on(flow, failed)
-    assert is_failed(flow, failed, "input", "input: from: choose sfm, train, compress or publish")
-    assert again == replace(failed, states=[*failed.states, "Failed"]) and not any(flow.calls[state] for state in JOBS)
-
-
-def own_failure() -> dict[str, Any]:
-    return definition("scene", VALUES)["States"]["Failed"]
-
-
-@pytest.mark.parametrize("error", own_failure()["Catch"][1]["ErrorEquals"])
-def test_a_failure_that_cannot_be_sent_is_the_same_one(error: str, flow: Interpreter) -> None:
-    """But for redrives."""
-    reason, unsent = "memory: too little", refused(error, "no")
-    execution = go(flow, Failed=unsent, **failing("Sfm"))
-    for ends in (["Failed", "FailedForGood"], ["FailedForGood", "FailedForGood"]):
-        assert (execution.status, execution.error, execution.cause) == ("FAILED", "Spaceport.sfm", reason)
-        assert execution.states[-2:] == ends and len(flow.calls["NotifyFailure"]) == 1
-        execution = go_on(flow, execution)
-
-
-def test_a_redrive_that_cannot_be_sent_fails_in_the_same_words(flow: Interpreter) -> None:
-    failed = go(flow, **failing("Sfm"))
-    again = go_on(flow, failed, Failed=refused("Sfn.SfnException", "Rate exceeded"))
-    assert again == replace(failed, states=[*failed.states, "Failed", "FailedForGood"])
-
-
-def test_no_error_of_ours_is_caught_but_that_of_a_redrive() -> None:
-    """Else a run that failed would go on, or lose what it failed with."""
-    caught = {error: catch["Next"] for catch in own_failure()["Catch"] for error in catch["ErrorEquals"]}
-    assert caught.pop("Spaceport.redriven") == "From" and set(caught.values()) == {"FailedForGood"}
-    assert not {"States.ALL", "States.TaskFailed"} & set(caught) and not any(e.startswith("Spaceport") for e in caught)
-    assert "Retry" not in own_failure()
-
-
 # Many scenes
 
 
@@ -648,156 +410,3 @@ def test_batches_that_are_refused(wrongly: dict[str, Any], word: str, flow: Inte
     execution = go(flow, {**batch_input("july", 2), **wrongly}, "batch")
     assert execution.states == ["Validate", "NotifyFailure", "Failed"] and word in execution.cause
     assert execution.cause.startswith("input: ")
-
-
-# Inputs
-
-
-def test_inputs_bring_whole_requests_without_names_and_roles() -> None:
-    stages = scene_input(SCENE, ACCOUNT)["stages"]
-    assert set(stages) == {"sfm", "train", "spot", "compress"}
-    for stage, request in stages.items():
-        job = SCENE.job("train" if stage == "spot" else stage)
-        whole = job.request(ACCOUNT, SCENE.spot if stage == "spot" else SCENE.machine(stage))
-        assert set(whole) - set(request) == {"RoleArn", job.operation().removeprefix("Create") + "Name"}
-        assert request == {name: whole[name] for name in request}
-
-
-def test_wrong_inputs_are_not_made() -> None:
-    with pytest.raises(InputError, match="stage bake"):
-        scene_input(SCENE, ACCOUNT, "bake")
-    with pytest.raises(InputError, match="name the training job"):
-        scene_input(SCENE, ACCOUNT, "compress")
-    with pytest.raises(InputError, match="twice: a1"):
-        batch_manifest(2 * [("a1-1", scene_input(SCENE, ACCOUNT))])
-    with pytest.raises(InputError, match="one or more scenes"):
-        batch_manifest([])
-    for name, concurrency, tolerated in (("../x", 1, 0), ("", 1, 0), ("a", 0, 0), ("a", 1001, 0), ("a", 1, 101)):
-        with pytest.raises(InputError):
-            batch_input(name, concurrency, tolerated)
-
-
-# The definitions
-
-
-def states_of(machine: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """All of a machine, those in a Map as well."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, state in machine["States"].items():
-        assert name not in found
-        found[name] = state
-        if "ItemProcessor" in state:
-            found.update(states_of(state["ItemProcessor"]))
-    return found
-
-
-def successors(state: Mapping[str, Any]) -> set[str]:
-    ways = [state, *state.get("Choices", []), *state.get("Catch", [])]
-    inner = {state["ItemProcessor"]["StartAt"]} if "ItemProcessor" in state else set()
-    return (
-        {way["Next"] for way in ways if "Next" in way} | ({state["Default"]} if "Default" in state else set()) | inner
-    )
-
-
-def reached(states: Mapping[str, dict[str, Any]], start: str, without: frozenset[str] = frozenset()) -> set[str]:
-    """From a state, by every way that does not lead through those in `without`."""
-    seen: set[str] = set()
-    left = [start]
-    while left:
-        name = left.pop()
-        if name not in seen and name not in without:
-            seen.add(name)
-            left += successors(states[name])
-    return seen
-
-
-@pytest.fixture(params=MACHINES)
-def machine(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return definition(request.param, VALUES)
-
-
-def test_every_state_is_there_and_reached(machine: dict[str, Any]) -> None:
-    states = states_of(machine)
-    for state in states.values():
-        assert successors(state) <= set(states)
-        assert state["Type"] in ("Choice", "Succeed", "Fail") or ("Next" in state) != ("End" in state)
-    assert reached(states, machine["StartAt"]) == set(states)
-
-
-def test_everything_has_a_time_limit(machine: dict[str, Any]) -> None:
-    """That of a job's task is an hour longer than the job's own, so that it is SageMaker that ends the job."""
-    assert machine["TimeoutSeconds"] > 0
-    for name, state in states_of(machine).items():
-        if state["Type"] == "Task":
-            limit = state["TimeoutSeconds"]
-            job = r"\{% \$stages\.\w+\.StoppingCondition\.Max(Runtime|WaitTime)InSeconds \+ 3600 %\}"
-            assert re.fullmatch(job, limit) if name in JOBS else limit > 0, name
-    assert ("MaxWaitTime" in definition("scene", VALUES)["States"]["TrainSpot"]["TimeoutSeconds"]) is True
-
-
-def test_every_failure_is_told_and_ends_as_one(machine: dict[str, Any]) -> None:
-    """From every Catch, but for those of what a scene does not depend on; to try again is no end."""
-    states = states_of(machine)
-    again = frozenset({"Train", "WaitForHardware", "From"})
-    unimportant = {"Notify", "NotifyFailure", "Count", "Failed"}
-    for name, state in states.items():
-        if state["Type"] in ("Task", "Map") and name not in unimportant | {"Copy", "Scene"}:  # these fail their Map
-            (catch,) = state["Catch"]
-            assert catch["ErrorEquals"] == ["States.ALL"]
-            ends = {end for end in reached(states, catch["Next"], again) if states[end]["Type"] in ("Succeed", "Fail")}
-            assert ends == {"FailedForGood" if "FailedForGood" in states else "Failed"}
-            assert "Failed" not in reached(states, catch["Next"], again | {"NotifyFailure"})
-    assert states["Notify"]["Catch"][0]["Next"] == "Done" and states["NotifyFailure"]["Catch"][0]["Next"] == "Failed"
-
-
-def test_all_jobs_are_retried_alike() -> None:
-    states = definition("scene", VALUES)["States"]
-    for name in JOBS:
-        capacity, throttled = states[name]["Retry"]
-        assert capacity == {**states["Sfm"]["Retry"][0], "MaxAttempts": 2 if name == "TrainSpot" else 5}
-        assert throttled == states["Sfm"]["Retry"][1]
-        assert capacity["JitterStrategy"] == throttled["JitterStrategy"] == "FULL"
-        assert "$uuid()" in states[name]["Arguments"]  # evaluated anew for each attempt
-
-
-def test_names_of_jobs_are_short_enough() -> None:
-    """With the longest id, and a prefix of twenty characters."""
-    for job in re.findall(r"JobName': '(.*?)' & \$scene & '-' & \$substring\(\$uuid\(\), 0, (\d)\)", template("scene")):
-        assert len(job[0].replace("${Prefix}", 20 * "p")) + 24 + 1 + int(job[1]) <= 63
-
-
-def test_placeholders() -> None:
-    assert placeholders("scene") == set(VALUES) - {"SceneMachine"}
-    assert placeholders("batch") == {"Bucket", "SceneMachine", "Topic"}
-    for machine in MACHINES:
-        assert "${" not in json.dumps(definition(machine, VALUES))
-    with pytest.raises(KeyError):
-        definition("scene", {})
-
-
-def test_the_language_is_spoken_well(machine: dict[str, Any]) -> None:
-    """By statelint, which does not know that numbers may be JSONata, nor two of the fields."""
-    for state in states_of(machine).values():
-        for name in ("TimeoutSeconds", "MaxConcurrency", "ToleratedFailurePercentage"):
-            if isinstance(state.get(name), str):
-                state[name] = 1
-    unknown = re.compile(r'Field "(Label|InputType)" not allowed')
-    problems = Linter.validate(machine, Config(ignored_problem_types={ProblemType.FLOAT}))
-    assert not [problem for problem in problems if not unknown.match(problem)]
-    machine["States"]["Validate"]["Default"] = "Nowhere"
-    assert any("Nowhere" in problem for problem in Linter.validate(machine))
-
-
-# What the interpreter rests on
-
-
-@pytest.mark.parametrize("point", PATCH_POINTS)
-def test_moto_has_what_is_replaced_in_it(point: str) -> None:
-    owner, name = found(point)
-    assert hasattr(owner, name)
-
-
-def test_moto_is_the_pinned_one() -> None:
-    assert NO_UUID in moto_functions._DECLARATION_UUID
-    constraints = (Path(__file__).parent.parent / "constraints.txt").read_text()
-    assert f"moto=={importlib.metadata.version('moto')}\n" in constraints
