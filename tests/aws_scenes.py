@@ -88,6 +88,17 @@ class SageMaker:
 
         return handler
 
+    def keep(self, asked: threading.Event, over: threading.Event) -> Callable[[dict[str, Any], int], Any]:
+        """A job that is under way from when it is asked for until it is over; then it was stopped."""
+
+        def handler(request: dict[str, Any], attempt: int) -> Any:
+            self.put(request, "InProgress")
+            asked.set()
+            assert over.wait(SECONDS)
+            return described(request, "Stopped", {})
+
+        return handler
+
 
 def put_results(scene: str, stage: str, tmp_path: Path, settings: Mapping[str, Any] = SETTINGS) -> Path:
     """As the job of a stage would leave them in the bucket."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from aws_scenes import SCENE, SECONDS, STACK, SageMaker, put_results, wait_for
-from deployed import BUCKET, described
+from deployed import BUCKET
 from interpreter import Interpreter, client_of
 
 from spaceport_gs.errors import InputError
@@ -179,14 +179,8 @@ def test_a_batch_is_stopped_with_its_scenes(
         put_results(scene, "compress", tmp_path)
     asked, over = threading.Event(), threading.Event()
 
-    def never(request: dict[str, Any], attempt: int) -> Any:
-        sagemaker.put(request, "InProgress")
-        asked.set()
-        assert over.wait(SECONDS)
-        return described(request, "Stopped", {})
-
     usual = aws.handlers
-    aws.handlers = {**usual, "Sfm": never}
+    aws.handlers = {**usual, "Sfm": sagemaker.keep(asked, over)}
     submit_all(cloud, "winter", named("n1", "n2"), 1)
     assert asked.wait(SECONDS)
     (job,) = stop_batch(cloud, STACK, "winter")

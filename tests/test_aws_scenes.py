@@ -12,7 +12,7 @@ from typing import Any
 import boto3
 import pytest
 from aws_scenes import SCENE, SECONDS, SETTINGS, STACK, SageMaker, make, put_results, wait_for
-from deployed import BUCKET, described
+from deployed import BUCKET
 from interpreter import REGION, Interpreter, TaskError, client_of, redrive
 
 from spaceport_gs.errors import InputError
@@ -153,13 +153,7 @@ def test_stop_ends_the_flow_and_the_job(
     """By the names in the history; a second time there is nothing left to stop."""
     upload, asked, over = plan(photos), threading.Event(), threading.Event()
 
-    def never(request: dict[str, Any], attempt: int) -> Any:
-        sagemaker.put(request, "InProgress")
-        asked.set()
-        assert over.wait(SECONDS)
-        return described(request, "Stopped", {})
-
-    aws.handlers = {**aws.handlers, state: never}
+    aws.handlers = {**aws.handlers, state: sagemaker.keep(asked, over)}
     sagemaker.put({"ProcessingJobName": f"spaceport-sfm-{upload.scene}-another"}, "InProgress")
     submit(cloud, STACK, SCENE, upload, ignore)
     assert asked.wait(SECONDS)
@@ -278,17 +272,11 @@ def test_a_run_that_was_redriven_runs_again(
     """To whoever looks at it, stops it, or goes on with it."""
     asked, over = threading.Event(), threading.Event()
 
-    def never(request: dict[str, Any], attempt: int) -> Any:
-        sagemaker.put(request, "InProgress")
-        asked.set()
-        assert over.wait(SECONDS)
-        return described(request, "Stopped", {})
-
     usual = aws.handlers
     aws.handlers = {**usual, "TrainSpot": sagemaker.fail(FailureReason="AlgorithmError: gpu: gone")}
     upload, run = make(cloud, photos, tmp_path)
     wait_for(cloud, upload.scene, "FAILED")
-    aws.handlers = {**usual, "TrainSpot": never}
+    aws.handlers = {**usual, "TrainSpot": sagemaker.keep(asked, over)}
     redrive(run.arn)
     assert asked.wait(SECONDS)
     found = status(cloud, STACK, upload.scene)
