@@ -7,9 +7,10 @@ What the estimates are made from, and where that was measured:
   multiprocessors and bandwidth, by the data sheets, say how many times slower they are at least and at most.
 - compression: `compress` of 40,000 to 1,000,000 Gaussians on two busy cores of an Intel Xeon, clustering and the rest apart:
   26 seconds of a core for 40,000, of which the rest were 6, and 183 and 23 for 100,000. Those of 160,000 and more went over
-  all Gaussians once, not nine times. On one H200 clustering took 1.9 times what its multiplications would at the peak of the
-  data sheet: 0.64, 1.5 and 4.5 seconds for 400,000, 1,000,000 and 3,000,000 Gaussians. Smaller GPUs, which nobody has timed,
-  do not hold the clock of their data sheets. The rest was there, on 16 cores, between half of the estimate and a tenth more.
+  all Gaussians once, not nine times. On one H200 clustering took 1.9 to 2.0 times what its multiplications would at the peak
+  of the data sheet: 0.64, 1.5 and 4.5 seconds for 400,000, 1,000,000 and 3,000,000 random Gaussians. Smaller GPUs, which
+  nobody has timed, do not hold the clock of their data sheets. The rest was there, on 16 cores, between four tenths of the
+  estimate and a tenth more than it.
 - memory: `run.Cost`, whose bytes a pixel are those that views hold, and the peak memory of the clouds; that of SfM is worked
   out from the pyramids of SIFT, not measured.
 - what a job takes besides, for its image and its data: from experience with SageMaker, not measured.
