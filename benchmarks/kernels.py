@@ -579,7 +579,8 @@ def measure_cuda(cloud: Cloud, prefixes: list[str]) -> dict[str, object]:
         fast, median, slow = np.quantile(times, [0.1, 0.5, 0.9])
         print(f"{name:32}{median:7.3f} ms{fast:7.3f} ms{slow:7.3f} ms")
         rows.append({"kernel": name, "milliseconds": median, "milliseconds_10": fast, "milliseconds_90": slow})
-    return {"gpu": torch.cuda.get_device_name(), "scene": scene, "training_gib": memory, "rows": rows}
+    gpu = {"gpu": torch.cuda.get_device_name(), "driver": machine.driver()}
+    return {**gpu, "n": cloud.n, "scene": scene, "training_gib": memory, "rows": rows}
 
 
 def main() -> None:

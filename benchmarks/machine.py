@@ -29,6 +29,12 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def driver() -> str:
+    """Version of the GPU's driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with the option that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)

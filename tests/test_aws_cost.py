@@ -116,7 +116,7 @@ def test_the_model_of_the_training_meets_what_was_measured() -> None:
 def test_the_model_of_clustering_on_a_gpu_meets_what_was_measured() -> None:
     """The random clouds. That one assignment is nearer to the peak than a whole clustering, with all that is between."""
     flops = gpus()[cost.MEASURED_GPU].peak_flops
-    for row in benchmark_results("kernels")["besides"]["rows"]:
+    for row in benchmark_results("kernels")["rows"]:
         at_peak = row["n"] * cost.MAX_PALETTE * cost.FLOPS_PER_DISTANCE / flops
         assert cost.TIMES_PEAK.low < row["cluster_assignment_ms"] / 1000 / at_peak < cost.TIMES_PEAK.likely
 

@@ -183,10 +183,17 @@ def rates(step: int) -> ops.AdamSettings:
     return ops.AdamSettings(1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3, step=step)
 
 
-def some_views(n: int) -> list[Camera]:
-    view = camera(320, 240, 260.0)
-    shifts = torch.linspace(-0.3, 0.3, n)
-    return [replace(view, cx=view.cx + 100 * float(x)) for x in shifts]
+def some_views(n: int, width: int = 320) -> list[Camera]:
+    view = camera(width, 3 * width // 4, 13 / 16 * width)
+    shifts = torch.linspace(-0.1, 0.1, n)
+    return [replace(view, cx=view.cx + width * float(x)) for x in shifts]
+
+
+SMALL = 96  # pixels wide: where tests make many steps, small enough for what checks every access to shared memory
+
+
+def small_scene(sh_degree: int = 3) -> Gaussians:
+    return random_gaussians(2_000, scale=0.1, sh_degree=sh_degree).map(lambda a: a.cuda())
 
 
 def assert_same_steps(a: tuple[Gaussians, Statistics], b: tuple[Gaussians, Statistics]) -> None:
@@ -216,7 +223,7 @@ def test_recorded_steps_are_the_verbs(rule: UpdateRule) -> None:
 @pytest.mark.parametrize("rule", list(UpdateRule))
 def test_deterministic_steps_repeat(rule: UpdateRule) -> None:
     """Also when the memory for the tiles' lists has to grow on the way."""
-    gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(20)
+    gaussians, views = small_scene(), some_views(20, SMALL)
     settings = replace(SETTINGS, deterministic=True)
     values, statistics, _ = recorded_steps(gaussians, views, rule, settings=settings)
     for n_instances in (0, 1):
@@ -240,7 +247,7 @@ def test_steps_that_do_not_fit_are_repeated() -> None:
 @pytest.mark.parametrize(("parts", "n_instances"), [("mask", 0), ("exposure", 1), ("mask and exposure", 1)])
 def test_recorded_steps_with_masks_and_exposures(parts: str, n_instances: int, padding: ops.SsimPadding) -> None:
     """Also of steps that are repeated: an exposure makes each of them once."""
-    gaussians, views = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda()), some_views(6)
+    gaussians, views = small_scene(), some_views(6, SMALL)
     settings, photo = ops.LossSettings(0.2, padding), photo_for(views[0]).cuda()
     mask = photo_for(views[0], seed=1)[..., 0].contiguous().cuda() if "mask" in parts else None
     routes = []
@@ -325,9 +332,8 @@ def test_what_is_hidden_is_not_listed_until_it_can_be_seen() -> None:
 def test_rows_that_miss_steps_make_up_for_them() -> None:
     """Views to the left, then to the right: most rows end with steps behind them that they did not make. And there and
     back: rows come back with one step from where they were left, where a dense Adam would have carried them on."""
-    gaussians = random_gaussians(20_000, scale=0.03).map(lambda a: a.cuda())
-    view = camera(160, 240, 260.0)
-    left, right = replace(view, cx=240.0), replace(view, cx=-80.0)
+    gaussians, view = small_scene(), camera(SMALL // 2, 72, 78.0)
+    left, right = replace(view, cx=72.0), replace(view, cx=-24.0)
     for views, share in (([left] * 8 + [right] * 24, 0.01), (([left] * 8 + [right] * 8) * 2, 0.15)):
         dense = recorded_steps(gaussians, views, UpdateRule.ALL)[0]
         lazy = recorded_steps(gaussians, views, UpdateRule.CONTRIBUTING)[0]
@@ -381,8 +387,7 @@ def test_a_step_with_nothing_visible() -> None:
 @pytest.mark.parametrize("storage", list(ops.MomentStorage))
 def test_deferred_steps_are_adam_but_a_little_late(degree: int, n_instances: int, storage: ops.MomentStorage) -> None:
     """Forty steps, at the true learning rate of the SH coefficients; with degrees that change between the steps."""
-    gaussians = random_gaussians(20_000, scale=0.03, sh_degree=degree).map(lambda a: a.cuda())
-    views = some_views(8) * 5
+    gaussians, views = small_scene(degree), some_views(8, SMALL) * 5
     photo, results = photo_for(views[0]).cuda(), []
     for rule in (UpdateRule.ALL, UpdateRule.DEFERRED):
         values = gaussians.map(lambda a: a.clone())
@@ -428,9 +433,9 @@ def test_compact_moments_are_right_in_the_mean(degree: int) -> None:
     start = random_gaussians(4_000, sh_degree=degree).map(lambda a: a.cuda())
     draw = torch.Generator("cuda").manual_seed(0)
     routes = {s: (start.map(lambda a: a.clone()), ops.AdamMoments.zeros(start, s)) for s in ops.MomentStorage}
-    for i in range(400):
-        size = 1.0 if i < 200 else 0.01
-        gradient = start.map(lambda a, size=size: size * (1 + torch.randn(a.shape, generator=draw, device="cuda")))
+    large = [start.map(lambda a: 1 + torch.randn(a.shape, generator=draw, device="cuda")) for _ in range(20)]
+    small = [gradient.map(lambda a: 0.01 * a) for gradient in large]
+    for i, gradient in enumerate(large * 10 + small * 10):
         for values, moments in routes.values():
             ops.update(values, gradient, moments.first, moments.second, rates(i + 1))
     full, compact = (routes[s] for s in (ops.MomentStorage.FULL, ops.MomentStorage.COMPACT))
@@ -450,8 +455,7 @@ def test_compact_moments_are_right_in_the_mean(degree: int) -> None:
 @pytest.mark.parametrize("degree", [1, 2, 3])
 @pytest.mark.parametrize("rule", list(UpdateRule))
 def test_recorded_steps_with_compact_moments(rule: UpdateRule, degree: int) -> None:
-    gaussians = random_gaussians(20_000, scale=0.03, sh_degree=degree).map(lambda a: a.cuda())
-    views = some_views(8) * 5
+    gaussians, views = small_scene(degree), some_views(8, SMALL) * 5
     photo, results = photo_for(views[0]).cuda(), []
     for storage in ops.MomentStorage:
         values = gaussians.map(lambda a: a.clone())
@@ -485,7 +489,7 @@ def test_clusters_are_those_of_the_cpu_to_the_bit() -> None:
 def test_a_scene_is_compressed_to_the_same_bytes(tmp_path: Path) -> None:
     from spaceport_gs.pipeline.compress import CompressSettings, compress
 
-    rows = random_gaussians(20_000).numpy()
+    rows = random_gaussians(3_000).numpy()
     for device in ("cpu", "cuda"):
         compress(rows, tmp_path / device, CompressSettings(device=device))
     if ops.cpu().simd == "avx2":
